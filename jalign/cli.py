@@ -1,0 +1,245 @@
+"""The `jalign` command: the only file that reads argv and env or sets jax config.
+
+Flags come from the config dataclasses through tyro. A `--config FILE.yaml` is turned
+into flags that stand before the user's own, so that the user's win.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+# command -> (module, config class, function taking the config, what it does)
+COMMANDS = {
+    "demo": ("jalign.demo", "DemoConfig", "run_demo", "the whole pipeline, 5 minutes"),
+    "sft": ("jalign.train", "SFTConfig", "run_sft", "supervised fine-tuning"),
+    "reward": ("jalign.train", "RewardConfig", "run_reward", "Bradley-Terry reward"),
+    "dpo": ("jalign.train", "DPOConfig", "run_dpo", "direct preference optimization"),
+    "ppo": ("jalign.train", "PPOConfig", "run_ppo", "proximal policy optimization"),
+    "generate": ("jalign.commands", "GenerateConfig", "run_generate", "sample text"),
+    "eval": ("jalign.commands", "EvalConfig", "run_eval", "held-out measures"),
+    "plan": ("jalign.plan", "PlanConfig", "run_plan", "will it fit, before you launch"),
+}
+EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_PREEMPTED = 0, 1, 2, 75
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Hosts and devices. On a TPU slice, SLURM or Open MPI nothing has to be said."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the processes find each other."""
+    num_processes: int | None = None
+    """Number of processes of the job."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+    cpu_devices: int | None = None
+    """Run on this many virtual CPU devices: to try a mesh without an accelerator."""
+    compilation_cache: bool = True
+    """Keep compiled programs on disk, for a quick second start."""
+    traceback: bool = False
+    """Show the Python traceback of an error in the input, too."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code (0 only on success)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in {"-h", "--help"}:
+        print(usage())
+        return EXIT_OK if args else EXIT_USER
+    if args[0] == "--version":
+        print(f"jalign {importlib.import_module('jalign').__version__}")
+        return EXIT_OK
+    name, *rest = args
+    if name not in COMMANDS:
+        return fail(f"unknown command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return run(name, rest)
+    except SystemExit as stop:  # tyro: 0 for --help, 2 for a wrong flag
+        return stop.code if isinstance(stop.code, int) else EXIT_USER
+    except KeyboardInterrupt:
+        return fail("interrupted", code=130)
+    except Exception as error:
+        if type(error).__name__ == "Preempted":
+            return fail(str(error), code=EXIT_PREEMPTED)
+        if not is_user_error(error):
+            traceback.print_exc()
+            return EXIT_BUG
+        if "--traceback" in rest:
+            traceback.print_exc()
+        return fail(f"jalign {name}: {describe(error)}")
+
+
+def usage() -> str:
+    """The overview that `jalign --help` prints."""
+    rows = "\n".join(f"  {name:<10} {row[3]}" for name, row in COMMANDS.items())
+    return (
+        "usage: jalign COMMAND [--config FILE.yaml] [OPTIONS]\n\n"
+        f"{rows}\n\n`jalign COMMAND --help` lists its options."
+    )
+
+
+def run(name: str, args: list[str]) -> int:
+    """Parses the flags of a command, sets up jax, and calls its function."""
+    import tyro
+
+    module_name, config_name, function_name, text = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    config_class = getattr(module, config_name)
+    command = dataclasses.make_dataclass(
+        "Command", [("config", config_class), ("launch", Launch)], frozen=True
+    )
+    parsed: Any = tyro.cli(
+        command,
+        prog=f"jalign {name}",
+        description=f"{text[0].upper()}{text[1:]}. {(config_class.__doc__ or '')}",
+        args=expand_yaml(args, (config_class, Launch)),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    start_jax(parsed.launch)
+    result = getattr(module, function_name)(parsed.config)
+    if result is not None and importlib.import_module("jalign.sharding").is_main_process():
+        print(result if isinstance(result, str) else summary_lines(result))
+    return EXIT_OK
+
+
+def start_jax(launch: Launch) -> None:
+    """Global jax settings, then the multi-host start, before any array is made."""
+    import jax
+
+    from jalign import sharding
+
+    if launch.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", launch.cpu_devices)
+    if launch.compilation_cache:
+        home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", f"{home}/jalign/xla")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    sharding.initialize(launch.coordinator, launch.num_processes, launch.process_id)
+    setup_logging(quiet=not sharding.is_main_process())
+
+
+def setup_logging(quiet: bool) -> None:
+    """One line a message on stderr; processes other than 0 only warn."""
+    import logging
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("jalign").setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def expand_yaml(args: list[str], classes: tuple[type, ...]) -> list[str]:
+    """Replaces `--config FILE` by the file's entries, written as flags, in front."""
+    before, rest, i = [], [], 0
+    known = {flag for c in classes for flag in flags_of(c)}
+    while i < len(args):
+        head, equals, value = args[i].partition("=")
+        if head == "--config":
+            if not equals:
+                i += 1
+                if i == len(args):
+                    raise ValueError("--config needs a file: --config FILE.yaml")
+                value = args[i]
+            before += yaml_flags(value, known)
+        else:
+            rest.append(args[i])
+        i += 1
+    return before + rest
+
+
+def flags_of(config_class: type) -> dict[str, Any]:
+    """Flat field name -> type, nested config dataclasses opened."""
+    import typing
+
+    hints, flat = typing.get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            flat |= flags_of(kind)  # type: ignore[arg-type]
+        else:
+            flat[field.name] = kind
+    return flat
+
+
+def yaml_flags(path: str, known: set[str]) -> list[str]:
+    """The entries of a flat YAML mapping as flags; unknown and double keys raise."""
+    import yaml
+
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        entries = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: expected `name: value` lines, one for each option")
+    keys = [str(key.value) for key, _ in node.value] if node else []
+    flags: list[str] = []
+    for key in keys:
+        name = key.replace("-", "_")
+        if keys.count(key) > 1:
+            raise ValueError(f"{path}: {key!r} is given twice")
+        if name not in known:
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(name, known)}")
+        flags += flag_of(name, entries[key], path)
+    return flags
+
+
+def flag_of(name: str, value: Any, path: str) -> list[str]:
+    """One YAML entry as command-line words."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    if isinstance(value, dict):
+        raise ValueError(f"{path}: {name!r} is a mapping; options are flat")
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag, str(value)]
+
+
+def nearest(name: str, known: Any) -> str:
+    """A hint at the nearest known name, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def is_user_error(error: Exception) -> bool:
+    """True where the message was written for the user: an error about a file, or one
+    that jalign itself raised. An error from inside a library is a bug and is shown
+    with its traceback."""
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    here = str(Path(__file__).resolve().parent)
+    return bool(frames) and str(Path(frames[-1].filename).resolve()).startswith(here)
+
+
+def describe(error: Exception) -> str:
+    """The message of a user error on its own."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}"
+    return str(error)
+
+
+def summary_lines(summary: dict[str, Any]) -> str:
+    """A flat result as aligned `name value` lines."""
+    width = max((len(k) for k in summary), default=0)
+    rows = ((k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in summary.items())
+    return "\n".join(f"{k:<{width}}  {v}" for k, v in rows)
+
+
+def fail(message: str, code: int = EXIT_USER) -> int:
+    """Prints an error for a person and returns the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,207 @@
+"""The house rules, read off the source with `ast` (docs/decisions.md, CONTRIBUTING)."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "jalign"
+FILES = sorted(PACKAGE.rglob("*.py"))
+IDS = [str(f.relative_to(PACKAGE)) for f in FILES]
+
+ANY = frozenset({"*"})
+# room -> jalign rooms it may import from. `cli` and `demo` may import everything.
+MAY_IMPORT = {
+    "__init__": ANY,
+    "types": set(),
+    "losses": {"losses"},
+    "sharding": {"sharding"},
+    "models": {"types", "sharding", "models"},
+    "data": {"types", "data"},
+    "generate": {"types", "models", "sharding", "losses", "generate"},
+    "rewards": {"types", "models", "sharding", "data"},
+    "evaluate": {"types", "models", "sharding", "data", "losses", "generate"}
+    | {"rewards", "train"},
+    "report": {"types"},
+    "plan": {"types", "models", "sharding", "losses", "train"},
+    "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
+    | {"rewards", "evaluate", "report"},
+    "demo": ANY,
+    "cli": ANY,
+    "__main__": ANY,
+}
+THIRD_PARTY = {
+    "losses": {"jax", "chex"},
+    "sharding": {"jax", "numpy"},
+    "types": {"jax", "numpy"},
+    "data": {"numpy", "grain", "datasets", "transformers", "jinja2", "pyarrow"},
+    "generate": {"jax", "numpy"},
+}
+# third party -> the only rooms that may name it.
+ONLY_IN = {
+    "flax": {"models"},
+    "optax": {"train", "plan"},
+    "orbax": {"train/checkpoint"},
+    "tyro": {"cli"},
+    "torch": set(),
+}
+# Slow to load: only inside functions, so that `import jalign` stays quick.
+LAZY = {"transformers", "datasets", "safetensors", "matplotlib", "huggingface_hub"}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST):
+    """Yields (dotted module, is at module level) for every import in the tree."""
+    top = set(getattr(tree, "body", []))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in top
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            if node.module == "jalign":
+                for alias in node.names:
+                    yield f"jalign.{alias.name}", node in top
+            else:
+                yield node.module, node in top
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return {f: ast.parse(f.read_text(encoding="utf-8")) for f in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_follow_the_table(path, trees):
+    room = room_of(path)
+    where = str(path.relative_to(PACKAGE).with_suffix(""))
+    for module, at_top in imports(trees[path]):
+        head, _, rest = module.partition(".")
+        if head == "jalign":
+            allowed = MAY_IMPORT[room]
+            target = rest.partition(".")[0]
+            assert allowed is ANY or target in allowed, f"{where} imports {module}"
+            continue
+        if head in sys.stdlib_module_names:
+            continue
+        if room in THIRD_PARTY:
+            assert head in THIRD_PARTY[room], f"{where} imports {module}"
+        if head in ONLY_IN:
+            homes = ONLY_IN[head]
+            assert room in homes or where in homes, f"{where} imports {module}"
+        if head in LAZY:
+            assert not at_top, f"{where} imports {module} at module level"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_no_relative_imports_and_at_most_300_lines(path, trees):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    for node in ast.walk(trees[path]):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+def names_in(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+
+
+def calls_in(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_here_rules(path, trees):
+    room, tree = room_of(path), trees[path]
+    names, calls = set(names_in(tree)), set(calls_in(tree))
+    if room != "sharding":
+        assert "PartitionSpec" not in names, "PartitionSpec belongs to sharding/"
+    if room not in {"cli", "__main__"}:
+        assert not {"sys.argv", "argv"} & names, "argv belongs to cli.py"
+        assert "environ" not in names or room == "sharding", "env belongs to cli.py"
+        assert "jax.config.update" not in calls, "global jax config belongs to cli.py"
+    if room != "cli" and path != PACKAGE / "train" / "metrics.py":
+        assert "print" not in calls, "print belongs to cli.py and train/metrics.py"
+    assert "eval" not in calls and "exec" not in calls
+
+
+HF_NAME = re.compile(r"model\.layers|embed_tokens|lm_head|self_attn|_proj\b")
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_hf_tensor_names_stand_in_families_only(path, trees):
+    if path == PACKAGE / "models" / "families.py":
+        return
+    for node in ast.walk(trees[path]):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not HF_NAME.search(node.value), f"{path}: {node.value!r}"
+
+
+def test_tests_mirror_the_package():
+    missing = [
+        str(f.relative_to(PACKAGE))
+        for f in FILES
+        if f.name not in {"__init__.py", "__main__.py"}
+        and not (
+            ROOT / "tests" / f.relative_to(PACKAGE).with_name(f"test_{f.name}")
+        ).exists()
+    ]
+    assert not missing, f"no test file mirrors {missing}"
+
+
+def test_every_public_name_is_documented():
+    """Each name in an `__all__` has a docstring and a line in docs/api.md."""
+    import importlib
+    import inspect
+
+    api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rooms = ["losses", "models", "sharding", "data", "generate", "train"]
+    rooms += ["rewards", "evaluate", "plan", "report", "types"]
+    problems = []
+    for room in rooms:
+        module = importlib.import_module(f"jalign.{room}")
+        public = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
+        for name in public:
+            value = getattr(module, name)
+            if callable(value) and not inspect.getdoc(value):
+                problems.append(f"{room}.{name}: no docstring")
+            if f"`{name}`" not in api and f"`{name}(" not in api:
+                problems.append(f"{room}.{name}: not in docs/api.md")
+    assert not problems, "\n".join(problems)
+
+
+def test_import_is_quick_and_without_side_effects():
+    code = (
+        "import sys, os; before = dict(os.environ); import jalign;"
+        "import jax._src.xla_bridge as x;"
+        "bad = [m for m in ('transformers', 'datasets', 'orbax', 'torch', 'flax')"
+        " if m in sys.modules];"
+        "assert not bad, bad; assert not x._backends, x._backends;"
+        "assert dict(os.environ) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("room", ["losses", "sharding", "types"])
+def test_light_rooms_load_only_jax_numpy_chex(room):
+    code = (
+        f"import sys, jalign.{room};"
+        "bad = [m for m in ('transformers', 'datasets', 'orbax', 'flax', 'optax',"
+        " 'grain') if m in sys.modules];"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
