@@ -1,0 +1,158 @@
+"""Log-probabilities of given tokens, and entropies, from logits or hidden states."""
+
+import functools
+from typing import Literal, overload
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, map_logits
+from jalign.losses.elementwise import Array, Scalar, check_float32, check_mask
+
+
+def logps_from_logits(logits: Array, targets: Array) -> jax.Array:
+    """log p(target) = logits[target] - logsumexp(logits).
+
+    Args:
+      logits: float32 [..., V]; a column at -inf is a token that cannot be.
+      targets: int [...], in [0, V). One outside picks 0 for its logit: mask it.
+
+    Returns: float32 [...], nats, at most 0.
+    Raises: AssertionError at trace time on another dtype or shape.
+    """
+    check_logits(logits, targets)
+    return target_logit(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def entropy_from_logits(logits: Array) -> jax.Array:
+    """Entropy of softmax(logits), -Σ p log p, where 0 log 0 = 0.
+
+    Args:
+      logits: float32 [..., V]; columns at -inf count nothing.
+
+    Returns: float32 [...], nats, between 0 and log V.
+    Raises: AssertionError at trace time unless logits are float32.
+    """
+    chex.assert_type(logits, jnp.float32)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    possible = log_probs > -jnp.inf
+    log_probs = jnp.where(possible, log_probs, 0.0)
+    probs = jnp.where(possible, jnp.exp(log_probs), 0.0)
+    return -jnp.sum(probs * log_probs, axis=-1)
+
+
+@overload
+def token_logps(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    *,
+    chunk_size: int = ...,
+    temperature: Scalar = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def token_logps(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    *,
+    chunk_size: int = ...,
+    temperature: Scalar = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def token_logps(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    *,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    temperature: Scalar = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """log p(targets[b, t] | hidden[b, t]), without ever holding [B, T, V] logits.
+
+    logits = softcap(hidden @ unembed) / temperature. The caller shifts: to score a row
+    of tokens pass hidden[:, :-1] and tokens[:, 1:].
+
+    Args:
+      hidden: any float dtype [B, T, D], after the final norm. The product with unembed
+        is taken in this dtype and accumulated in float32.
+      unembed: any float dtype [D, V]; its gradient is accumulated in float32.
+      targets: int [B, T], in [0, V). No gradient flows. One outside picks 0 for its
+        logit: mask it.
+      chunk_size: tokens whose logits exist at once, over the whole batch. On a mesh
+        multiply by the number of devices over which the batch is split.
+      temperature: > 0, divides the logits. No gradient flows.
+      softcap: c > 0 replaces each logit z by c tanh(z / c), before the temperature.
+      return_entropy: also return the entropy of each distribution.
+
+    Returns: float32 [B, T], nats; with return_entropy also the entropies, the same.
+    Raises: AssertionError at trace time on wrong rank, shape or dtype, ValueError if
+      chunk_size < 1.
+    """
+    check_targets(targets, hidden)
+    row_fn = functools.partial(
+        _logps_and_entropy, softcap=softcap, with_entropy=return_entropy
+    )
+    consts = jnp.asarray(temperature, jnp.float32)
+    out = map_logits(row_fn, hidden, unembed, targets, consts, chunk_size=chunk_size)
+    return out if return_entropy else out[0]
+
+
+def sequence_logps(logps: Array, mask: Array) -> jax.Array:
+    """Sum of a completion's token log-probabilities.
+
+    Args:
+      logps: float32 [B, T], nats.
+      mask: bool [B, T], True on the completion's tokens; the rest may hold anything.
+
+    Returns: float32 [B], nats; 0 for a row with nothing counted.
+    Raises: AssertionError at trace time on wrong rank, shape or dtype.
+    """
+    check_float32([logps], rank=2)
+    check_mask(mask, logps)
+    return jnp.sum(jnp.where(mask, logps, 0.0), axis=-1)
+
+
+def cap_logits(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """c tanh(z / c), or the logits as they are. Source: Gemma 2, arXiv:2408.00118."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def target_logit(logits: Array, targets: Array) -> jax.Array:
+    """logits[..., targets], by comparison with iota.
+
+    Not take_along_axis: a gather along a vocabulary split over devices would first
+    collect all of it, and it gives NaN or wraps around for ids outside [0, V).
+    """
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+
+
+def check_logits(logits: Array, targets: Array) -> None:
+    """Raises AssertionError unless logits are float32 [..., V], targets int [...]."""
+    chex.assert_type(logits, jnp.float32)
+    chex.assert_type(targets, int)
+    chex.assert_shape(targets, logits.shape[:-1])
+
+
+def check_targets(targets: Array, hidden: Array) -> None:
+    """Raises AssertionError unless hidden is [B, T, D] and targets int [B, T]."""
+    chex.assert_rank([targets, hidden], [2, 3])
+    chex.assert_type(targets, int)
+    chex.assert_shape(targets, hidden.shape[:2])
+
+
+def _logps_and_entropy(logits, targets, temperature, *, softcap, with_entropy):
+    logits = cap_logits(logits, softcap) / temperature
+    logps = logps_from_logits(logits, targets)
+    return (logps, entropy_from_logits(logits)) if with_entropy else (logps,)

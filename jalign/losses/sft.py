@@ -1,0 +1,84 @@
+"""Supervised fine-tuning: cross-entropy of each token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, map_logits
+from jalign.losses.elementwise import Array
+from jalign.losses.logps import cap_logits, check_logits, check_targets, target_logit
+
+
+def cross_entropy(
+    logits: Array,
+    targets: Array,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> jax.Array:
+    """(1-ε)(-log p(target)) + ε mean_v(-log p(v)) + z_loss (log Z)².
+
+    Args:
+      logits: float32 [..., V].
+      targets: int [...], in [0, V). One outside picks 0 for its logit: mask it.
+      label_smoothing: ε in [0, 1), weight of the uniform distribution over V; needs
+        finite logits.
+      z_loss: weight that pulls log Z = logsumexp(logits) to 0; PaLM uses 1e-4.
+
+    Returns: float32 [...], nats. Not reduced.
+    Raises: AssertionError at trace time on another dtype or shape.
+    Source: Szegedy et al. 2016, §7 (arXiv:1512.00567); z_loss: Chowdhery et al. 2022,
+      §5 (arXiv:2204.02311).
+    """
+    check_logits(logits, targets)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    loss = log_z - target_logit(logits, targets)
+    # Left out where off, and not multiplied by 0: 0 * inf is NaN.
+    if label_smoothing:
+        # Divided before the sum, which could overflow.
+        uniform = jnp.sum((log_z[..., None] - logits) / logits.shape[-1], axis=-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * uniform
+    if z_loss:
+        loss = loss + z_loss * jnp.square(log_z)
+    return loss
+
+
+def token_cross_entropy(
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`cross_entropy(hidden @ unembed, targets)` without ever holding [B, T, V].
+
+    The caller shifts: hidden[:, :-1] with tokens[:, 1:].
+
+    Args:
+      hidden: any float dtype [B, T, D], after the final norm.
+      unembed: any float dtype [D, V]; its gradient is accumulated in float32.
+      targets: int [B, T], in [0, V). No gradient flows.
+      label_smoothing, z_loss: as in cross_entropy.
+      chunk_size, softcap: as in token_logps.
+
+    Returns: float32 [B, T], nats. Not reduced.
+    Raises: AssertionError at trace time on wrong rank, shape or dtype, ValueError if
+      chunk_size < 1.
+    Source: as cross_entropy.
+    """
+    check_targets(targets, hidden)
+    row_fn = functools.partial(
+        _row_loss, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss
+    )
+    return map_logits(row_fn, hidden, unembed, targets, chunk_size=chunk_size)
+
+
+def _row_loss(logits, targets, _, *, softcap, label_smoothing, z_loss):
+    logits = cap_logits(logits, softcap)
+    return cross_entropy(
+        logits, targets, label_smoothing=label_smoothing, z_loss=z_loss
+    )

@@ -1,0 +1,45 @@
+"""Meshes, rule tables, partitioning and multi-host start.
+
+The only room that says PartitionSpec or names a mesh axis: others speak of logical
+axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp, tensor.
+"""
+
+from jalign.sharding.mesh import abstract_mesh, make_mesh, parse_mesh
+from jalign.sharding.multihost import (
+    agree,
+    barrier,
+    gather,
+    initialize,
+    is_main_process,
+    preempted,
+    process_slice,
+    put_batch,
+)
+from jalign.sharding.partition import (
+    batch_sharding,
+    constrain,
+    param_shardings,
+    replicated,
+    shard_map,
+    state_shardings,
+)
+
+__all__ = [
+    "abstract_mesh",
+    "agree",
+    "barrier",
+    "batch_sharding",
+    "constrain",
+    "gather",
+    "initialize",
+    "is_main_process",
+    "make_mesh",
+    "param_shardings",
+    "parse_mesh",
+    "preempted",
+    "process_slice",
+    "put_batch",
+    "replicated",
+    "shard_map",
+    "state_shardings",
+]

@@ -1,0 +1,100 @@
+"""Device meshes with the axes data, fsdp and tensor."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(
+    *,
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh over all devices; all of its axes are Auto, whatever jax's default is.
+
+    Args:
+      data: number of whole copies of the parameters; each takes other rows.
+      fsdp: number of shards that parameters and rows are both cut into.
+      tensor: number of shards of heads, mlp and vocabulary; keep it inside a host.
+        One of the three may be -1: the devices that the other two leave.
+      devices: the jax devices to use; every device of every process when None.
+
+    Returns: Mesh with axis names ("data", "fsdp", "tensor"), also where a size is 1.
+    Raises: ValueError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _fill(dict(data=data, fsdp=fsdp, tensor=tensor), len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def abstract_mesh(
+    num_devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1
+) -> AbstractMesh:
+    """make_mesh's mesh without devices: to compute the layout for another machine.
+
+    param_shardings and state_shardings take it; arrays cannot be placed on it.
+
+    Raises: ValueError as make_mesh does.
+    """
+    sizes = _fill(dict(data=data, fsdp=fsdp, tensor=tensor), num_devices)
+    return AbstractMesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def _fill(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+    """Replaces the one -1 and checks that the product is the number of devices."""
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh {shown}: at most one axis may be -1")
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {shown}: sizes must be positive (or -1 for one axis)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes = sizes | {free[0]: num_devices // fixed}
+    if math.prod(sizes.values()) != num_devices:
+        raise ValueError(
+            f"mesh {shown}: {fixed} {'does not divide' if free else 'is not'} the "
+            f"number of devices, {num_devices}"
+        )
+    return sizes
+
+
+def parse_mesh(spec: str | None) -> dict[str, int]:
+    """Reads "fsdp=8,tensor=2" into keyword arguments of make_mesh.
+
+    An axis that is not named keeps make_mesh's default: fsdp takes the devices that
+    the others leave. None and "" give {}.
+
+    Raises: ValueError naming the part that is not AXIS=SIZE.
+    """
+    sizes: dict[str, int] = {}
+    for part in (spec or "").replace(" ", "").split(","):
+        if not part:
+            continue
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES:
+            near = difflib.get_close_matches(name, MESH_AXES, 1) or MESH_AXES[1:2]
+            raise ValueError(
+                f"mesh {spec!r}: no axis {name!r}; did you mean {near[0]}?"
+            )
+        if name in sizes:
+            raise ValueError(f"mesh {spec!r}: axis {name} is given twice")
+        if not size.removeprefix("-").isdecimal() or int(size) == 0 or int(size) < -1:
+            raise ValueError(f"mesh {spec!r}: {part!r} is not AXIS=SIZE, as fsdp=8")
+        sizes[name] = int(size)
+    return sizes

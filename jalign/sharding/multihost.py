@@ -1,0 +1,193 @@
+"""Several processes as one: start, global batches, gathering, agreement.
+
+Every function also works in a single process, where most do nothing, so that one
+program serves a laptop and a pod. Each is collective: every process calls it.
+"""
+
+import hashlib
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jalign.sharding.partition import batch_sharding
+
+PyTree = Any
+_log = logging.getLogger("jalign.sharding")
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the processes of this run; call it before anything else touches jax.
+
+    With no argument the cluster is detected (TPU pod, SLURM, Open MPI); where there
+    is none, or with num_processes=1, nothing happens. A second call does nothing.
+    Afterwards SIGTERM no longer ends the process: poll `preempted`.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0, the same on every process.
+      num_processes: how many processes take part.
+      process_id: 0 .. num_processes - 1, different on every process.
+
+    Raises: ValueError where only some of the three are given or they do not fit.
+    """
+    given = (coordinator, num_processes, process_id)
+    if jax.distributed.is_initialized() or given[:2] == (None, 1):
+        return
+    if any(value is not None for value in given):
+        _check_arguments(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    else:
+        try:
+            jax.distributed.initialize()
+        except ValueError:
+            # How jax says that it found no cluster and so no coordinator.
+            _log.debug("no cluster found: a single process")
+            return
+        except RuntimeError as error:
+            # A notebook may have used jax before; that is fine on a single host.
+            _log.warning("continuing as a single process: %s", error)
+            return
+    _log.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _check_arguments(coordinator, num_processes, process_id) -> None:
+    if coordinator is None or num_processes is None or process_id is None:
+        raise ValueError(
+            "coordinator, num_processes and process_id belong together: got "
+            f"{coordinator!r}, {num_processes!r}, {process_id!r}"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"coordinator {coordinator!r} is not HOST:PORT")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id {process_id} is not in 0 .. {num_processes - 1}")
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes (process 0)."""
+    return jax.process_index() == 0
+
+
+def process_slice(mesh: Mesh | None = None) -> tuple[int, int]:
+    """Which part of every global batch this process loads: (index, count).
+
+    Without a mesh (process_index, process_count). With one, processes that hold the
+    same rows (a tensor axis across hosts) share an index, so pass the mesh wherever
+    rows are loaded for put_batch.
+
+    Raises: ValueError where the rows of processes overlap only in part.
+    """
+    if mesh is None:
+        return jax.process_index(), jax.process_count()
+    num_blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    blocks: dict[int, set[int]] = {}
+    indices = batch_sharding(mesh).devices_indices_map((num_blocks,))
+    for device, (block,) in indices.items():
+        start = block.start or 0
+        blocks.setdefault(device.process_index, set()).add(start)
+    groups = sorted({tuple(sorted(rows)) for rows in blocks.values()})
+    if sum(len(group) for group in groups) != num_blocks:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives processes rows that overlap in part; keep "
+            "the tensor axis inside a host, or make it a multiple of a host's devices"
+        )
+    if jax.process_index() not in blocks:
+        return 0, len(groups)  # a mesh for another machine, as `jalign plan` makes
+    return groups.index(tuple(sorted(blocks[jax.process_index()]))), len(groups)
+
+
+def put_batch(batch: PyTree, mesh: Mesh | None) -> PyTree:
+    """This process's rows -> global arrays, cut over the data and fsdp axes.
+
+    Args:
+      batch: tree of numpy arrays whose axis 0 has this process's rows, the same
+        number on every process: rows [i*n, (i+1)*n) of the global batch, where
+        (i, _) = process_slice(mesh).
+      mesh: None puts them on the default device.
+
+    Returns: the same tree of jax.Array; axis 0 has the rows of all processes.
+    Raises: ValueError naming the array when its rows do not divide over the mesh.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    sharding = batch_sharding(mesh)
+    _, count = process_slice(mesh)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] // count
+
+    def put(path, rows):
+        rows = np.asarray(rows)
+        if rows.ndim == 0 or rows.shape[0] % ways:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} of shape {rows.shape}: each of "
+                f"{count} processes must give a multiple of {ways} rows, since mesh "
+                f"{dict(mesh.shape)} cuts rows over data*fsdp"
+            )
+        shape = (rows.shape[0] * count, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def gather(tree: PyTree) -> PyTree:
+    """Whole arrays as numpy on every process, however they are sharded.
+
+    Typed PRNG keys come back as their uint32 key data.
+    """
+
+    def whole(x):
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come to the barrier of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(name: str, value: Any) -> None:
+    """Stops all processes when they differ in a value: settings, data, code version.
+
+    Different settings otherwise end in a deadlock of collectives, without a message.
+
+    Args:
+      name: what the value is, for the message.
+      value: anything whose repr determines it (a frozen dataclass, a digest).
+
+    Raises: ValueError on every process, naming the processes that differ from 0.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint32)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    odd = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
+    if odd:
+        raise ValueError(
+            f"{name} differs between hosts: process(es) {odd} do not have process 0's. "
+            f"Here (process {jax.process_index()}): {value!r}"
+        )
+
+
+def preempted(step: int) -> bool:
+    """True on all processes at the same step, once one of them has had a SIGTERM.
+
+    Call it with every step, then save and leave. Always False where `initialize`
+    joined nothing: such a process handles SIGTERM itself. Do not install a SIGTERM
+    handler where it did, since that hides the signal from jax.
+    """
+    if not jax.distributed.is_initialized():
+        return False
+    return multihost_utils.reached_preemption_sync_point(step)

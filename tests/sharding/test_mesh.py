@@ -1,0 +1,78 @@
+"""Meshes: sizes, Auto axes, and the text form."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from jalign import sharding
+
+
+def test_fsdp_takes_all_devices_by_default():
+    mesh = sharding.make_mesh()
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_axes_are_auto_whatever_the_default_of_jax():
+    assert sharding.make_mesh().axis_types == (AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize("free", ["data", "fsdp", "tensor"])
+def test_minus_one_takes_what_is_left(free):
+    sizes = dict(data=2, fsdp=2, tensor=2) | {free: -1}
+    assert dict(sharding.make_mesh(**sizes).shape)[free] == 2
+
+
+def test_devices_can_be_chosen():
+    assert sharding.make_mesh(devices=jax.devices()[:2]).size == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(fsdp=4), "4 is not the number of devices, 8"),
+        (dict(tensor=3), "3 does not divide the number of devices, 8"),
+        (dict(fsdp=-1, tensor=-1), "at most one axis may be -1"),
+        (dict(fsdp=0), "must be positive"),
+        (dict(fsdp=-2), "must be positive"),
+        (dict(tensor=16), "16 does not divide"),
+    ],
+)
+def test_wrong_sizes_raise(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        (None, {}),
+        ("", {}),
+        ("fsdp=8,tensor=2", {"fsdp": 8, "tensor": 2}),
+        (" data=2 , fsdp=-1 ", {"data": 2, "fsdp": -1}),
+    ],
+)
+def test_parse_mesh(spec, sizes):
+    assert sharding.parse_mesh(spec) == sizes
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fspd=8", "did you mean fsdp"),
+        ("fsdp", "not AXIS=SIZE"),
+        ("fsdp=two", "not AXIS=SIZE"),
+        ("fsdp=0", "not AXIS=SIZE"),
+        ("fsdp=2,fsdp=4", "given twice"),
+    ],
+)
+def test_parse_mesh_names_the_wrong_part(spec, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.parse_mesh(spec)
+
+
+def test_abstract_mesh_cuts_as_a_mesh_of_a_machine_that_is_not_here():
+    mesh = sharding.abstract_mesh(64, tensor=4)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "tensor": 4}
+    tree = {"unembed": {"kernel": jax.ShapeDtypeStruct((64, 12), "float32")}}
+    placed = sharding.param_shardings(mesh, tree)["unembed"]["kernel"]
+    assert placed.shard_shape((64, 12)) == (4, 3)

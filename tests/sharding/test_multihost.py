@@ -1,0 +1,119 @@
+"""One process: no-ops and errors. Two real processes (gloo on localhost): the rest."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jalign import sharding
+
+from . import processes
+
+
+def test_initialize_without_a_cluster_does_nothing():
+    sharding.initialize()
+    sharding.initialize(num_processes=1)
+    assert not jax.distributed.is_initialized()
+    assert sharding.process_slice() == (0, 1)
+    assert sharding.process_slice(sharding.make_mesh()) == (0, 1)
+    assert sharding.is_main_process()
+    assert not sharding.preempted(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1", None, None), "belong together"),
+        ((None, 2, 0), "belong together"),
+        (("127.0.0.1", 2, 0), "not HOST:PORT"),
+        (("127.0.0.1:x", 2, 0), "not HOST:PORT"),
+        (("127.0.0.1:1", 2, 2), "process_id 2 is not in 0 .. 1"),
+    ],
+)
+def test_initialize_checks_its_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.initialize(*arguments)
+
+
+def test_put_batch_and_gather_in_one_process():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    batch = {"tokens": np.arange(24, dtype=np.int32).reshape(8, 3), "w": np.ones(4)}
+    placed = sharding.put_batch(batch, mesh)
+    assert placed["tokens"].sharding.spec == P(("data", "fsdp"))
+    for back in (placed, sharding.put_batch(batch, None)):
+        np.testing.assert_array_equal(sharding.gather(back)["tokens"], batch["tokens"])
+
+
+def test_gather_reads_typed_keys():
+    data = sharding.gather(jax.random.key(3))
+    np.testing.assert_array_equal(data, jax.random.key_data(jax.random.key(3)))
+
+
+@pytest.mark.parametrize("rows", [np.ones((6, 2)), np.float32(1)])
+def test_put_batch_names_the_array_that_does_not_divide(rows):
+    with pytest.raises(ValueError, match=r"batch\['x'\].*multiple of 8 rows"):
+        sharding.put_batch({"x": rows}, sharding.make_mesh())
+
+
+def _two_processes():
+    import jax.numpy as jnp
+    import numpy as np
+
+    me, count = sharding.process_slice()
+    assert (count, len(jax.devices()), len(jax.local_devices())) == (2, 8, 4)
+    assert sharding.is_main_process() == (me == 0)
+    rows = np.arange(48, dtype=np.int32).reshape(16, 3)
+
+    # Rows over both processes, and a tensor axis that crosses them.
+    for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(tensor=8)):
+        mesh = sharding.make_mesh(**sizes)
+        index, shards = sharding.process_slice(mesh)
+        assert shards == (1 if sizes.get("tensor") == 8 else 2), sizes
+        n = len(rows) // shards
+        batch = sharding.put_batch({"x": rows[index * n : (index + 1) * n]}, mesh)
+        assert batch["x"].shape == rows.shape
+        np.testing.assert_array_equal(sharding.gather(batch)["x"], rows)
+        total = jax.jit(lambda x: jnp.sum(x * x))(batch["x"])
+        assert int(total) == int((rows * rows).sum())
+
+    try:
+        sharding.put_batch({"x": rows[:3]}, sharding.make_mesh())
+        raise AssertionError("3 rows on 4 devices were accepted")
+    except ValueError as error:
+        assert "multiple of 4 rows" in str(error)
+
+    sharding.agree("config", {"learning_rate": 1e-3})
+    try:
+        sharding.agree("seed", me)
+        raise AssertionError("different seeds were accepted")
+    except ValueError as error:
+        assert "seed differs" in str(error) and "[1]" in str(error)
+    sharding.barrier("end")
+    assert not sharding.preempted(0)
+    return me
+
+
+def test_two_processes():
+    assert processes.run(_two_processes) == [0, 1]
+
+
+def _sigterm_to_process_1():
+    import os
+    import signal
+    import time
+
+    me, _ = sharding.process_slice()
+    for step in range(400):
+        if me == 1 and step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if sharding.preempted(step):
+            break
+        sharding.barrier(f"step {step}")
+        time.sleep(0.01)
+    return step
+
+
+def test_sigterm_to_one_process_stops_both_at_the_same_step():
+    first, second = processes.run(_sigterm_to_process_1)
+    assert first == second
+    assert 5 <= first < 399
