@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jalign import data, evaluate, generate, models, rewards, sharding
+from jalign import data, evaluate, models, rewards, sharding, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +82,145 @@ def run_generate(config: GenerateConfig) -> str | None:
         )
         Path(config.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Held-out measures of a checkpoint, as JSON.
+
+    Preference pairs give the accuracy (a reward model's, or DPO's implicit reward
+    against --ref-model); prompts with a --reward give the mean reward of samples; rows
+    with completions, messages or text give loss and perplexity. --ref-model adds the KL
+    to it, on samples.
+    """
+
+    model: str
+    """HF checkpoint: a directory or a hub id."""
+    data: str
+    """Rows: a file, a directory or a hub id."""
+    task: Literal["auto", "sft", "preference", "reward"] = "auto"
+    """auto: preference if the rows have chosen/rejected, reward if --reward is given."""
+    ref_model: str | None = None
+    """Reference checkpoint for implicit rewards and the KL."""
+    reward: str | None = None
+    """A reward checkpoint, or a Python function: path/to/file.py:function."""
+    limit: int | None = None
+    """Use the first rows only."""
+    batch_size: int = 16
+    max_length: int = 1024
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    seed: int = 0
+    mesh: str | None = None
+    """Such as "fsdp=8,tensor=2"; default: all devices on fsdp."""
+    bad_rows: Literal["error", "skip"] = "error"
+    out: str | None = None
+    """Also write the JSON to this file."""
+
+    def __post_init__(self):
+        if self.task == "reward" and not self.reward:
+            raise ValueError("--task reward needs --reward CHECKPOINT or FILE.py:NAME")
+        if self.reward and self.task in {"sft", "preference"}:
+            raise ValueError(f"--reward is not used by --task {self.task}; drop one")
+
+
+def run_eval(config: EvalConfig) -> str:
+    """Measures the model on the rows; returns the JSON text."""
+    mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh))
+    model, params = models.load(config.model, mesh=mesh)
+    tokenizer = data.load_tokenizer(config.model)
+    rows = data.load_rows(config.data, limit=config.limit, bad_rows=config.bad_rows)
+    reference = None
+    if config.ref_model:
+        reference = models.load(config.ref_model, mesh=mesh)
+    measure = {"sft": _eval_sft, "preference": _eval_pairs, "reward": _eval_reward}
+    result = measure[_task_of(config, rows)](
+        config, model, params, tokenizer, rows, reference
+    )
+    text = json.dumps(result, indent=2)
+    if config.out and sharding.is_main_process():
+        Path(config.out).write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _task_of(config: EvalConfig, rows: list[dict]) -> str:
+    if config.task != "auto":
+        return config.task
+    if config.reward:
+        return "reward"
+    return "preference" if rows and "chosen" in rows[0] else "sft"
+
+
+def _loader(config: EvalConfig, examples, collate):
+    index, count = sharding.process_slice()
+    return data.make_eval_loader(
+        examples,
+        batch_size=config.batch_size,
+        collate=collate,
+        max_length=config.max_length,
+        shard_index=index,
+        shard_count=count,
+    )
+
+
+def _eval_sft(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
+    examples, counts = data.sft_examples(
+        rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
+    )
+    loader = _loader(config, examples, data.collate_tokens)
+    result = evaluate.eval_loss(model, params, loader) | {"rows": counts}
+    if reference is not None:
+        prompts = [e.tokens[: int(np.argmax(e.completion_mask))] for e in examples]
+        result |= _kl(config, model, params, tokenizer, prompts, reference)
+    return result
+
+
+def _eval_pairs(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
+    pairs, counts = data.preference_examples(
+        rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
+    )
+    if reference is not None:
+        pairs = train.with_reference_logps(
+            *reference, pairs, batch_size=config.batch_size, max_length=config.max_length
+        )
+    loader = _loader(config, pairs, data.collate_preferences)
+    return evaluate.preference_accuracy(model, params, loader) | {"rows": counts}
+
+
+def _eval_reward(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
+    assert config.reward is not None
+    prompts, counts = data.prompt_examples(
+        rows, tokenizer, max_prompt_length=config.max_length, bad_rows=config.bad_rows
+    )
+    result = evaluate.mean_reward(
+        model,
+        params,
+        tokenizer,
+        prompts,
+        rewards.resolve(config.reward, mesh=model.mesh),
+        key=jax.random.key(config.seed),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+    )
+    measured = {f"reward_{k}": result[k] for k in ("mean", "std", "stderr")}
+    if reference is not None:
+        tokens = [prompt.tokens for prompt in prompts]
+        measured |= _kl(config, model, params, tokenizer, tokens, reference)
+    return measured | {"rows": counts}
+
+
+def _kl(config, model, params, tokenizer, prompts, reference) -> dict[str, float]:
+    ref_model, ref_params = reference
+    return evaluate.kl_to_reference(
+        model,
+        params,
+        ref_params,
+        prompts,
+        key=jax.random.key(config.seed),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        stop_tokens=[tokenizer.eos_token_id],
+        ref_model=ref_model,
+        batch_size=config.batch_size,
+    )

@@ -4,6 +4,7 @@ The only room that says PartitionSpec or names a mesh axis: others speak of logi
 axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp, tensor.
 """
 
+from jalign.sharding.machines import Machine, machine, topology_devices
 from jalign.sharding.mesh import abstract_mesh, make_mesh, parse_mesh
 from jalign.sharding.multihost import (
     agree,
@@ -25,6 +26,7 @@ from jalign.sharding.partition import (
 )
 
 __all__ = [
+    "Machine",
     "abstract_mesh",
     "agree",
     "barrier",
@@ -33,6 +35,7 @@ __all__ = [
     "gather",
     "initialize",
     "is_main_process",
+    "machine",
     "make_mesh",
     "param_shardings",
     "parse_mesh",
@@ -42,4 +45,5 @@ __all__ = [
     "replicated",
     "shard_map",
     "state_shardings",
+    "topology_devices",
 ]

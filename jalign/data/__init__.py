@@ -1,0 +1,61 @@
+"""Rows to batches: formats, chat templates, masks, packing, a deterministic loader.
+
+NumPy only. Nothing here touches a device; `datasets`, `transformers` and `grain` are
+imported when a function needs them.
+"""
+
+from jalign.data.batching import (
+    PackedRow,
+    bucket_length,
+    collate_preferences,
+    collate_tokens,
+    pack,
+)
+from jalign.data.chat import DEFAULT_CHAT_TEMPLATE, ensure_chat_template
+from jalign.data.encoding import Example
+from jalign.data.examples import (
+    PreferenceExample,
+    PromptExample,
+    example_length,
+    preference_examples,
+    prompt_examples,
+    sft_examples,
+)
+from jalign.data.loader import (
+    batch_indices,
+    filler,
+    make_eval_loader,
+    make_loader,
+    num_steps,
+)
+from jalign.data.rows import BadRow, Row, Rows
+from jalign.data.sources import load_rows
+from jalign.data.tokenizer import check_vocab, load_tokenizer
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "BadRow",
+    "Example",
+    "PackedRow",
+    "PreferenceExample",
+    "PromptExample",
+    "Row",
+    "Rows",
+    "batch_indices",
+    "bucket_length",
+    "check_vocab",
+    "collate_preferences",
+    "collate_tokens",
+    "ensure_chat_template",
+    "example_length",
+    "filler",
+    "load_rows",
+    "load_tokenizer",
+    "make_eval_loader",
+    "make_loader",
+    "num_steps",
+    "pack",
+    "preference_examples",
+    "prompt_examples",
+    "sft_examples",
+]

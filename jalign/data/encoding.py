@@ -1,0 +1,122 @@
+"""Parsed rows to token ids and masks, whole: nothing is cut here."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jalign.data import chat as chat_lib
+from jalign.data.formats import Exchange, Prompt
+from jalign.data.rows import RowError
+from jalign.data.tokenizer import Tokenizer, encode_pairs, encode_plain, encode_texts
+
+
+class Example(NamedTuple):
+    """One document.
+
+    Attributes:
+      tokens: int32 [T].
+      completion_mask: bool [T], True where the token is trained; False at 0.
+    """
+
+    tokens: np.ndarray
+    completion_mask: np.ndarray
+
+
+def encode_exchanges(
+    exchanges: Sequence[Exchange],
+    tokenizer: Tokenizer,
+    assistant_only: bool | None = None,
+    completion_only: bool | None = None,
+) -> list[Example | RowError]:
+    """Encodes strings and conversations, each kind in one call of the tokenizer.
+
+    Args:
+      exchanges: parsed rows.
+      tokenizer: with an EOS token.
+      assistant_only, completion_only: as in `sft_examples`.
+
+    Returns: in order, the example or what is wrong with the row.
+    """
+    results: list[Any] = [None] * len(exchanges)
+    strings = [i for i, e in enumerate(exchanges) if isinstance(e.completion, str)]
+    pairs: Any = [(exchanges[i].prompt or "", exchanges[i].completion) for i in strings]
+    for i, (ids, start) in zip(strings, encode_pairs(tokenizer, pairs), strict=True):
+        everything = exchanges[i].prompt is None or completion_only is False
+        results[i] = _example(ids, np.arange(len(ids)) >= (0 if everything else start))
+    jobs: dict[bool, list[tuple[int, chat_lib.Chat]]] = {True: [], False: []}
+    for i, exchange in enumerate(exchanges):
+        if results[i] is None:
+            only, chat = _chat(exchange, assistant_only, completion_only)
+            jobs[only].append((i, chat))
+    for only, job in jobs.items():
+        chats = [chat for _, chat in job]
+        encoded = chat_lib.encode_chats(tokenizer, chats, assistant_only=only)
+        for (i, _), item in zip(job, encoded, strict=True):
+            results[i] = item if isinstance(item, RowError) else _example(*item)
+    return results
+
+
+def _chat(
+    exchange: Exchange, assistant_only: bool | None, completion_only: bool | None
+) -> tuple[bool, chat_lib.Chat]:
+    """The conversation, and whether only the assistant's turns are trained."""
+    prompt: Any = exchange.prompt or []
+    completion: Any = exchange.completion
+    messages, first = chat_lib.join_turns(prompt, completion)
+    if prompt and completion_only is False:
+        chat = chat_lib.Chat(messages, [], 0, exchange.template_args)
+        return bool(assistant_only), chat
+    chat = chat_lib.Chat(messages, prompt, first, exchange.template_args)
+    return assistant_only is not False, chat
+
+
+def _example(ids: np.ndarray, mask: np.ndarray) -> Example | RowError:
+    mask = np.array(mask, bool)
+    mask[:1] = False  # nothing predicts the first token
+    if not mask.any():
+        return RowError("(row)", "no token of it would be trained")
+    return Example(ids, mask)
+
+
+def check_masks_apply(
+    exchanges: Sequence[Exchange],
+    assistant_only: bool | None,
+    completion_only: bool | None,
+) -> None:
+    """Raises ValueError where a mask was asked for that some row cannot have."""
+    if assistant_only and any(isinstance(e.completion, str) for e in exchanges):
+        raise ValueError("assistant_only=True needs conversations; some rows are text")
+    if completion_only and any(e.prompt is None for e in exchanges):
+        raise ValueError(
+            "completion_only=True needs prompt + completion; some rows have no prompt"
+        )
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt]
+) -> list[tuple[str, np.ndarray] | RowError]:
+    """Encodes prompts to (text as the model sees it, ids), or to what is wrong."""
+    texts = [_prompt_text(prompt, tokenizer) for prompt in prompts]
+    results: list[Any] = list(texts)
+    for encode, kind in ((encode_texts, str), (encode_plain, list)):
+        chosen = [
+            i
+            for i, text in enumerate(texts)
+            if isinstance(text, str) and isinstance(prompts[i].prompt, kind)
+        ]
+        encoded = encode(tokenizer, [str(texts[i]) for i in chosen])
+        for i, ids in zip(chosen, encoded, strict=True):
+            empty = RowError("prompt", "empty, and the tokenizer puts no BOS before it")
+            results[i] = (texts[i], ids) if len(ids) else empty
+    return results
+
+
+def _prompt_text(prompt: Prompt, tokenizer: Tokenizer) -> str | RowError:
+    if isinstance(prompt.prompt, str):
+        return prompt.prompt
+    chat_lib.ensure_chat_template(tokenizer)
+    try:
+        return chat_lib.render_prompt(tokenizer, prompt.prompt, prompt.template_args)
+    except RowError as error:
+        return error

@@ -1,0 +1,253 @@
+"""Rows to examples: token ids with a mask of what is trained, cut to a length.
+
+The truncation policy: an example that is too long keeps its start, so BOS and the
+prompt stay and the EOS is lost rather than forged; an example with no trained token
+left is dropped and counted; prompts for sampling are dropped, never cut. When
+everything is dropped, that is an error.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jalign.data.encoding import (
+    Example,
+    check_masks_apply,
+    encode_exchanges,
+    encode_prompts,
+)
+from jalign.data.formats import (
+    Exchange,
+    Preference,
+    parse_preference,
+    parse_prompt,
+    parse_sft,
+)
+from jalign.data.rows import BadRow, RowError, check_bad_rows_mode, parse_rows, settle
+from jalign.data.tokenizer import Tokenizer
+
+logger = logging.getLogger("jalign.data")
+
+OVER_LENGTH_MODES = ("truncate", "drop")
+
+
+class PreferenceExample(NamedTuple):
+    """Two documents that start with the same prompt.
+
+    Attributes:
+      chosen, rejected: Example.
+      margin: how much better the chosen one was judged; 0 if unknown.
+      ref_chosen_logp, ref_rejected_logp: nats, under the frozen reference, once known.
+    """
+
+    chosen: Example
+    rejected: Example
+    margin: float = 0.0
+    ref_chosen_logp: float = 0.0
+    ref_rejected_logp: float = 0.0
+
+
+class PromptExample(NamedTuple):
+    """A prompt for sampling.
+
+    Attributes:
+      tokens: int32 [T].
+      text: the prompt as the model sees it, templated if it was a conversation.
+      row: the whole row, for reward functions.
+    """
+
+    tokens: np.ndarray
+    text: str
+    row: dict[str, Any]
+
+
+def sft_examples(
+    rows: Sequence[dict],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    assistant_only: bool | None = None,
+    completion_only: bool | None = None,
+    bad_rows: str = "error",
+    over_length: str = "truncate",
+) -> tuple[list[Example], dict[str, int]]:
+    """Makes supervised examples of `text`, `messages` or `prompt` + `completion` rows.
+
+    Args:
+      rows: from `load_rows`, or any list of dicts.
+      tokenizer: a fast Hugging Face tokenizer with an EOS token.
+      max_length: longest example, in tokens.
+      assistant_only: train only the assistant's turns of `messages`. None means yes.
+      completion_only: train only the completion of `prompt` + `completion` rows. None
+        means yes.
+      bad_rows: "error", or "skip" to leave unusable rows out and count them.
+      over_length: "truncate" keeps the start; "drop" leaves long examples out.
+
+    Returns:
+      The examples, in the order of the rows, and counts: rows, examples, bad_rows (in
+      all, and by field and reason), over_length (dropped), truncated (kept).
+
+    Raises:
+      ValueError: bad rows by file, row, field and reason; nothing left; an option that
+        does not apply to the rows.
+    """
+    _check_options(max_length, bad_rows, over_length)
+    records, bad = parse_rows(rows, parse_sft)
+    exchanges = [exchange for _, exchange in records]
+    check_masks_apply(exchanges, assistant_only, completion_only)
+    encoded = encode_exchanges(exchanges, tokenizer, assistant_only, completion_only)
+    good = _without_bad(records, encoded, bad)
+    counts = settle(bad, total_rows(rows), bad_rows)
+    fitted = [_fit(example, max_length, over_length) for example in good]
+    was_long = [len(example.tokens) > max_length for example in good]
+    return _finish(rows, fitted, was_long, counts, f"max_length={max_length}")
+
+
+def preference_examples(
+    rows: Sequence[dict],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    bad_rows: str = "error",
+    over_length: str = "truncate",
+) -> tuple[list[PreferenceExample], dict[str, int]]:
+    """Makes pairs of `chosen` + `rejected` rows, for reward models and DPO alike.
+
+    Args:
+      rows, tokenizer, max_length, bad_rows: as in `sft_examples`.
+      over_length: "truncate" keeps the start of both sides, and drops the pair if a
+        side has no completion left or both have become equal; "drop" drops any pair
+        with a side that is too long (better for reward models, which read the end).
+
+    Returns: the pairs and the counts. Raises: ValueError, as `sft_examples`.
+    """
+    _check_options(max_length, bad_rows, over_length)
+    records, bad = parse_rows(rows, parse_preference)
+    chosen = encode_exchanges([_side(p, p.chosen) for _, p in records], tokenizer)
+    rejected = encode_exchanges([_side(p, p.rejected) for _, p in records], tokenizer)
+    pairs = [
+        _pair(c, r, preference.margin)
+        for c, r, (_, preference) in zip(chosen, rejected, records, strict=True)
+    ]
+    good = _without_bad(records, pairs, bad)
+    counts = settle(bad, total_rows(rows), bad_rows)
+    fitted = [_fit_pair(pair, max_length, over_length) for pair in good]
+    was_long = [example_length(pair) > max_length for pair in good]
+    return _finish(rows, fitted, was_long, counts, f"max_length={max_length}")
+
+
+def prompt_examples(
+    rows: Sequence[dict],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    bad_rows: str = "error",
+) -> tuple[list[PromptExample], dict[str, int]]:
+    """Makes prompts for sampling of rows with `prompt`, or of conversations.
+
+    A conversation is templated up to where the assistant speaks; trailing assistant
+    turns of `messages` rows are left out. Longer prompts are dropped and counted,
+    never cut: a cut prompt asks something else.
+
+    Returns: the prompts and the counts. Raises: ValueError, as `sft_examples`.
+    """
+    _check_options(max_prompt_length, bad_rows, "drop")
+    records, bad = parse_rows(rows, lambda row: (row, parse_prompt(row)))
+    encoded = encode_prompts(tokenizer, [prompt for _, (_, prompt) in records])
+    prompts = [
+        item
+        if isinstance(item, RowError)
+        else PromptExample(item[1], item[0], dict(row))
+        for item, (_, (row, _)) in zip(encoded, records, strict=True)
+    ]
+    good = _without_bad(records, prompts, bad)
+    counts = settle(bad, total_rows(rows), bad_rows)
+    fitted = [p if len(p.tokens) <= max_prompt_length else None for p in good]
+    name = f"max_prompt_length={max_prompt_length}"
+    return _finish(rows, fitted, [False] * len(good), counts, name)
+
+
+def example_length(example: Any) -> int:
+    """Tokens of an example; of a pair, of its longer side."""
+    if isinstance(example, PreferenceExample):
+        return max(len(example.chosen.tokens), len(example.rejected.tokens))
+    return len(example.tokens)
+
+
+def total_rows(rows: Sequence[dict]) -> int:
+    """Rows of the source, those that could not be read included."""
+    return len(rows) + len(getattr(rows, "bad", ()))
+
+
+def _check_options(max_length: int, bad_rows: str, over_length: str) -> None:
+    check_bad_rows_mode(bad_rows)
+    if over_length not in OVER_LENGTH_MODES:
+        raise ValueError(
+            f"over_length must be 'truncate' or 'drop', not {over_length!r}"
+        )
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, not {max_length}")
+
+
+def _side(preference: Preference, completion: Any) -> Exchange:
+    return Exchange(preference.prompt, completion, preference.template_args)
+
+
+def _pair(chosen: Any, rejected: Any, margin: float) -> PreferenceExample | RowError:
+    for side in (chosen, rejected):
+        if isinstance(side, RowError):
+            return side
+    if np.array_equal(chosen.tokens, rejected.tokens):
+        return RowError("rejected", "has the same tokens as chosen")
+    return PreferenceExample(chosen, rejected, margin)
+
+
+def _without_bad(records, encoded, bad: list[BadRow]) -> list[Any]:
+    """Moves what could not be encoded to the bad rows."""
+    for (origin, _), item in zip(records, encoded, strict=True):
+        if isinstance(item, RowError):
+            bad.append(BadRow(origin, item.field, item.reason))
+    return [item for item in encoded if not isinstance(item, RowError)]
+
+
+def _fit(example: Example, max_length: int, over_length: str) -> Example | None:
+    """Cuts the end off; None where that leaves nothing to train."""
+    if len(example.tokens) <= max_length:
+        return example
+    cut = Example(example.tokens[:max_length], example.completion_mask[:max_length])
+    return cut if over_length == "truncate" and cut.completion_mask.any() else None
+
+
+def _fit_pair(pair: PreferenceExample, max_length: int, over_length: str):
+    chosen = _fit(pair.chosen, max_length, over_length)
+    rejected = _fit(pair.rejected, max_length, over_length)
+    if chosen is None or rejected is None:
+        return None
+    if np.array_equal(chosen.tokens, rejected.tokens):
+        return None
+    return pair._replace(chosen=chosen, rejected=rejected)
+
+
+def _finish(rows, fitted, was_long, counts, limit: str):
+    """Leaves dropped examples (None) out, counts, and refuses to end with none."""
+    kept = [example for example in fitted if example is not None]
+    if not kept:
+        raise ValueError(
+            f"none of the {len(fitted)} usable rows fits: with {limit} nothing to "
+            "train or sample from is left of any of them; raise it"
+        )
+    truncated = sum(
+        long and example is not None
+        for long, example in zip(was_long, fitted, strict=True)
+    )
+    result = {
+        "rows": total_rows(rows),
+        "examples": len(kept),
+        "over_length": len(fitted) - len(kept),
+        "truncated": truncated,
+        **counts,
+    }
+    logger.info("%s", ", ".join(f"{name} {n}" for name, n in result.items() if n))
+    return kept, result

@@ -1,0 +1,166 @@
+"""Batches in an order that is a function of (seed, epoch, index) and nothing else.
+
+The rows of all epochs stand in one endless sequence, each epoch shuffled anew, and
+step s takes rows s*B to (s+1)*B of it. So there is no iterator state: a run resumes
+at a step, on any number of hosts, with the batches it would have had.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jalign.data.batching import bucket_length
+from jalign.data.encoding import Example
+from jalign.data.examples import PreferenceExample, example_length
+
+logger = logging.getLogger("jalign.data")
+
+Batch = TypeVar("Batch")
+Collate = Callable[[Sequence[Any], int], Batch]
+
+_EMPTY = Example(np.zeros(0, np.int32), np.zeros(0, bool))
+
+
+def batch_indices(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Which of `n` examples make up the global batch of a step.
+
+    Args:
+      n: number of examples, at least 1.
+      batch_size: rows of the global batch, over all hosts.
+      seed: int in [0, 2**32).
+      step: from 0.
+
+    Returns: int64 [batch_size]. Every n consecutive places of the sequence hold each
+      example once; a batch at the end of an epoch goes on with the next one.
+    """
+    order = _order(n, seed)
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([order[place] for place in places], np.int64)
+
+
+def num_steps(n: int, batch_size: int, epochs: float = 1) -> int:
+    """Steps in which every example is seen at least `epochs` times."""
+    return max(1, int(np.ceil(n * epochs / batch_size - 1e-9)))
+
+
+def make_loader(
+    examples: Sequence[Any],
+    *,
+    batch_size: int,
+    seed: int,
+    collate: Collate[Batch],
+    max_length: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    start_step: int = 0,
+    steps: int | None = None,
+    epochs: float | None = None,
+) -> Iterator[Batch]:
+    """Yields this host's rows of the shuffled batches from `start_step` on.
+
+    Args:
+      examples: all examples, the same list on every host.
+      batch_size: rows of the global batch.
+      seed: of the order.
+      collate: (examples, length) -> batch, e.g. `collate_tokens`.
+      max_length: longest padded length. The length of a batch is the bucket of the
+        longest example of the *global* batch, so that all hosts agree on it.
+      shard_index, shard_count: this host and the number of hosts; a host gets a
+        contiguous slice of batch_size / shard_count rows.
+      start_step: the first step to yield.
+      steps: end before this step; else after `epochs`; without both, never end.
+
+    Raises: ValueError on no examples or a batch that does not divide over the hosts.
+    """
+    rows = _host_rows(len(examples), batch_size, shard_index, shard_count)
+    if steps is None and epochs is not None:
+        steps = num_steps(len(examples), batch_size, epochs)
+    if len(examples) < batch_size:
+        logger.warning(
+            "%d examples in batches of %d: examples repeat within a batch",
+            len(examples),
+            batch_size,
+        )
+    return _batches(
+        examples, batch_size, seed, collate, max_length, rows, start_step, steps
+    )
+
+
+def _batches(
+    examples, batch_size, seed, collate, max_length, rows, start_step, steps
+) -> Iterator[Any]:
+    lengths = np.array([example_length(example) for example in examples])
+    order, step, seen = _order(len(examples), seed), start_step, set()
+    while steps is None or step < steps:
+        places = range(step * batch_size, (step + 1) * batch_size)
+        indices = np.array([order[place] for place in places])
+        length = bucket_length(int(lengths[indices].max()), max_length)
+        _log_new_length(length, seen)
+        yield collate([examples[i] for i in indices[rows]], length)
+        step += 1
+
+
+def make_eval_loader(
+    examples: Sequence[Any],
+    *,
+    batch_size: int,
+    collate: Collate[Batch],
+    max_length: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields this host's rows of every example once, in order.
+
+    The last batch is filled up with rows without any segment, which count nothing, so
+    that every batch has the same number of rows. Arguments as in `make_loader`.
+    """
+    rows = _host_rows(len(examples), batch_size, shard_index, shard_count)
+
+    def batches():
+        seen: set[int] = set()
+        for start in range(0, len(examples), batch_size):
+            batch = list(examples[start : start + batch_size])
+            longest = max(example_length(example) for example in batch)
+            batch += [filler(batch[0])] * (batch_size - len(batch))
+            length = bucket_length(longest, max_length)
+            _log_new_length(length, seen)
+            yield collate(batch[rows], length)
+
+    return batches()
+
+
+def filler(example: Any) -> Any:
+    """An example of the same kind without tokens: a row that counts nothing."""
+    if isinstance(example, PreferenceExample):
+        return PreferenceExample(_EMPTY, _EMPTY)
+    return _EMPTY
+
+
+def _order(n: int, seed: int):
+    """The endless sequence: place -> example."""
+    import grain  # takes seconds to import
+
+    if n < 1:
+        raise ValueError("there are no examples to make batches of")
+    return grain.MapDataset.range(n).seed(seed).shuffle()
+
+
+def _host_rows(n: int, batch_size: int, index: int, count: int) -> slice:
+    if n < 1:
+        raise ValueError("there are no examples to make batches of")
+    if batch_size < 1 or batch_size % count:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be divided over {count} processes"
+        )
+    if not 0 <= index < count:
+        raise ValueError(f"shard_index={index} is not in [0, {count})")
+    share = batch_size // count
+    return slice(index * share, (index + 1) * share)
+
+
+def _log_new_length(length: int, seen: set[int]) -> None:
+    if length not in seen:
+        seen.add(length)
+        logger.info("batches of length %d: one more compilation", length)

@@ -1,0 +1,105 @@
+"""Rows that remember where they came from, and one report for the bad ones."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+BAD_ROWS_MODES = ("error", "skip")
+
+
+class Row(dict):
+    """A dict with `origin`, e.g. "train.jsonl row 7", for messages.
+
+    A row of a line-based file is numbered by its line, blank lines included.
+    """
+
+    __slots__ = ("origin",)
+
+    def __init__(self, fields: dict[str, Any], origin: str):
+        super().__init__(fields)
+        self.origin = origin
+
+
+class BadRow(NamedTuple):
+    """One unusable row: where it is, which field, and why."""
+
+    origin: str
+    field: str
+    reason: str
+
+
+class RowError(ValueError):
+    """Raised on one row, by code that does not know where the row came from."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(f"field '{field}': {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class Rows(list):
+    """A list of `Row`; `bad` holds those that could not even be read."""
+
+    def __init__(self, rows: Iterable[Row] = (), bad: Iterable[BadRow] = ()):
+        super().__init__(rows)
+        self.bad = tuple(bad)
+
+
+def parse_rows(
+    rows: Sequence[dict], parse: Callable[[dict], T]
+) -> tuple[list[tuple[str, T]], list[BadRow]]:
+    """Parses every row on its own: (origin, record) pairs, and the rows that fail.
+
+    Formats are never guessed from the first row: a mixed data set is either read
+    right or reported.
+    """
+    records: list[tuple[str, T]] = []
+    bad: list[BadRow] = list(getattr(rows, "bad", ()))
+    for number, row in enumerate(rows, 1):
+        origin = getattr(row, "origin", f"row {number}")
+        try:
+            if not isinstance(row, dict):
+                raise RowError("(row)", f"is {type(row).__name__}, not an object")
+            records.append((origin, parse(row)))
+        except RowError as error:
+            bad.append(BadRow(origin, error.field, error.reason))
+    return records, bad
+
+
+def check_bad_rows_mode(bad_rows: str) -> None:
+    if bad_rows not in BAD_ROWS_MODES:
+        raise ValueError(f"bad_rows must be 'error' or 'skip', not {bad_rows!r}")
+
+
+def settle(bad: Sequence[BadRow], total: int, bad_rows: str) -> dict[str, int]:
+    """Raises on bad rows, or counts them when `bad_rows` is "skip".
+
+    Returns: {"bad_rows": how many, "bad_rows/FIELD: REASON": how many, ...}.
+    Raises: ValueError naming the first rows, their fields and all reasons.
+    """
+    check_bad_rows_mode(bad_rows)
+    if total == 0:
+        raise ValueError("there are no rows in the data")
+    # Indices and columns are dropped here: one kind of fault, one count.
+    reasons = Counter(re.sub(r"\d+", "N", f"{r.field}: {r.reason}") for r in bad)
+    if bad and (bad_rows == "error" or len(bad) == total):
+        raise ValueError(_report(bad, total, reasons))
+    counts = {f"bad_rows/{reason}": n for reason, n in reasons.items()}
+    return {"bad_rows": len(bad), **counts}
+
+
+def _report(bad: Sequence[BadRow], total: int, reasons: Counter[str]) -> str:
+    firsts = "; ".join(f"{r.origin}, field '{r.field}': {r.reason}" for r in bad[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    kinds = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
+    advice = (
+        "No row is usable."
+        if len(bad) == total
+        else "Mend them, or pass bad_rows='skip' (--bad-rows skip)."
+    )
+    return (
+        f"{len(bad)} of {total} rows are unusable ({kinds}). {firsts}{more}. {advice}"
+    )

@@ -1,0 +1,157 @@
+"""Text to token ids: BOS once, EOS learned, prompt tokens as sampling will see them."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger("jalign.data")
+
+CHUNK = 1024  # texts a call: Python lists of ids are many times larger than arrays
+Tokenizer = Any  # transformers.PreTrainedTokenizerFast, imported only when loading
+
+_PAD_NAMES = (
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|endoftext|>",
+)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a Hugging Face tokenizer and settles its EOS and pad tokens.
+
+    jalign masks by length and never looks at pad ids, but the checkpoints it writes
+    are read by others: a pad token equal to EOS hides the EOS there, so another
+    token of the vocabulary is chosen where there is one. No token is ever added.
+
+    Args:
+      path: a directory with the tokenizer's files, or a hub id.
+
+    Raises:
+      ValueError: no EOS token, not a fast tokenizer, or nothing loadable there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # many kinds, by file format
+        raise ValueError(f"{path}: no tokenizer can be loaded: {error}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{path}: not a fast tokenizer (there is no tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{path}: the tokenizer has no EOS token, so nothing could learn to stop; "
+            "set eos_token in tokenizer_config.json"
+        )
+    settle_pad_token(tokenizer)
+    return tokenizer
+
+
+def settle_pad_token(tokenizer: Tokenizer) -> None:
+    """Gives the tokenizer a pad token other than EOS if its vocabulary has one."""
+    pad, eos = tokenizer.pad_token, tokenizer.eos_token
+    if pad is not None and pad != eos:
+        return
+    vocab = tokenizer.get_vocab()
+    names = [*_PAD_NAMES, tokenizer.unk_token, eos]
+    tokenizer.pad_token = next(
+        name for name in names if name in vocab and (name != eos or name is names[-1])
+    )
+    logger.info(
+        "the tokenizer's pad token was %r; using %r (id %d)",
+        pad,
+        tokenizer.pad_token,
+        tokenizer.pad_token_id,
+    )
+
+
+def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ValueError if the tokenizer can give ids that the model does not embed."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"the tokenizer gives ids up to {largest} ({token!r}), but the model "
+            f"embeds only {vocab_size}: they do not belong together"
+        )
+
+
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a raw text: [bos] or []."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Raw texts to int32 ids [T], with the tokenizer's BOS exactly once and no EOS."""
+    rows = encode_plain(tokenizer, texts)
+    first = np.array(leading_ids(tokenizer), np.int32)
+    return [
+        row if len(first) and np.array_equal(row[:1], first) else np.append(first, row)
+        for row in rows
+    ]
+
+
+def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Texts to int32 ids [T], nothing added: templated text brings its own BOS."""
+    rows = []
+    for start in range(0, len(texts), CHUNK):
+        encoded = tokenizer(
+            list(texts[start : start + CHUNK]),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        rows += [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+    return rows
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[np.ndarray, int]]:
+    """Prompts with completions to (ids, length of the prompt's ids), ending in EOS.
+
+    The ids start with the prompt's own ids, as at sampling time. Where tokenizing
+    prompt and completion as one text would merge across the border, the completion is
+    tokenized apart; if that would change the text (a tokenizer that puts a space
+    before each text), the one text is split behind its last token of the prompt.
+    """
+    prompts = encode_texts(tokenizer, [prompt for prompt, _ in pairs])
+    wholes = encode_texts(tokenizer, [prompt + rest for prompt, rest in pairs])
+    merged = [
+        i
+        for i, prompt in enumerate(prompts)
+        if common_prefix(prompt, wholes[i]) < len(prompt)
+    ]
+    rests = encode_plain(tokenizer, [pairs[i][1] for i in merged])
+    for i, rest in zip(merged, rests, strict=True):
+        apart = np.append(prompts[i], rest)
+        if tokenizer.decode(apart) == tokenizer.decode(wholes[i]):
+            wholes[i] = apart
+    if merged:
+        logger.info(
+            "%d of %d texts merge tokens of prompt and completion",
+            len(merged),
+            len(pairs),
+        )
+    eos = tokenizer.eos_token_id
+    return [
+        (
+            ids if len(ids) and ids[-1] == eos else np.append(ids, np.int32(eos)),
+            common_prefix(prompt, ids),
+        )
+        for prompt, ids in zip(prompts, wholes, strict=True)
+    ]
+
+
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """How many leading elements two arrays share."""
+    n = min(len(first), len(second))
+    differ = first[:n] != second[:n]
+    return int(np.argmax(differ)) if differ.any() else n

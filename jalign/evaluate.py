@@ -1,0 +1,306 @@
+"""Measures of a model: held-out loss, preference accuracy, KL, reward, sample texts.
+
+Every function is collective: with several processes, each calls it with the same
+prompts (or with its own rows of the same batches) and gets the same numbers.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jalign import data, losses, sharding
+from jalign.generate import continuation, generate_lists
+from jalign.models import Model
+from jalign.rewards import RewardFn
+from jalign.train import forward
+from jalign.types import PreferenceBatch, PyTree, TokenBatch
+
+Tokens = Sequence[int] | np.ndarray
+Prompt = str | dict[str, Any] | data.PromptExample | Tokens
+"""A text, a data row, an encoded prompt, or token ids."""
+
+__all__ = [
+    "eval_loss",
+    "kl_to_reference",
+    "mean_reward",
+    "preference_accuracy",
+    "sample_texts",
+]
+
+
+def eval_loss(
+    model: Model, params: PyTree, batches: Iterable[TokenBatch]
+) -> dict[str, float]:
+    """Cross-entropy of the trained tokens of held-out batches.
+
+    Args:
+      model: a causal language model.
+      params: its parameters.
+      batches: TokenBatches of this process's rows (NumPy), as a data loader gives.
+
+    Returns: `loss` (nats per token, over all tokens of all batches), `perplexity`,
+      `num_tokens`.
+    Raises: ValueError if no token is trained.
+    """
+    sums = np.zeros(2)
+    for batch in batches:
+        placed = sharding.put_batch(batch, model.mesh)
+        sums += _host(_loss_sums(params, placed, model=model))
+    total, count = sums.tolist()
+    if count == 0:
+        raise ValueError("the evaluation data has no trained token")
+    loss = total / count
+    perplexity = float(np.exp(min(loss, 700.0)))  # float64 ends at exp(709)
+    return {"loss": loss, "perplexity": perplexity, "num_tokens": count}
+
+
+@partial(jax.jit, static_argnames="model")
+def _loss_sums(params, batch, *, model):
+    logps = forward.token_logps(model, params, batch)
+    total, count = losses.token_mean(-logps, batch.completion_mask)
+    return jnp.stack([total, count])
+
+
+def preference_accuracy(
+    model: Model,
+    params: PyTree,
+    batches: Iterable[PreferenceBatch],
+    *,
+    beta: float = 1.0,
+) -> dict[str, float]:
+    """How often the chosen completion gets the higher reward.
+
+    A reward model (num_labels=1) scores the last token. A language model gives DPO's
+    implicit reward, beta * (log p - ref log p) summed over the completion; with the
+    reference log-probs at 0 that is how much likelier it finds the completion.
+
+    Args:
+      model, params: the model.
+      batches: PreferenceBatches of this process's rows (NumPy). Filler rows (without
+        a segment) count nothing.
+      beta: scale of the implicit reward.
+
+    Returns: `accuracy` (ties count one half), `margin` (mean reward of chosen minus
+      rejected), `num_pairs`.
+    Raises: ValueError if there is no pair.
+    """
+    sums = np.zeros(3)
+    for batch in batches:
+        placed = sharding.put_batch(batch, model.mesh)
+        sums += _host(_margin_sums(params, placed, beta, model=model))
+    right, margin, count = sums.tolist()
+    if count == 0:
+        raise ValueError("the evaluation data has no pairs")
+    return {"accuracy": right / count, "margin": margin / count, "num_pairs": count}
+
+
+@partial(jax.jit, static_argnames="model")
+def _margin_sums(params, batch: PreferenceBatch, beta, *, model):
+    rows = forward.interleave(batch)
+    if model.config.num_labels:
+        rewards = forward.sequence_rewards(model, params, rows)
+        chosen, rejected = forward.split_pairs(rewards)
+    else:
+        logps = forward.token_logps(model, params, rows)
+        sums = losses.sequence_logps(logps, rows.completion_mask)
+        chosen, rejected = forward.split_pairs(sums)
+        chosen = beta * (chosen - batch.ref_chosen_logps)
+        rejected = beta * (rejected - batch.ref_rejected_logps)
+    valid = (batch.chosen.segment_ids > 0).any(-1)
+    margin = jnp.where(valid, chosen - rejected, 0.0)
+    right = jnp.where(valid, (margin > 0) + 0.5 * (margin == 0), 0.0)
+    return jnp.stack([right.sum(), margin.sum(), valid.sum()])
+
+
+def kl_to_reference(
+    model: Model,
+    params: PyTree,
+    ref_params: PyTree,
+    prompts: Sequence[Tokens],
+    *,
+    key: jax.Array,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+    ref_model: Model | None = None,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """KL(policy || reference) on the policy's own samples, by k1 and by k3.
+
+    Args:
+      model, params: the policy.
+      ref_params, ref_model: the reference; the same model where that is None.
+      prompts: token ids.
+      key: PRNG key.
+      max_new_tokens, stop_tokens, batch_size: as in `generate.generate_lists`.
+      temperature: of the sampling, > 0; both models' log-probs are taken at it.
+
+    Returns: in nats `kl_per_sequence`, `kl_per_token` (k1, may be negative) and
+      `kl_k3_per_sequence`, `kl_k3_per_token` (k3, never negative), and `num_tokens`.
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    if temperature <= 0:
+        raise ValueError("the KL is estimated from samples: temperature must be > 0")
+    completions = generate_lists(
+        model,
+        params,
+        prompts,
+        key=key,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_tokens=stop_tokens,
+    )
+    models = (model, ref_model or model)
+    sums = np.zeros(3)
+    for batch in _teacher_forced(prompts, completions, batch_size):
+        sums += _host(_kl_sums(params, ref_params, batch, temperature, models=models))
+    k1, k3, tokens = sums.tolist()
+    return {
+        "kl_per_sequence": k1 / len(prompts),
+        "kl_per_token": k1 / tokens,
+        "kl_k3_per_sequence": k3 / len(prompts),
+        "kl_k3_per_token": k3 / tokens,
+        "num_tokens": tokens,
+    }
+
+
+def _teacher_forced(prompts, completions, batch_size: int) -> Iterable[TokenBatch]:
+    """Prompt + completion rows as TokenBatches of one shape; NumPy, all rows."""
+    examples = [
+        data.Example(
+            np.asarray([*prompt, *completion], np.int32),
+            np.arange(len(prompt) + len(completion)) >= len(prompt),
+        )
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    longest = max(len(example.tokens) for example in examples)
+    length = data.bucket_length(longest, 1 << 30)
+    empty = data.Example(np.zeros(0, np.int32), np.zeros(0, bool))
+    for start in range(0, len(examples), batch_size):
+        part = examples[start : start + batch_size]
+        yield data.collate_tokens(part + [empty] * (batch_size - len(part)), length)
+
+
+@partial(jax.jit, static_argnames="models")
+def _kl_sums(params, ref_params, batch: TokenBatch, temperature, *, models):
+    # Every process has all rows here, so they are cut over the mesh inside.
+    batch = jax.tree.map(
+        lambda x: sharding.constrain(x, models[0].mesh, "batch", None), batch
+    )
+    logps, ref_logps = (
+        forward.token_logps(model, p, batch, temperature=temperature)
+        for model, p in zip(models, (params, ref_params), strict=True)
+    )
+    mask = batch.completion_mask
+    k1, count = losses.token_mean(losses.kl_k1(logps, ref_logps), mask)
+    k3, _ = losses.token_mean(losses.kl_k3(logps, ref_logps), mask)
+    return jnp.stack([k1, k3, count])
+
+
+def mean_reward(
+    model: Model,
+    params: PyTree,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    reward_fn: RewardFn,
+    *,
+    key: jax.Array,
+    max_new_tokens: int,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Samples a completion for each prompt and has it judged.
+
+    Args:
+      model, params, tokenizer, prompts, key, max_new_tokens: as in `sample_texts`.
+      reward_fn: (prompts, completions, rows) -> float32 [B]; rows are the data rows,
+        or {} where a prompt came without one.
+      **sampling: stop_tokens, temperature, top_k, top_p, batch_size, likewise.
+
+    Returns: `mean`, `std` and `stderr` of the rewards, `rewards` float32 [B], and
+      `completions`, the texts.
+    """
+    how: dict[str, Any] = dict(key=key, max_new_tokens=max_new_tokens, **sampling)
+    examples = encode_prompts(prompts, tokenizer, model, max_new_tokens)
+    texts = sample_texts(model, params, tokenizer, examples, **how)
+    rows = [example.row for example in examples]
+    rewards = np.asarray(reward_fn([e.text for e in examples], texts, rows), np.float32)
+    return {
+        "mean": float(rewards.mean()),
+        "std": float(rewards.std()),
+        "stderr": float(rewards.std() / np.sqrt(len(rewards))),
+        "rewards": rewards,
+        "completions": texts,
+    }
+
+
+def sample_texts(
+    model: Model,
+    params: PyTree,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    key: jax.Array,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None = None,
+    **sampling: Any,
+) -> list[str]:
+    """The text with which the model continues each prompt.
+
+    Args:
+      model, params, tokenizer: a causal language model and its tokenizer.
+      prompts: texts, data rows (`prompt`: a text or messages), PromptExamples or token
+        ids. None is ever cut: one that is too long is an error.
+      key: PRNG key; a prompt's text depends on it and the prompt's index.
+      max_new_tokens: the most tokens for a prompt.
+      stop_tokens: token ids; None means the EOS tokens of tokenizer and model.
+      **sampling: temperature, top_k, top_p, batch_size of `generate.generate_lists`.
+
+    Returns: B texts, without special tokens.
+    """
+    if stop_tokens is None:
+        stop_tokens = sorted({tokenizer.eos_token_id, *model.config.eos_token_ids})
+    examples = encode_prompts(prompts, tokenizer, model, max_new_tokens)
+    ids = [np.asarray(example.tokens).tolist() for example in examples]
+    how: dict[str, Any] = dict(key=key, max_new_tokens=max_new_tokens, **sampling)
+    completions = generate_lists(model, params, ids, stop_tokens=stop_tokens, **how)
+    return [
+        continuation(tokenizer, p, c) for p, c in zip(ids, completions, strict=True)
+    ]
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Any, model: Model, max_new_tokens: int
+) -> list[data.PromptExample]:
+    """Prompts of any kind as PromptExamples, all of them, in their order.
+
+    Raises: ValueError where one leaves no room for max_new_tokens in the context.
+    """
+    room = model.config.max_position - max_new_tokens
+    rows: list[Any] = [{"prompt": p} if isinstance(p, str) else p for p in prompts]
+    todo = [i for i, row in enumerate(rows) if isinstance(row, dict)]
+    if todo:
+        found, _ = data.prompt_examples(
+            [rows[i] for i in todo], tokenizer, max_prompt_length=max(room, 2)
+        )
+        if len(found) < len(todo):
+            raise ValueError(
+                f"{len(todo) - len(found)} of {len(todo)} prompts are longer than the "
+                f"{room} tokens that max_new_tokens={max_new_tokens} leaves"
+            )
+        for i, example in zip(todo, found, strict=True):
+            rows[i] = example
+    return [
+        row
+        if isinstance(row, data.PromptExample)
+        else data.PromptExample(np.asarray(row, np.int32), tokenizer.decode(row), {})
+        for row in rows
+    ]
+
+
+def _host(sums: jax.Array) -> np.ndarray:
+    return sharding.gather(sums).astype(np.float64)

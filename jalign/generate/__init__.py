@@ -1,0 +1,16 @@
+"""Sampling from a model: pure token samplers and a jitted decode engine."""
+
+from jalign.generate.batches import continuation, generate_lists
+from jalign.generate.engine import completion_lists, generate, to_host
+from jalign.generate.sampling import greedy, sample, sample_filtered
+
+__all__ = [
+    "completion_lists",
+    "continuation",
+    "generate",
+    "generate_lists",
+    "greedy",
+    "sample",
+    "sample_filtered",
+    "to_host",
+]

@@ -1,0 +1,69 @@
+"""Many prompts, decoded some at a time; and the text that a completion adds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jalign.generate.engine import completion_lists, generate
+from jalign.generate.inputs import Tokens, row_keys
+from jalign.models import Model
+from jalign.types import PyTree
+
+
+def generate_lists(
+    model: Model,
+    params: PyTree,
+    prompts: Sequence[Tokens],
+    *,
+    key: jax.Array,
+    batch_size: int = 64,
+    **settings: Any,
+) -> list[list[int]]:
+    """`generate`, at most batch_size prompts at once; a row does not depend on that.
+
+    Args:
+      model, params, prompts, key: as in `generate`.
+      batch_size: prompts decoded together (global).
+      **settings: max_new_tokens and the others of `generate`.
+
+    Returns: each prompt's completion, token ids with the stop token, on the host.
+    Raises: as `generate`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if not len(prompts):
+        raise ValueError("there are no prompts")
+    keys = row_keys(key, len(prompts), len(prompts))
+    impl = jax.random.key_impl(key)
+    size = min(batch_size, len(prompts))
+    completions: list[list[int]] = []
+    for start in range(0, len(prompts), size):
+        # The last part repeats prompts up to the same size: one compilation less.
+        rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)
+        part = generate(
+            model,
+            params,
+            [prompts[row] for row in rows],
+            key=jax.random.wrap_key_data(jnp.asarray(keys[rows]), impl=impl),
+            **settings,
+        )
+        completions += completion_lists(part)
+    return completions[: len(prompts)]
+
+
+def continuation(tokenizer: Any, prompt: list[int], completion: list[int]) -> str:
+    """The text that the completion's ids add to the prompt's, no special tokens.
+
+    Decoding the completion alone would lose the space before its first word with
+    tokenizers of the SentencePiece kind, and split characters that cross the border.
+    """
+    before, both = (
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in (prompt, prompt + completion)
+    )
+    if both.startswith(before):
+        return both[len(before) :]
+    return tokenizer.decode(completion, skip_special_tokens=True)

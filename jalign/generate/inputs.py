@@ -1,0 +1,116 @@
+"""What goes into the decode engine: checked, padded to few shapes, placed on a mesh."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jalign import sharding
+from jalign.types import PyTree
+
+Tokens = Sequence[int] | np.ndarray
+
+
+def check_settings(
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    """Raises ValueError naming the sampling setting that is out of range."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"temperature must be 0 (greedy) or positive, not {temperature}"
+        )
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or positive, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], where 1 is off, not {top_p}")
+
+
+def check_tokens(name: str, tokens: Tokens, vocab_size: int) -> None:
+    """Raises ValueError naming a token that the model does not embed."""
+    for token in (min(tokens), max(tokens)) if len(tokens) else ():
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{name}: token {token} is not in the model's vocabulary of "
+                f"{vocab_size}"
+            )
+
+
+def check_prompts(prompts: Sequence[Tokens], config, max_new_tokens: int) -> None:
+    """Raises ValueError naming a row that is empty, too long or out of vocabulary."""
+    if not len(prompts):
+        raise ValueError("there are no prompts")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {row} has no tokens; start it with BOS at least")
+        check_tokens(f"prompt {row}", prompt, config.vocab_size)
+        length = len(prompt) + max_new_tokens
+        if length > config.max_position:
+            raise ValueError(
+                f"prompt {row} of {len(prompt)} tokens and max_new_tokens="
+                f"{max_new_tokens} make {length} tokens; the model's context is "
+                f"{config.max_position}"
+            )
+
+
+def bucket_length(length: int) -> int:
+    """The padded length: 16, 24, 32, 48, 64, 96, … so that few shapes compile."""
+    bucket = 16
+    while bucket < length:
+        # From a power of two to one and a half of it, and on to the next power.
+        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
+    return bucket
+
+
+def padded_rows(rows: int, mesh) -> int:
+    """The number of rows, made a multiple of the devices that rows are cut over."""
+    if mesh is None:
+        return rows
+    (shard,) = sharding.batch_sharding(mesh).shard_shape((mesh.size,))
+    ways = mesh.size // shard
+    return -(-rows // ways) * ways
+
+
+def pad_prompts(prompts: Sequence[Tokens], total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts on the left of int32 [total, P], and lengths int32 [total].
+
+    Filler rows behind them hold one token.
+    """
+    lengths = np.ones(total, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    tokens = np.zeros((total, bucket_length(int(lengths.max()))), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, lengths
+
+
+@jax.jit
+def _fold_rows(key: jax.Array, rows: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
+def row_keys(key: jax.Array, rows: int, total: int) -> np.ndarray:
+    """Key data uint32 [total, ...]: key folded with the row index, or keys as given.
+
+    Raises: ValueError if key is no typed PRNG key, or not [] or [rows].
+    """
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+        raise ValueError("key must be a typed PRNG key, from jax.random.key(seed)")
+    if key.shape not in ((), (rows,)):
+        raise ValueError(f"key must be one key or {rows}, one a row; got {key.shape}")
+    keys = key if key.ndim else _fold_rows(key, np.arange(rows, dtype=np.uint32))
+    data = sharding.gather(keys)
+    return np.pad(data, [(0, total - rows)] + [(0, 0)] * (data.ndim - 1))
+
+
+def place(tree: PyTree, mesh) -> PyTree:
+    """NumPy arrays that every process has -> arrays cut over the mesh by rows."""
+    if mesh is None:
+        return tree
+    rows = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, rows, lambda i: x[i]), tree
+    )

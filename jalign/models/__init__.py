@@ -1,0 +1,23 @@
+"""LLaMA-style decoders in Flax, from Hugging Face checkpoints and back.
+
+The only room that imports flax. Parameters are plain nested dicts with layers stacked
+on axis 0; a `Model` holds the sizes and turns (params, tokens) into hidden states.
+"""
+
+from jalign.models.attention import attend
+from jalign.models.cache import KVCache
+from jalign.models.config import ModelConfig, RopeScaling
+from jalign.models.hf_read import load
+from jalign.models.hf_write import save
+from jalign.models.model import Model, add_scalar_head
+
+__all__ = [
+    "KVCache",
+    "Model",
+    "ModelConfig",
+    "RopeScaling",
+    "add_scalar_head",
+    "attend",
+    "load",
+    "save",
+]

@@ -1,0 +1,172 @@
+"""The pieces of a decoder block: projections, RMS norm, rotary embedding, gated MLP.
+
+Parameters are float32 and cast to the activation dtype where they are used; norms and
+rotations compute in float32.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jalign.models.config import ModelConfig, RopeScaling
+
+INIT_STD = 0.02  # the initializer_range of every family here
+_kernel_init = nn.initializers.normal(INIT_STD)
+
+
+class Projection(nn.Module):
+    """An einsum with a learned kernel, and a bias where bias_shape is given."""
+
+    equation: str
+    shape: tuple[int, ...]
+    bias_shape: tuple[int, ...] | None = None
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Callable[..., jax.Array] = _kernel_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.bias_shape is None:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
+        return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+
+
+class Embedding(nn.Module):
+    """Token table [V, D]. A token id outside [0, V) embeds to NaN, to be noticed."""
+
+    vocab_size: int
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        shape = (self.vocab_size, self.features)
+        table = self.param("embedding", _kernel_init, shape, jnp.float32)
+        rows = table.at[tokens].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+        return rows.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467)."""
+
+    eps: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
+        scale = jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+        return (normed * scale).astype(self.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), SwiGLU (arXiv:2002.05202)."""
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, constrain: Callable[..., jax.Array]
+    ) -> jax.Array:
+        D, F = self.config.hidden_size, self.config.intermediate_size
+        gate = Projection("btd,df->btf", (D, F), dtype=self.dtype, name="gate")(x)
+        up = Projection("btd,df->btf", (D, F), dtype=self.dtype, name="up")(x)
+        hidden = constrain(nn.silu(gate) * up, "batch", "time", "act_mlp")
+        return Projection("btf,fd->btd", (F, D), dtype=self.dtype, name="down")(hidden)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Rotary angle per position of each pair of dimensions.
+
+    Returns: float32 [H / 2] radians per token, and the factor on cos and sin.
+    Source: RoFormer (arXiv:2104.09864) and the papers at RopeScaling.
+    """
+    H, scaling = config.head_dim, config.rope_scaling
+    inv_freq = config.rope_theta ** -(np.arange(0, H, 2, dtype=np.float64) / H)
+    factor = 1.0
+    if scaling is not None and scaling.kind == "linear":
+        inv_freq = inv_freq / scaling.factor
+    elif scaling is not None and scaling.kind == "llama3":
+        inv_freq = _llama3_frequencies(inv_freq, scaling)
+    elif scaling is not None:
+        inv_freq = _yarn_frequencies(inv_freq, scaling, config.rope_theta)
+        factor = _yarn_attention_factor(scaling)
+    return inv_freq.astype(np.float32), factor
+
+
+def _llama3_frequencies(inv_freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Slow frequencies divided by the factor, fast ones kept, a ramp between them."""
+    turns = scaling.original_max_position * inv_freq / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return inv_freq * (keep + (1 - keep) / scaling.factor)
+
+
+def _yarn_frequencies(
+    inv_freq: np.ndarray, scaling: RopeScaling, theta: float
+) -> np.ndarray:
+    """As llama3, but the ramp is linear in the dimension instead of in the turns."""
+    H = 2 * inv_freq.size
+
+    def dimension_of(turns: float) -> float:
+        length = scaling.original_max_position
+        return H * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    # transformers' guard against a band of no width.
+    width = high - low if high != low else 0.001
+    stretch = np.clip((np.arange(H // 2) - low) / width, 0.0, 1.0)
+    return inv_freq * (1 - stretch + stretch / scaling.factor)
+
+
+def _yarn_attention_factor(scaling: RopeScaling) -> float:
+    def mscale(weight: float) -> float:
+        if scaling.factor <= 1:
+            return 1.0
+        return 0.1 * weight * math.log(scaling.factor) + 1.0
+
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
+    return mscale(1.0)
+
+
+def rope_tables(
+    config: ModelConfig, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position's angles: int32 [B, T] -> 2 x float32 [B,T,H/2]."""
+    inv_freq, factor = rope_frequencies(config)
+    angles = jnp.einsum("bt,h->bth", positions.astype(jnp.float32), inv_freq)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + H/2), Hugging Face's layout of the rotary embedding.
+
+    Args:
+      x: [B, T, heads, H], any float dtype.
+      cos, sin: float32 [B, T, H/2].
+
+    Returns: as x.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -1,0 +1,164 @@
+"""A model is its config and how to run it; the parameters are a dict beside it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jalign import sharding
+from jalign.models import heads
+from jalign.models.attention import IMPLEMENTATIONS
+from jalign.models.cache import KVCache, init_cache
+from jalign.models.config import ModelConfig
+from jalign.models.decoder import Decoder
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Pure functions of (params, arrays); hashable, so it may be closed over or static.
+
+    Attributes:
+      config: ModelConfig.
+      mesh: of sharding.make_mesh, for constraints on activations; None on one device.
+      dtype: of activations, matmul inputs and the cache; parameters keep their own.
+      remat: recompute blocks in the backward pass, to store one [B, T, D] a layer.
+      attention: "auto", "plain", "blocked", "cudnn" or "splash", see `attend`.
+    """
+
+    config: ModelConfig
+    mesh: Mesh | None = None
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+    attention: str = "auto"
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if self.attention not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attention={self.attention!r} is not one of {sorted(IMPLEMENTATIONS)}"
+            )
+
+    @property
+    def _decoder(self) -> Decoder:
+        return Decoder(
+            self.config, self.mesh, self.dtype, self.remat, self.attention
+        )
+
+    def _init(self, key: jax.Array) -> Params:
+        # On a mesh-free twin: two tokens do not divide over devices.
+        decoder = Decoder(self.config, attention="plain")
+        zeros = jnp.zeros((1, 2), jnp.int32)
+        params = dict(decoder.init(key, zeros, zeros, None, None)["params"])
+        if self.config.num_labels:
+            head_key = jax.random.fold_in(key, 1)
+            params["score"] = heads.init_score_head(head_key, self.config.hidden_size)
+        return params
+
+    def init(self, key: jax.Array) -> Params:
+        """Random float32 parameters, on the mesh where there is one.
+
+        Args:
+          key: typed PRNG key.
+
+        Returns: nested dict, layers stacked on axis 0; matrices normal with standard
+          deviation 0.02, norms 1, biases 0. Equal on every mesh.
+        """
+        if self.mesh is None:
+            return jax.jit(self._init)(key)
+        shardings = sharding.param_shardings(self.mesh, self.param_shapes())
+        return jax.jit(self._init, out_shardings=shardings)(key)
+
+    def param_shapes(self) -> Params:
+        """The tree of jax.ShapeDtypeStruct of `init`; allocates nothing."""
+        return jax.eval_shape(self._init, jax.random.key(0))
+
+    def apply(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the decoder.
+
+        Args:
+          params: as of `init` or `load`.
+          tokens: int32 [B, T]. An id outside the vocabulary gives NaN.
+          positions: int32 [B, T], from 0 in each segment; 0..T-1 when None.
+          segment_ids: int32 [B, T]; tokens see the earlier tokens of their own
+            segment. None: every row is one document. With a cache it only tells
+            padding (0), whose keys are not written.
+          cache: of `init_cache`; keys and values are written at `positions`, and a
+            query at position p sees the slots <= p.
+
+        Returns: hidden [B, T, D] after the final norm in the model's dtype, and the
+          new cache (None without one).
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens of shape {tokens.shape} are not [batch, time]")
+        if positions is None:
+            steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to(steps, tokens.shape)
+        variables = {"params": params}
+        return self._decoder.apply(variables, tokens, positions, segment_ids, cache)  # pyright: ignore[reportReturnType]
+
+    def unembed(self, params: Params) -> jax.Array:
+        """The matrix [D, V] from hidden states to logits, in the parameters' dtype."""
+        if self.config.num_labels:
+            raise ValueError("this model has a scalar head: it gives no logits")
+        if self.config.tie_embeddings:
+            return params["embed"]["embedding"].T
+        return params["unembed"]["kernel"]
+
+    def score(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Reward or value of each position: [B, T, D] -> float32 [B, T]."""
+        if not self.config.num_labels:
+            raise ValueError("this is a language model: it has no scalar head")
+        return heads.score(params, hidden)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `length` tokens."""
+        cache = init_cache(self.config, batch, length, self.dtype)
+        axes = ("layers", "batch", None, "act_kv_heads", None)
+        return KVCache(*(sharding.constrain(x, self.mesh, *axes) for x in cache))
+
+    def with_scalar_head(self) -> "Model":
+        """The same decoder with one output instead of a vocabulary."""
+        return self.replace(config=dataclasses.replace(self.config, num_labels=1))
+
+    def replace(self, **changes: Any) -> "Model":
+        """A copy with other fields, as `model.replace(remat=True)`."""
+        return dataclasses.replace(self, **changes)
+
+
+def add_scalar_head(
+    model: Model, params: Params, *, key: jax.Array
+) -> tuple[Model, Params]:
+    """A reward model or critic that starts from a language model.
+
+    Args:
+      model, params: a language model (or a model with a head, which is replaced).
+      key: typed PRNG key for the new head, normal with variance 1 / (D + 1).
+
+    Returns: the model with num_labels=1, and parameters that share all arrays with
+      `params` but have "score" instead of "unembed".
+    """
+    model = model.with_scalar_head()
+    params = {k: v for k, v in params.items() if k not in ("unembed", "score")}
+    head = heads.init_score_head(key, model.config.hidden_size)
+    if model.mesh is not None:
+        shardings = sharding.param_shardings(model.mesh, model.param_shapes())
+        kernel, where = np.asarray(head["kernel"]), shardings["score"]["kernel"]
+        # Works for a mesh over several processes, where device_put does not.
+        pick = kernel.__getitem__
+        head = {"kernel": jax.make_array_from_callback(kernel.shape, where, pick)}
+    return model, params | {"score": head}

@@ -1,0 +1,1 @@
+"""Training: objectives, the step, optimizers, checkpoints, metrics and recipes."""

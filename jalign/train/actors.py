@@ -1,0 +1,198 @@
+"""The models of an online run as the functions that a rollout asks for."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jalign import data, generate, models, rewards, sharding
+from jalign.train import forward
+from jalign.train.ppo_config import PPOConfig, SampleConfig
+from jalign.train.rollout import Actors
+from jalign.types import PyTree, TokenBatch
+
+
+class Cast(NamedTuple):
+    """Everybody in a PPO run. Parameters are those before the first update.
+
+    Attributes:
+      policy: a causal language model; its reference has the same parameters.
+      policy_params: of the reference, and what the policy starts from.
+      critic: a model with a scalar head.
+      critic_params: what the critic starts from.
+      tokenizer: the policy's.
+      reward: (prompts, completions, rows) -> float32 [B].
+    """
+
+    policy: models.Model
+    policy_params: PyTree
+    critic: models.Model
+    critic_params: PyTree
+    tokenizer: Any
+    reward: rewards.RewardFn
+
+
+def load_cast(config: PPOConfig, mesh: Mesh | None) -> Cast:
+    """Loads the policy, and the reward: a Python function or a reward checkpoint.
+
+    The critic starts from the reward model where there is one of the policy's
+    vocabulary, else from the policy with a new scalar head.
+    """
+    compute = config.ppo.compute
+    load = functools.partial(
+        models.load, mesh=mesh, dtype=compute.dtype, remat=compute.remat
+    )
+    tokenizer = data.load_tokenizer(config.model)
+    policy, params = load(config.model)
+    data.check_vocab(tokenizer, policy.config.vocab_size)
+    if is_function(config.reward):
+        reward, judge = on_main_process(rewards.load_reward(config.reward)), None
+    else:
+        judge = load(config.reward)
+        reward_tokenizer = data.load_tokenizer(config.reward)
+        reward = rewards.model_reward(*judge, reward_tokenizer)
+    if judge and reward_tokenizer.get_vocab() == tokenizer.get_vocab():
+        critic, critic_params = judge
+    else:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        critic, critic_params = models.add_scalar_head(policy, params, key=key)
+    return Cast(policy, params, critic, critic_params, tokenizer, reward)
+
+
+def is_function(reward: str) -> bool:
+    """Whether a --reward names `file.py:function` and not a checkpoint."""
+    return reward.rpartition(":")[0].endswith(".py")
+
+
+def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
+    """The same rewards on every process, asked for once, on process 0.
+
+    A function of the user's may be slow, cost money or draw random numbers.
+    """
+    if jax.process_count() == 1:
+        return reward
+
+    def shared(prompts, completions, rows):
+        values, fault = np.full(len(prompts), np.nan, np.float32), None
+        if sharding.is_main_process():
+            try:
+                values = reward(prompts, completions, rows)
+            except Exception as error:  # noqa: BLE001: told to all, then raised here
+                fault = error
+        values = np.asarray(multihost_utils.broadcast_one_to_all(values))
+        if fault is not None:
+            raise fault
+        if np.isnan(values).any():
+            raise ValueError("reward: failed on process 0, see its message")
+        return values
+
+    return shared
+
+
+def make_actors(cast: Cast, config: PPOConfig) -> Actors:
+    """The compiled functions of a run, from host arrays to host arrays."""
+    sampling, mesh = config.ppo.sampling, cast.policy.mesh
+    rows = config.batch_size // config.ppo.num_minibatches
+    stops = stop_tokens(cast, sampling)
+
+    @jax.jit
+    def stats(params, batch):
+        return forward.token_stats(
+            cast.policy, params, batch, temperature=sampling.temperature
+        )
+
+    @jax.jit
+    def logps(params, batch):
+        return forward.token_logps(
+            cast.policy, params, batch, temperature=sampling.temperature
+        )
+
+    @jax.jit
+    def values(params, batch):
+        return forward.token_values(cast.critic, params, batch)
+
+    def sample(params, prompts, key):
+        completion = generate.generate(
+            cast.policy,
+            params,
+            prompts,
+            key=key,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            stop_tokens=stops,
+        )
+        return generate.to_host(completion)
+
+    def on_host(function: Callable) -> Callable[[PyTree, TokenBatch], Any]:
+        return lambda params, batch: in_pieces(
+            functools.partial(function, params), batch, rows=rows, mesh=mesh
+        )
+
+    return Actors(
+        sample=sample,
+        policy=on_host(stats),
+        reference=functools.partial(on_host(logps), cast.policy_params),
+        critic=on_host(values),
+        reward=cast.reward,
+        decode=lambda ids: cast.tokenizer.batch_decode(ids, skip_special_tokens=True),
+        stop_tokens=stops,
+        max_length=config.max_length,
+    )
+
+
+def stop_tokens(cast: Cast, sampling: SampleConfig) -> tuple[int, ...]:
+    """What ends a completion: the user's ids, else every end-of-text that is known.
+
+    Raises: ValueError for an id outside the vocabulary.
+    """
+    known = {cast.tokenizer.eos_token_id, *cast.policy.config.eos_token_ids}
+    stops = sampling.stop_token_ids or sorted(known - {None})
+    size = cast.policy.config.vocab_size
+    for stop in stops:
+        if not 0 <= stop < size:
+            raise ValueError(f"stop_token_ids: {stop} is not in 0 .. {size - 1}")
+    return tuple(stops)
+
+
+def local_rows(batch: PyTree, mesh: Mesh | None) -> PyTree:
+    """A batch that every process holds whole -> global arrays over the mesh."""
+    index, count = sharding.process_slice(mesh)
+
+    def mine(x):
+        share = len(x) // count
+        return x[index * share : (index + 1) * share]
+
+    return sharding.put_batch(jax.tree.map(mine, batch), mesh)
+
+
+def in_pieces(
+    function: Callable[[PyTree], PyTree], batch: PyTree, *, rows: int, mesh: Mesh | None
+) -> PyTree:
+    """function(batch), `rows` rows at a time: one compilation and bounded memory.
+
+    Args:
+      function: from a batch on the mesh to arrays [rows, ...].
+      batch: host arrays [B, ...]; filled up with zeros to a multiple of `rows`.
+      rows: of each piece.
+      mesh: where the pieces go.
+
+    Returns: host arrays [B, ...].
+    """
+    size = len(jax.tree.leaves(batch)[0])
+    missing = -size % rows
+
+    def fill(x):
+        return np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)])
+
+    filled = jax.tree.map(fill, batch)
+    pieces = []
+    for start in range(0, size, rows):
+        piece = jax.tree.map(lambda x, at=start: x[at : at + rows], filled)
+        pieces.append(sharding.gather(function(local_rows(piece, mesh))))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:size], *pieces)

@@ -1,0 +1,137 @@
+"""From (model, params, batch) to log-probabilities, rewards and values.
+
+The seam between the model and the losses: tokens are shifted here and only here.
+Everything is aligned to the token index: entry [b, t] belongs to tokens[b, t], is
+computed from tokens[b, :t], and is 0 where completion_mask is False.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jalign import losses
+from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
+from jalign.models import Model
+from jalign.types import PreferenceBatch, TokenBatch
+
+PyTree = Any
+
+
+class TokenStats(NamedTuple):
+    """Log-probability and entropy of every trained token.
+
+    Attributes:
+      logps: float32 [B, T], nats.
+      entropy: float32 [B, T], nats, of the distribution that tokens[b, t] came from.
+    """
+
+    logps: jax.Array
+    entropy: jax.Array
+
+
+def chunk_size(model: Model) -> int:
+    """Tokens of the global batch whose logits exist at once: a fixed number a device.
+
+    Vocabulary and rows are cut over the mesh, so the default serves each device.
+    """
+    return DEFAULT_CHUNK_SIZE * (model.mesh.size if model.mesh is not None else 1)
+
+
+def hidden_states(model: Model, params: PyTree, batch) -> jax.Array:
+    """[B, T, D] after the final norm, for a TokenBatch or a Rollout."""
+    hidden, _ = model.apply(
+        params,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+    )
+    return hidden
+
+
+def token_stats(
+    model: Model, params: PyTree, batch, *, temperature: float = 1.0
+) -> TokenStats:
+    """Log-probabilities and entropies of a TokenBatch's (or Rollout's) tokens."""
+    hidden = hidden_states(model, params, batch)
+    logps, entropy = losses.token_logps(
+        hidden[:, :-1],
+        model.unembed(params),
+        batch.tokens[:, 1:],
+        temperature=temperature,
+        chunk_size=chunk_size(model),
+        return_entropy=True,
+    )
+    mask = batch.completion_mask
+    return TokenStats(_align(logps, mask), _align(entropy, mask))
+
+
+def token_logps(
+    model: Model, params: PyTree, batch, *, temperature: float = 1.0
+) -> jax.Array:
+    """log p(tokens[b, t] | tokens[b, :t]), float32 [B, T], without the entropies."""
+    hidden = hidden_states(model, params, batch)
+    logps = losses.token_logps(
+        hidden[:, :-1],
+        model.unembed(params),
+        batch.tokens[:, 1:],
+        temperature=temperature,
+        chunk_size=chunk_size(model),
+    )
+    return _align(logps, batch.completion_mask)
+
+
+def token_values(model: Model, params: PyTree, batch) -> jax.Array:
+    """The critic's value of the state before each trained token, float32 [B, T]."""
+    hidden = hidden_states(model, params, batch)
+    return _align(model.score(params, hidden)[:, :-1], batch.completion_mask)
+
+
+def sequence_rewards(model: Model, params: PyTree, batch: TokenBatch) -> jax.Array:
+    """The reward model's score at each row's last token, float32 [B].
+
+    The row is one document; a row without tokens gets the score at position 0.
+    """
+    scores = model.score(params, hidden_states(model, params, batch))
+    index = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+    last = jnp.max(jnp.where(batch.segment_ids > 0, index[None, :], 0), axis=1)
+    return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
+
+
+def interleave(batch: PreferenceBatch) -> TokenBatch:
+    """The pairs as one TokenBatch [2B, T] of rows chosen, rejected, chosen, ...
+
+    Interleaved, not concatenated, so that no row leaves the device it lies on.
+    """
+    return jax.tree.map(
+        lambda c, r: jnp.stack([c, r], axis=1).reshape(-1, *c.shape[1:]),
+        batch.chosen,
+        batch.rejected,
+    )
+
+
+def split_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[2B, ...] of interleaved rows -> (chosen [B, ...], rejected [B, ...])."""
+    pairs = x.reshape(-1, 2, *x.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def make_reference_fn(model: Model) -> Callable[[PyTree, TokenBatch], jax.Array]:
+    """A jitted (params, TokenBatch) -> float32 [B], nats: log p of each completion.
+
+    Summed over the trained tokens. Give it the frozen reference's parameters once per
+    batch, before training; for pairs, give it `interleave(batch)` and split_pairs.
+    """
+
+    @jax.jit
+    def reference_logps(params: PyTree, batch: TokenBatch) -> jax.Array:
+        logps = token_logps(model, params, batch)
+        return losses.sequence_logps(logps, batch.completion_mask)
+
+    return reference_logps
+
+
+def _align(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, T-1] computed from the tokens before -> [B, T], 0 outside the mask."""
+    return jnp.where(mask, jnp.pad(x, ((0, 0), (1, 0))), 0.0)

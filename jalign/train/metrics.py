@@ -1,0 +1,233 @@
+"""Metrics: fetched one step late, so that the device never waits for the host.
+
+OUT/metrics.jsonl has one row a step, OUT/tensorboard the same as curves; a progress
+bar shows the time left. Every process fetches (so that all see the same numbers);
+only process 0 writes.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jalign import sharding
+
+_log = logging.getLogger("jalign.train")
+FIRST = ("loss", "learning_rate", "grad_norm", "num_tokens")
+TIMES = ("step_time", "tokens_per_second", "mfu")
+
+# Dense bf16 peak of a device in FLOP/s, by the start of its device_kind; the first
+# match counts. Sources: the vendors' data sheets.
+PEAK_FLOPS = (
+    ("TPU v6 lite", 918e12),
+    ("TPU v6e", 918e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("TPU v3", 61.5e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA L4", 121e12),
+    ("Tesla T4", 65e12),
+)
+
+
+def peak_flops() -> float | None:
+    """bf16 FLOP/s of all devices of the run together; None where not known."""
+    kind = jax.devices()[0].device_kind
+    for start, flops in PEAK_FLOPS:
+        if kind.startswith(start):
+            return flops * jax.device_count()
+    return None
+
+
+def training_flops_per_token(params: Any) -> float:
+    """6 times the parameters of the matrix products: forward 2, backward 4.
+
+    Attention scores and rematerialization are not counted, the input embedding only
+    where it is also the output matrix.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
+        for path, leaf in leaves
+    }
+    tied = not {"unembed/kernel", "score/kernel"} & sizes.keys()
+    return 6.0 * sum(
+        size
+        for name, size in sizes.items()
+        if name.endswith("kernel") or (tied and name == "embed/embedding")
+    )
+
+
+class MetricsWriter:
+    """Writes a row for every step of a run.
+
+    Args:
+      out_dir: the run's directory; rows of steps after `start_step`, left by a run that
+        was killed after its last checkpoint, are cut off metrics.jsonl.
+      total_steps: for the progress bar and its time left.
+      start_step: steps already taken, when a run is continued.
+      num_tokens: tokens already seen, likewise.
+      flops_per_token: reports `mfu` where the device's peak is known; 0 does not.
+      title: what the progress bar is called.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        num_tokens: float = 0.0,
+        flops_per_token: float = 0.0,
+        title: str = "train",
+    ):
+        self.num_tokens = num_tokens
+        self._flops = flops_per_token
+        self._peak = peak_flops() if flops_per_token else None
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._last_time = time.perf_counter()
+        self._file = self._board = self._bar = None
+        if not sharding.is_main_process():
+            return
+        out = Path(out_dir)
+        out.mkdir(parents=True, exist_ok=True)
+        truncate_rows(out / "metrics.jsonl", start_step)
+        self._file = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._board = _tensorboard(out / "tensorboard", start_step)
+        self._bar = _Progress(title, total_steps, start_step)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Takes a step's device metrics; fetches and writes those of the step before.
+
+        Args:
+          step: number of steps taken, this one included.
+          metrics: float32 [] arrays, `num_tokens` among them (of this step alone).
+
+        Returns: the row written, if any; its `num_tokens` counts from the run's start.
+        """
+        before, self._pending = self._pending, (step, metrics)
+        return self._write(before)
+
+    def flush(self) -> dict[str, Any] | None:
+        """Fetches and writes the step that is still pending, if any."""
+        before, self._pending = self._pending, None
+        return self._write(before)
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last row (an evaluation) out of the next one."""
+        self._last_time = time.perf_counter()
+
+    def close(self) -> None:
+        """Writes what is pending and closes the files."""
+        self.flush()
+        for part in (self._file, self._board, self._bar):
+            if part is not None:
+                part.close()
+        self._file = self._board = self._bar = None
+
+    def _write(self, pending) -> dict[str, Any] | None:
+        if pending is None:
+            return None
+        step, metrics = pending
+        values = {name: float(x) for name, x in jax.device_get(dict(metrics)).items()}
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        row = self._row(step, values, seconds)
+        if self._file is not None:
+            # Not finite is null: NaN is no JSON, and 0 would be a lie.
+            clean = {k: v if math.isfinite(v) else None for k, v in row.items()}
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, step)
+        if self._bar is not None:
+            self._bar.update(row)
+        return row
+
+    def _row(self, step: int, values: dict[str, float], seconds: float):
+        tokens = values.get("num_tokens", 0.0)
+        self.num_tokens += tokens
+        values = values | {"num_tokens": self.num_tokens}
+        row: dict[str, Any] = {"step": step}
+        row |= {name: values.pop(name) for name in FIRST if name in values}
+        row |= {"step_time": seconds, "tokens_per_second": tokens / seconds}
+        if self._peak:
+            row["mfu"] = self._flops * tokens / seconds / self._peak
+        return row | values
+
+
+def truncate_rows(path: Path, last_step: int) -> None:
+    """Cuts the rows after `last_step`, and a torn last line, off a metrics.jsonl."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a kill
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _tensorboard(log_dir: Path, start_step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        _log.info("tensorboardX is not installed: no curves in %s", log_dir)
+        return None
+    purge = {"purge_step": start_step + 1} if start_step else {}
+    return SummaryWriter(str(log_dir), **purge)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere (a log file) a line now and then."""
+
+    SECONDS_BETWEEN_LINES = 15.0
+
+    def __init__(self, title: str, total: int, start: int):
+        from tqdm import tqdm
+
+        self._title, self._total, self._start = title, total, start
+        self._began = self._said = time.perf_counter()
+        self._bar = tqdm(
+            total=total, initial=start, desc=title, unit="step", disable=None
+        )
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        loss, speed = row.get("loss", math.nan), row["tokens_per_second"]
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tok/s", False)
+            self._bar.update(row["step"] - self._bar.n)
+            return
+        now, step = time.perf_counter(), row["step"]
+        if now - self._said < self.SECONDS_BETWEEN_LINES and step != self._total:
+            return
+        self._said = now
+        each = (now - self._began) / max(step - self._start, 1)
+        left = each * (self._total - step)
+        print(
+            f"{self._title} {step}/{self._total}  loss {loss:.4f}  "
+            f"{speed:,.0f} tok/s  {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,236 @@
+"""Optimizers: one optax chain from one config.
+
+Order of the chain: clip the global norm, scale by the optimizer's statistics, add
+decoupled weight decay (matrices only), scale by the learning-rate schedule.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear rise to the peak."""
+    end_fraction: float = 0.0
+    """Share of the peak that linear and cosine end with."""
+    optimizer: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
+    """muon takes the matrices inside the layers; its other parameters go by Adam."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the matrices (not of norms and biases), times the rate."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 clips nothing."""
+
+    def __post_init__(self):
+        _check(
+            self.learning_rate >= 0,
+            f"learning_rate must be >= 0, got {self.learning_rate}",
+        )
+        _check(
+            self.warmup_steps >= 0,
+            f"warmup_steps must be >= 0, got {self.warmup_steps}",
+        )
+        _check(
+            0 <= self.end_fraction <= 1,
+            f"end_fraction must be in [0, 1], got {self.end_fraction}",
+        )
+        _check(
+            not (self.schedule == "constant" and self.end_fraction),
+            "schedule 'constant' does not fall: end_fraction "
+            f"{self.end_fraction} needs schedule 'linear' or 'cosine'",
+        )
+        _check(
+            self.weight_decay >= 0,
+            f"weight_decay must be >= 0, got {self.weight_decay}",
+        )
+        _check(
+            not (self.optimizer == "adam" and self.weight_decay),
+            f"optimizer 'adam' has no weight_decay (got {self.weight_decay}); "
+            "use optimizer 'adamw'",
+        )
+        _check(
+            self.max_grad_norm >= 0,
+            f"max_grad_norm must be >= 0, got {self.max_grad_norm}",
+        )
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the number of updates made so far (int [] -> f32).
+
+    The first update already moves: with W warm-up steps it takes peak / (W + 1).
+
+    Raises: ValueError when the warm-up is not shorter than the run.
+    """
+    peak, end = config.learning_rate, config.learning_rate * config.end_fraction
+    warmup = config.warmup_steps
+    _check(
+        warmup < max(total_steps, 1),
+        f"warmup_steps {warmup} must be less than the run's {total_steps} steps",
+    )
+    rest = max(total_steps - warmup, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, end, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.end_fraction),
+    }[config.schedule]()
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(
+    config: OptimConfig, total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optax transformation of a config and its schedule.
+
+    Args:
+      config: what the user picked.
+      total_steps: number of updates of the whole run (the schedule's length).
+
+    Returns: (tx, schedule); schedule maps the number of updates made to the rate.
+    """
+    schedule = make_schedule(config, total_steps)
+    clip = [optax.clip_by_global_norm(config.max_grad_norm)]
+    decay = [optax.add_decayed_weights(config.weight_decay, mask=decay_mask)]
+    tx = optax.chain(
+        *(clip if config.max_grad_norm else []),
+        _SCALE_BY[config.optimizer](config),
+        *(decay if config.weight_decay else []),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return tx, schedule
+
+
+def current_learning_rate(opt_state: PyTree, schedule: optax.Schedule) -> jax.Array:
+    """The rate of the next update: the schedule at the optimizer's own count.
+
+    Skipped steps (see step.py) do not advance that count, so it is not state.step.
+    """
+    counts = optax.tree_utils.tree_get_all_with_path(
+        opt_state,
+        "count",
+        filtering=lambda path, _: (
+            getattr(path[-1], "tuple_name", "") == "ScaleByScheduleState"
+        ),
+    )
+    if not counts:
+        raise ValueError("this optimizer holds no schedule: pass schedule=None")
+    return schedule(counts[0][1])
+
+
+def _names(path) -> list[str]:
+    return [str(getattr(part, "key", part)) for part in path]
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True for matrices (kernel, embedding), False for norm scales and biases.
+
+    By name, since layers are stacked: a stacked bias has three axes.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _names(path)[-1] in ("kernel", "embedding"), params
+    )
+
+
+def muon_dimensions(params: PyTree) -> PyTree:
+    """Which axes of each parameter make the matrix that Muon orthogonalizes.
+
+    Layers and, for the output projection, heads are laid out as in jalign.models:
+    axis 0 is a batch of matrices. None (so: Adam) for everything outside the layers,
+    norm scales and biases. (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)
+    """
+
+    def of(path, leaf):
+        names = _names(path)
+        if names[0] != "layers" or names[-1] != "kernel":
+            return None
+        # [L, N, H, D] maps heads to embed; every other kernel maps axis 1 to the rest.
+        inputs = (1, 2) if names[-2] == "o" else (1,)
+        outputs = tuple(range(inputs[-1] + 1, leaf.ndim))
+        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _scale_by_adafactor(config: OptimConfig) -> optax.GradientTransformation:
+    del config  # b1, b2 and eps are Adam's.
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+def _scale_by_muon(config: OptimConfig) -> optax.GradientTransformation:
+    def is_spec(x):
+        return x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+
+    def labels(params):
+        return jax.tree.map(
+            lambda spec: "adam" if spec is None else "muon",
+            muon_dimensions(params),
+            is_leaf=is_spec,
+        )
+
+    def scale_by_muon():
+        # 0.2 sqrt(max(fan_in, fan_out)) gives updates of Adam's RMS, so that one
+        # learning rate serves both groups (Liu et al. 2025, arXiv:2502.16982).
+        return optax.chain(
+            optax.contrib.scale_by_muon(weight_dimension_numbers=muon_dimensions),
+            optax.stateless(_match_adam_rms),
+        )
+
+    return optax.partition(
+        {"muon": scale_by_muon(), "adam": _scale_by_adam(config)}, labels
+    )
+
+
+def _match_adam_rms(updates: PyTree, params: PyTree) -> PyTree:
+    del params
+    dims = muon_dimensions(updates)
+
+    def scale(update, spec):
+        if spec is None:
+            return update
+        sides = [
+            _product(update.shape[axis] for axis in axes)
+            for axes in (spec.reduction_axis, spec.output_axis)
+        ]
+        return update * (0.2 * max(sides) ** 0.5)
+
+    return jax.tree.map(scale, updates, dims)
+
+
+def _product(sizes) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+_SCALE_BY = {
+    "adamw": _scale_by_adam,
+    "adam": _scale_by_adam,
+    "adafactor": _scale_by_adafactor,
+    "muon": _scale_by_muon,
+}

@@ -1,0 +1,237 @@
+"""Rollouts: prompts -> completions -> rewards -> advantages, all on the host.
+
+A rollout batch is whole on every process, as NumPy: [B, T] floats are small beside
+the model, and so whitening and statistics are over the global batch by construction.
+The models come in as functions (`Actors`); nothing here knows of parameters.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jalign import data, losses
+from jalign.rewards import RewardFn
+from jalign.train.forward import TokenStats
+from jalign.train.ppo_config import RewardOptions
+from jalign.types import Completion, PyTree, Rollout, TokenBatch
+
+
+class Actors(NamedTuple):
+    """What a rollout asks of the models, from host arrays to host arrays.
+
+    Attributes:
+      sample: (policy params, prompts, key) -> Completion [B, N].
+      policy: (policy params, TokenBatch) -> TokenStats, the trainer's own.
+      reference: TokenBatch -> float32 [B, T], nats, of the frozen reference.
+      critic: (critic params, TokenBatch) -> float32 [B, T].
+      reward: (prompts, completions, rows) -> float32 [B]; jalign.rewards.checked
+        makes one that names the row whose reward is no finite number.
+      decode: token id lists -> texts.
+      stop_tokens: ids that end a completion.
+      max_length: no row is longer.
+    """
+
+    sample: Callable[[PyTree, Sequence[Any], jax.Array], Completion]
+    policy: Callable[[PyTree, TokenBatch], TokenStats]
+    reference: Callable[[TokenBatch], np.ndarray]
+    critic: Callable[[PyTree, TokenBatch], np.ndarray]
+    reward: RewardFn
+    decode: Callable[[list[list[int]]], list[str]]
+    stop_tokens: tuple[int, ...]
+    max_length: int
+
+
+class Scored(NamedTuple):
+    """Completions of a batch of prompts, with what both policies and a judge say.
+
+    Attributes:
+      batch: TokenBatch [B, T], prompt and completion in a row.
+      logps, entropy: float32 [B, T], nats, the sampling policy's, by the trainer.
+      ref_logps: float32 [B, T], nats.
+      rewards: float32 [B], as the judge gave them.
+      stopped: bool [B], ended by a stop token and not by the length limit.
+      texts: the B completions as text.
+      sampler_gap: largest |trainer's - sampler's| log-probability of a token, nats.
+    """
+
+    batch: TokenBatch
+    logps: np.ndarray
+    entropy: np.ndarray
+    ref_logps: np.ndarray
+    rewards: np.ndarray
+    stopped: np.ndarray
+    texts: list[str]
+    sampler_gap: float
+
+
+def join(
+    prompts: Sequence[Sequence[int]], completion: Completion, length: int
+) -> TokenBatch:
+    """Prompts and completions in rows, padded on the right.
+
+    Args:
+      prompts: B token id sequences.
+      completion: host arrays [B, N]; the mask alone says what was generated, so that
+        a token that equals the pad id counts like any other.
+      length: T, no shorter than any prompt with its completion.
+
+    Returns: TokenBatch [B, T], completion_mask True on the completions.
+    """
+    shape = (len(prompts), length)
+    tokens, used, mask = (np.zeros(shape, kind) for kind in (np.int32, bool, bool))
+    for row, prompt in enumerate(prompts):
+        new = completion.tokens[row][completion.mask[row]]
+        start, end = len(prompt), len(prompt) + len(new)
+        tokens[row, :end] = [*prompt, *new]
+        used[row, :end], mask[row, start:end] = True, True
+    positions = np.arange(length, dtype=np.int32) * used
+    return TokenBatch(tokens, mask, used.astype(np.int32), positions.astype(np.int32))
+
+
+def ended(completion: Completion, stop_tokens: Sequence[int]) -> np.ndarray:
+    """bool [B]: the last generated token is a stop token. Host arrays [B, N]."""
+    stops = np.isin(completion.tokens, stop_tokens) & completion.mask
+    return stops.any(axis=1)
+
+
+def sample_and_score(
+    actors: Actors,
+    policy_params: PyTree,
+    examples: Sequence[data.PromptExample],
+    key: jax.Array,
+) -> Scored:
+    """One completion for each prompt, its reward, and its log-probabilities."""
+    prompts = [example.tokens.tolist() for example in examples]
+    completion = actors.sample(policy_params, prompts, key)
+    longest = max(map(len, prompts)) + completion.tokens.shape[1]
+    batch = join(prompts, completion, data.bucket_length(longest, actors.max_length))
+    rows = zip(completion.tokens, completion.mask, strict=True)
+    texts = actors.decode([tokens[mask].tolist() for tokens, mask in rows])
+    texts_in = [example.text for example in examples]
+    rewards = actors.reward(texts_in, texts, [example.row for example in examples])
+    stats = actors.policy(policy_params, batch)
+    gap = stats.logps[batch.completion_mask] - completion.logps[completion.mask]
+    return Scored(
+        batch,
+        *stats,
+        ref_logps=actors.reference(batch),
+        rewards=rewards,
+        stopped=ended(completion, actors.stop_tokens),
+        texts=texts,
+        sampler_gap=float(np.max(np.abs(gap), initial=0.0)),
+    )
+
+
+def shape_scores(
+    rewards: np.ndarray, stopped: np.ndarray, options: RewardOptions
+) -> np.ndarray:
+    """The rewards clipped, then less the penalty where the completion never stopped.
+
+    The penalty comes last, so that clipping cannot hide it.
+
+    Args:
+      rewards: float32 [B].
+      stopped: bool [B].
+      options: which of the two happens.
+
+    Returns: float32 [B].
+    """
+    scores = rewards
+    if options.reward_clip is not None:
+        scores = np.clip(scores, -options.reward_clip, options.reward_clip)
+    if options.missing_eos_penalty is not None:
+        scores = np.where(stopped, scores, scores - options.missing_eos_penalty)
+    return scores.astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("whiten_rewards", "whiten_advantages"))
+def estimate_advantages(
+    scores: jax.Array,
+    logps: jax.Array,
+    ref_logps: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    *,
+    kl_coef: float,
+    gamma: float,
+    gae_lambda: float,
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """KL-shaped token rewards, then GAE, then whitening.
+
+    The score stands on the completion's last token, and -kl_coef * kl_k1 on every
+    one. Returns are made of the advantages *before* whitening.
+
+    Args:
+      scores: float32 [B].
+      logps, ref_logps, values: float32 [B, T].
+      mask: bool [B, T], the completions.
+      kl_coef, gamma, gae_lambda: scalars.
+      whiten_rewards: divide the token rewards by their deviation; their mean stays.
+      whiten_advantages: to mean 0 and variance 1 over the whole batch.
+
+    Returns: (advantages, returns), float32 [B, T], 0 outside the mask.
+    """
+    rewards = losses.kl_shaped_rewards(scores, logps, ref_logps, mask, beta=kl_coef)
+    if whiten_rewards:
+        rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = losses.gae(
+        rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda
+    )
+    if whiten_advantages:
+        advantages = losses.masked_whiten(advantages, mask)
+    return advantages, jnp.where(mask, returns, 0.0)
+
+
+def make_rollout(
+    scored: Scored, scores: np.ndarray, values: np.ndarray, **options: Any
+) -> Rollout:
+    """The batch for the objectives; options as in estimate_advantages. Host arrays."""
+    mask = scored.batch.completion_mask
+    advantages, returns = estimate_advantages(
+        scores, scored.logps, scored.ref_logps, values, mask, **options
+    )
+    return Rollout(
+        *scored.batch,
+        old_logps=scored.logps,
+        ref_logps=scored.ref_logps,
+        values=values,
+        advantages=np.asarray(advantages),
+        returns=np.asarray(returns),
+    )
+
+
+def rollout_metrics(
+    scored: Scored, scores: np.ndarray, *, kl_coef: float
+) -> dict[str, float]:
+    """Averages over the completions of a rollout, named as TRL's PPO names them.
+
+    `objective/kl`, in nats a completion, is the sum of kl_k1 over its tokens;
+    `objective/entropy` the sum of -log p. `reward` is the judge's own, before
+    clipping and penalty; `objective/scores` is after them.
+    """
+    mask = scored.batch.completion_mask
+    k1 = np.asarray(losses.kl_k1(scored.logps, scored.ref_logps))
+    kl = np.where(mask, k1, 0.0).sum(axis=1)
+    lengths = mask.sum(axis=1)
+    penalty = -kl_coef * kl.mean()
+    means = {
+        "objective/kl": kl.mean(),
+        "objective/entropy": -np.where(mask, scored.logps, 0.0).sum(axis=1).mean(),
+        "objective/non_score_reward": penalty,
+        "objective/rlhf_reward": penalty + scores.mean(),
+        "objective/scores": scores.mean(),
+        "objective/kl_coef": kl_coef,
+        "reward": scored.rewards.mean(),
+        "reward_std": scored.rewards.std(),
+        "val/num_eos_tokens": scored.stopped.sum(),
+        "completions/mean_length": lengths.mean(),
+        "completions/clipped_ratio": 1.0 - scored.stopped.mean(),
+        "sampling/sampling_logp_difference/max": scored.sampler_gap,
+    }
+    return {name: float(value) for name, value in means.items()}

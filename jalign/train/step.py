@@ -1,0 +1,229 @@
+"""The training step: micro-batches, one division, a guard against non-finite steps."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jalign import sharding
+from jalign.train.objectives import Objective
+from jalign.train.optim import current_learning_rate
+from jalign.types import Loss, TrainState
+
+PyTree = Any
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def init_state(
+    params: PyTree | Callable[[jax.Array], PyTree],
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """The state before the first step, laid out over the mesh.
+
+    Args:
+      params: parameters, or a function key -> parameters (`model.init`), which then
+        runs inside the jit so that no device ever holds the whole model. Arrays are
+        taken over: the first step donates them. Pass `jax.tree.map(jnp.copy, params)`
+        to keep yours.
+      tx: of make_optimizer, or any optax transformation.
+      key: typed PRNG key []; each step folds its number into it, so it never changes.
+      mesh: None leaves everything where it is.
+    """
+
+    def make(params, key):
+        params = params if init is None else init(key)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, tx.init(params), key)
+
+    init = params if callable(params) else None
+    given = None if init else params
+    if mesh is None:
+        return jax.jit(make)(given, key)
+    shardings = sharding.state_shardings(mesh, jax.eval_shape(make, given, key))
+    return jax.jit(make, out_shardings=shardings)(given, key)
+
+
+def abstract_state(
+    param_shapes: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without allocating it (for restore)."""
+
+    def make(params):
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, tx.init(params), jax.random.key(0))
+
+    shapes = jax.eval_shape(make, param_shapes)
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        shapes,
+        sharding.state_shardings(mesh, shapes),
+    )
+
+
+def make_train_step(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    state_shardings: PyTree | None = None,
+    schedule: optax.Schedule | None = None,
+) -> TrainStep:
+    """A jitted step(state, batch) -> (state, metrics), donating the state.
+
+    Gradients and (sum, count) of the micro-batches are added in float32 and divided
+    once by the global count, so the result does not depend on `microbatches` or on
+    the mesh. A step whose loss or gradient is not finite changes neither parameters
+    nor optimizer state; it reports skipped = 1.
+
+    Args:
+      objective: (params, batch, key) -> Loss, see objectives.py.
+      tx: the optax transformation that made state.opt_state.
+      microbatches: parts that the batch is cut into; must divide its rows.
+      state_shardings: TrainState of shardings to pin the new state to (None: jax's
+        choice). `sharding.state_shardings(mesh, state)` makes it.
+      schedule: reports `learning_rate` if given.
+
+    Returns: step; its metrics are float32 []: loss, grad_norm (before clipping),
+      skipped, num_tokens, learning_rate, and the objective's own as sum / count.
+    """
+
+    def step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        loss, grads = accumulate(objective, state.params, batch, key, microbatches)
+        count = jnp.maximum(loss.count, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        grad_norm = optax.global_norm(grads)
+        ok = jnp.isfinite(loss.sum) & jnp.isfinite(grad_norm)
+        metrics = {
+            "loss": loss.sum / count,
+            "grad_norm": grad_norm,
+            "skipped": 1.0 - ok.astype(jnp.float32),
+            "num_tokens": num_tokens(batch),
+        } | {name: s / jnp.maximum(n, 1.0) for name, (s, n) in loss.metrics.items()}
+        if schedule is not None:
+            rate = current_learning_rate(state.opt_state, schedule)
+            metrics["learning_rate"] = jnp.asarray(rate, jnp.float32)
+        params, opt_state = guarded_update(tx, state, grads, ok)
+        return state._replace(
+            step=state.step + 1, params=params, opt_state=opt_state
+        ), metrics
+
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def guarded_update(
+    tx: optax.GradientTransformation, state: TrainState, grads: PyTree, ok: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """New (params, opt_state), or the old ones, bit for bit, where `ok` is False."""
+    # Zeroed before the update: 0 * NaN would put NaN into the moments.
+    grads = jax.tree.map(lambda g: jnp.where(ok, g, 0.0), grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+
+    def choose(new, old):
+        return jnp.where(ok, new, old)
+
+    return (
+        jax.tree.map(choose, params, state.params),
+        jax.tree.map(choose, opt_state, state.opt_state),
+    )
+
+
+def accumulate(
+    objective: Objective, params: PyTree, batch, key: jax.Array, microbatches: int
+) -> tuple[Loss, PyTree]:
+    """(Loss, float32 gradient of Loss.sum), both summed over the micro-batches."""
+
+    def scalar(params, batch, key):
+        loss = objective(params, batch, key)
+        return loss.sum, loss
+
+    def one(batch, key):
+        grads, loss = jax.grad(scalar, has_aux=True)(params, batch, key)
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    if microbatches == 1:
+        return one(batch, key)
+    parts = split_microbatches(batch, microbatches)
+    keys = jax.random.split(key, microbatches)
+
+    def body(total, part):
+        loss, grads = one(*part)
+        return (
+            add_losses(total[0], loss),
+            jax.tree.map(jnp.add, total[1], grads),
+        ), None
+
+    shapes, _ = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], (parts, keys)))
+    # zeros_like keeps the parameters' layout, so that the sum is sharded as they are.
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+    return jax.lax.scan(body, (empty_loss(shapes), zeros), (parts, keys))[0]
+
+
+def empty_loss(shapes: Loss) -> Loss:
+    """What adding to it leaves unchanged; shapes: of jax.eval_shape."""
+
+    def empty(name):
+        start = {"min_": jnp.inf, "max_": -jnp.inf}.get(name[:4], 0.0)
+        return jnp.float32(start), jnp.float32(0.0)
+
+    metrics = {name: empty(name) for name in shapes.metrics}
+    return Loss(jnp.float32(0.0), jnp.float32(0.0), metrics)
+
+
+def split_microbatches(batch, microbatches: int):
+    """Leaves [B, ...] -> [n, B/n, ...]; part i takes the rows i, i + n, i + 2n, ...
+
+    Strided, so that each part lies evenly over devices that hold blocks of rows.
+
+    Raises: ValueError when the rows do not divide.
+    """
+
+    def split(x):
+        if x.shape[0] % microbatches:
+            raise ValueError(
+                f"microbatches {microbatches} does not divide the batch's "
+                f"{x.shape[0]} rows"
+            )
+        return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def add_losses(a: Loss, b: Loss) -> Loss:
+    """The Loss of two micro-batches together; min_* and max_* stay extremes."""
+
+    def merge(name):
+        (x, n), (y, m) = a.metrics[name], b.metrics[name]
+        if name.startswith("min_"):
+            return jnp.minimum(x, y), jnp.maximum(n, m)
+        if name.startswith("max_"):
+            return jnp.maximum(x, y), jnp.maximum(n, m)
+        return x + y, n + m
+
+    metrics = {name: merge(name) for name in a.metrics}
+    return Loss(a.sum + b.sum, a.count + b.count, metrics)
+
+
+def num_tokens(batch) -> jax.Array:
+    """Tokens of all rows of a batch, prompts included, padding not; float32 []."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    counts = [
+        jnp.sum(leaf > 0)
+        for path, leaf in leaves
+        if getattr(path[-1], "name", "") == "segment_ids"
+    ]
+    return jnp.asarray(sum(counts), jnp.float32)

@@ -1,0 +1,73 @@
+"""Tests for jalign/data/tokenizer.py."""
+
+import numpy as np
+import pytest
+
+from jalign.data.tokenizer import (
+    check_vocab,
+    encode_pairs,
+    encode_texts,
+    load_tokenizer,
+)
+from tests.data.conftest import make_tokenizer
+
+
+def test_load_settles_pad_and_needs_eos(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "ok")
+    assert load_tokenizer(tmp_path / "ok").pad_token == "<unk>"
+    make_tokenizer(eos=None).save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(ValueError, match="no_eos: the tokenizer has no EOS"):
+        load_tokenizer(tmp_path / "no_eos")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no tokenizer can be loaded"):
+        load_tokenizer(tmp_path / "empty")
+
+
+def test_trap54_pad_equal_to_eos_is_replaced_and_logged(tmp_path, caplog):
+    make_tokenizer(pad="</s>").save_pretrained(tmp_path)
+    with caplog.at_level("INFO", "jalign.data"):
+        tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert "'</s>'" in caplog.text and "'<unk>'" in caplog.text
+    assert len(tokenizer) == len(make_tokenizer())  # no token was added
+
+
+def test_check_vocab():
+    tokenizer = make_tokenizer()
+    check_vocab(tokenizer, len(tokenizer))
+    with pytest.raises(ValueError, match="embeds only 100"):
+        check_vocab(tokenizer, 100)
+
+
+def test_trap55_a_merge_across_the_border_keeps_the_prompts_own_tokens():
+    tokenizer = make_tokenizer(merges=[("a", "b")])
+    ((ids, start),) = encode_pairs(tokenizer, [("xa", "bc")])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "x", "a", "b", "c", "</s>"]
+    assert start == 3  # as the prompt alone is tokenized when sampling
+    assert list(ids[:start]) == list(encode_texts(tokenizer, ["xa"])[0])
+
+
+def test_trap55_a_tokenizer_that_puts_spaces_is_split_in_the_one_text(real_data):
+    tokenizer = load_tokenizer(real_data / "stories260k")
+    ((ids, start),) = encode_pairs(tokenizer, [("One day", "s later")])
+    assert tokenizer.decode(ids) == "<s> One days later</s>"
+    assert "later" in tokenizer.decode(ids[start:])
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_trap56_bos_is_neither_doubled_nor_missing(bos):
+    tokenizer = make_tokenizer(bos=bos)
+    plain, written = encode_texts(tokenizer, ["ab", "<s>ab"])
+    if bos:
+        assert tokenizer.convert_ids_to_tokens(plain) == ["<s>", "a", "b"]
+    else:
+        assert tokenizer.convert_ids_to_tokens(plain) == ["a", "b"]
+    assert tokenizer.convert_ids_to_tokens(written) == ["<s>", "a", "b"]
+
+
+def test_trap58_eos_follows_directly_and_once():
+    tokenizer = make_tokenizer()
+    for completion in ("b", "b</s>"):
+        ((ids, _),) = encode_pairs(tokenizer, [("a", completion)])
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "a", "b", "</s>"]
+        assert ids.dtype == np.int32

@@ -1,0 +1,162 @@
+"""One entry for every name in losses.__all__: how to call it in the property tests."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jalign import losses
+
+SIZES = {"B": 8, "T": 4, "D": 3, "V": 5}
+
+
+class Case(NamedTuple):
+    """A function with its arguments described by the letters of their axes.
+
+    Attributes:
+      args: name -> axes of each positional array. `mask` is bool, `targets` int32,
+        all others are float32.
+      out: axes of the output.
+      grads: names through which gradients flow; through all other floats none does.
+      scalars: keyword-only arguments.
+      any_float: names that may be of any float dtype, not only float32.
+      reads_mask: the function itself leaves masked entries out.
+      pad: what may lie at masked places; NaN unless the mask comes only after a
+        matrix product or a softmax.
+    """
+
+    args: dict[str, str]
+    out: str
+    grads: tuple[str, ...] = ()
+    scalars: dict[str, Any] = {}
+    any_float: tuple[str, ...] = ()
+    reads_mask: bool = False
+    pad: float = np.nan
+
+
+def _like(axes: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, axes)
+
+
+def _row_logps(logits, targets, consts):
+    return losses.logps_from_logits(logits, targets)
+
+
+_PAIR = _like("B", "chosen", "rejected")
+_DPO = _like("B", "chosen", "rejected", "ref_chosen", "ref_rejected")
+_PPO = _like("BT", "logps", "old_logps", "advantages")
+_KL = _like("BT", "logps", "ref_logps")
+_X = _like("BT", "x", "mask")
+_HEAD = {"hidden": "BTD", "unembed": "DV", "targets": "BT"}
+_HEAD_OPTIONS: dict[str, Any] = {
+    "grads": ("hidden", "unembed"),
+    "any_float": ("hidden", "unembed"),
+    "pad": 7.0,
+}
+_LOGITS = {"logits": "BTV", "targets": "BT"}
+
+CASES = {
+    "adaptive_kl_update": Case(
+        {"kl_coef": "", "kl": ""},
+        "",
+        scalars={"target": 6.0, "horizon": 100.0, "num_samples": 8},
+        any_float=("kl_coef", "kl"),
+    ),
+    "approx_kl": Case(_like("BT", "logps", "old_logps"), "BT"),
+    "bradley_terry_loss": Case(
+        _PAIR, "B", ("chosen", "rejected"), scalars={"margin": 0.5}
+    ),
+    "clip_frac": Case(_PPO, "BT", scalars={"clip_eps": 0.2}),
+    "cross_entropy": Case(
+        _LOGITS,
+        "BT",
+        ("logits",),
+        scalars={"label_smoothing": 0.1, "z_loss": 1e-3},
+        pad=7.0,
+    ),
+    "dpo_loss": Case(
+        _DPO,
+        "B",
+        ("chosen", "rejected"),
+        scalars={"beta": 0.1, "label_smoothing": 0.1},
+    ),
+    "entropy_from_logits": Case({"logits": "BTV"}, "BT", ("logits",), pad=7.0),
+    "fixed_length_mean": Case(_X, "", ("x",), scalars={"length": 4.0}, reads_mask=True),
+    "gae": Case(
+        _like("BT", "rewards", "values", "mask"),
+        "BT",
+        scalars={"gamma": 0.9, "gae_lambda": 0.8},
+        reads_mask=True,
+    ),
+    "implicit_rewards": Case(_like("B", "x", "ref"), "B", scalars={"beta": 0.1}),
+    "kl_k1": Case(_KL, "BT", ("logps",)),
+    "kl_k2": Case(_KL, "BT", ("logps",)),
+    "kl_k3": Case(_KL, "BT", ("logps",)),
+    "kl_shaped_rewards": Case(
+        {"rewards": "B", **_KL, "mask": "BT"},
+        "BT",
+        scalars={"beta": 0.1},
+        reads_mask=True,
+    ),
+    "logps_from_logits": Case(_LOGITS, "BT", ("logits",), pad=7.0),
+    "map_logits": Case(_HEAD, "BT", **_HEAD_OPTIONS),
+    "masked_mean": Case(_X, "", ("x",), reads_mask=True),
+    "masked_var": Case(_X, "", ("x",), reads_mask=True),
+    "masked_whiten": Case(_X, "BT", ("x",), reads_mask=True),
+    "ppo_policy_loss": Case(_PPO, "BT", ("logps",), scalars={"clip_eps": 0.2}),
+    "ppo_value_loss": Case(
+        _like("BT", "values", "old_values", "returns"),
+        "BT",
+        ("values",),
+        scalars={"clip_eps": 0.2},
+    ),
+    "reward_center_loss": Case(_PAIR, "B", ("chosen", "rejected")),
+    "sequence_logps": Case(
+        _like("BT", "logps", "mask"), "B", ("logps",), reads_mask=True
+    ),
+    "sequence_mean": Case(_X, "", ("x",), reads_mask=True),
+    "token_cross_entropy": Case(
+        _HEAD,
+        "BT",
+        scalars={"label_smoothing": 0.1, "chunk_size": 16},
+        **_HEAD_OPTIONS,
+    ),
+    "token_logps": Case(
+        _HEAD,
+        "BT",
+        scalars={"chunk_size": 16, "return_entropy": True},
+        **_HEAD_OPTIONS,
+    ),
+    "token_mean": Case(_X, "", ("x",), reads_mask=True),
+}
+
+
+def call(name: str, *arrays):
+    """losses.<name> on the arrays of its case, with its scalars."""
+    if name == "map_logits":
+        return losses.map_logits(_row_logps, *arrays, chunk_size=16)
+    return getattr(losses, name)(*arrays, **CASES[name].scalars)
+
+
+def make_mask(case: Case) -> np.ndarray:
+    """Which outputs count: [B, T], or [B] if no argument has time; a whole row not."""
+    shape = [
+        SIZES[a] for a in ("BT" if any("T" in a for a in case.args.values()) else "B")
+    ]
+    mask = np.random.default_rng(1).random(shape) < 0.7
+    mask[0], mask[1] = True, False
+    return mask
+
+
+def make_arrays(case: Case) -> list[np.ndarray]:
+    """Ordinary arguments: normal floats, ids in the vocabulary, the mask above."""
+    rng = np.random.default_rng(0)
+    arrays = []
+    for name, axes in case.args.items():
+        shape = [SIZES[a] for a in axes]
+        if name == "mask":
+            arrays.append(make_mask(case))
+        elif name == "targets":
+            arrays.append(rng.integers(0, SIZES["V"], shape, dtype=np.int32))
+        else:
+            arrays.append(np.asarray(rng.normal(size=shape), np.float32))
+    return arrays

@@ -1,0 +1,126 @@
+"""Tests for jalign/losses/chunked.py: no [B, T, V], on one device or eight."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jalign.losses import (
+    entropy_from_logits,
+    logps_from_logits,
+    map_logits,
+    token_logps,
+)
+
+B, T, D, V = 8, 32, 8, 512
+RNG = np.random.default_rng(0)
+HIDDEN = RNG.normal(size=(B, T, D)).astype(np.float32)
+UNEMBED = RNG.normal(size=(D, V)).astype(np.float32)
+TARGETS = RNG.integers(0, V, size=(B, T)).astype(np.int32)
+
+
+def total(hidden, unembed, targets, chunk_size=32):
+    both = token_logps(
+        hidden, unembed, targets, chunk_size=chunk_size, return_entropy=True
+    )
+    return sum(jnp.sum(jnp.sin(x)) for x in both)
+
+
+def compiled(function, *args):
+    return jax.jit(function).lower(*args).compile().as_text()
+
+
+def largest_buffer(hlo: str) -> int:
+    shapes = re.findall(r"\b(?:f32|bf16|f16|s32|pred)\[([\d,]+)\]", hlo)
+    return max(int(np.prod([int(n) for n in s.split(",")])) for s in shapes)
+
+
+@pytest.mark.parametrize("function", [total, jax.value_and_grad(total, (0, 1))])
+def test_no_compiled_buffer_is_as_large_as_all_logits(function):
+    hlo = compiled(function, HIDDEN, UNEMBED, TARGETS)
+    assert largest_buffer(hlo) <= 2 * 32 * V  # a chunk's logits, not B * T * V
+    whole = compiled(
+        functools.partial(total, chunk_size=B * T), HIDDEN, UNEMBED, TARGETS
+    )
+    assert largest_buffer(whole) >= B * T * V  # so the measure would have seen it
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "chunk_size"),
+    [(1, 7, 2), (7, 1, 2), (7, 1, 3), (5, 3, 1), (5, 3, 4), (5, 3, 7), (3, 5, 100)],
+)
+def test_any_chunk_size_gives_the_same(b, t, chunk_size):
+    args = HIDDEN[:b, :t], UNEMBED, TARGETS[:b, :t]
+    chunked = functools.partial(total, chunk_size=chunk_size)
+
+    def whole(h, w, y):
+        logits = h @ w
+        both = logps_from_logits(logits, y), entropy_from_logits(logits)
+        return sum(jnp.sum(jnp.sin(x)) for x in both)
+
+    got, want = (
+        jax.jit(jax.value_and_grad(f, (0, 1)))(*args) for f in (chunked, whole)
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, got, want)
+
+
+SPECS = {
+    "batch": (P("data"), P(), P("data")),
+    "vocabulary": (P(), P(None, "data"), P()),
+    "embed": (P("data"), P("data"), P("data")),
+}
+
+
+@pytest.mark.parametrize("split", SPECS)
+def test_eight_devices_give_the_same(split):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    args = HIDDEN, UNEMBED, TARGETS
+    shardings = tuple(NamedSharding(mesh, spec) for spec in SPECS[split])
+    grad = jax.jit(jax.value_and_grad(total, (0, 1)))
+    got, want = grad(*jax.device_put(args, shardings)), grad(*args)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, got, want)
+
+
+def test_a_split_batch_keeps_its_hidden_states_where_they_are():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shardings = tuple(NamedSharding(mesh, spec) for spec in SPECS["batch"])
+    args = jax.device_put((HIDDEN, UNEMBED, TARGETS), shardings)
+    hlo = compiled(jax.value_and_grad(total, (0, 1)), *args)
+    assert "all-gather" not in hlo and "all-to-all" not in hlo
+    assert largest_buffer(hlo) <= D * V  # each device holds an eighth of a chunk
+
+
+def test_a_split_vocabulary_is_not_collected():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shardings = tuple(NamedSharding(mesh, spec) for spec in SPECS["vocabulary"])
+    args = jax.device_put((HIDDEN, UNEMBED, TARGETS), shardings)
+    assert "all-gather" not in compiled(total, *args)
+
+
+def test_equal_functions_are_traced_once():
+    traces = []
+
+    def row_fn(logits, rows, consts, *, scale):
+        traces.append(scale)
+        return scale * logits.max(-1)
+
+    @jax.jit
+    def run(h):
+        fn = functools.partial(row_fn, scale=2.0)
+        return map_logits(fn, h, UNEMBED)
+
+    np.testing.assert_allclose(run(HIDDEN), 2 * (HIDDEN @ UNEMBED).max(-1), rtol=1e-5)
+    run(HIDDEN)
+    assert len(traces) == 1
+
+
+def test_refuses_an_empty_chunk():
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        token_logps(HIDDEN, UNEMBED, TARGETS, chunk_size=0)

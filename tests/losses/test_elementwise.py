@@ -1,0 +1,34 @@
+"""Tests for jalign/losses/elementwise.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jalign.losses.elementwise import elementwise
+
+
+@elementwise(rank=1)
+def power(x, y, *, exponent=2.0):
+    """x y^exponent."""
+    return x * y**exponent
+
+
+def test_nan_stays_visible_but_has_no_gradient():
+    x, y = np.float32([1, np.nan, 3, 4]), np.float32([1, 2, np.nan, 2])
+    np.testing.assert_array_equal(power(x, y), [1, np.nan, np.nan, 16])
+    grads = jax.grad(lambda x, y: jnp.nansum(power(x, y)), (0, 1))(x, y)
+    np.testing.assert_array_equal(grads, [[1, 0, 0, 4], [2, 0, 0, 16]])
+
+
+def test_infinite_inputs_are_not_hidden():
+    got = power(np.float32([np.inf]), np.float32([1]))
+    np.testing.assert_array_equal(got, [np.inf])
+
+
+def test_arrays_may_be_named_and_scalars_must_be():
+    x, y = np.float32([2.0]), np.float32([3.0])
+    np.testing.assert_array_equal(power(y=y, x=x, exponent=3.0), [54.0])
+    with pytest.raises(TypeError):
+        power(x, y, 3.0)
+    assert power.__doc__ == "x y^exponent." and power.__name__ == "power"
