@@ -197,7 +197,7 @@ def _eval_reward(config, model, params, tokenizer, rows, reference) -> dict[str,
         params,
         tokenizer,
         prompts,
-        rewards.resolve(config.reward, mesh=model.mesh),
+        _reward_fn(config.reward, model.mesh),
         key=jax.random.key(config.seed),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -208,6 +208,14 @@ def _eval_reward(config, model, params, tokenizer, rows, reference) -> dict[str,
         tokens = [prompt.tokens for prompt in prompts]
         measured |= _kl(config, model, params, tokenizer, tokens, reference)
     return measured | {"rows": counts}
+
+
+def _reward_fn(spec: str, mesh) -> rewards.RewardFn:
+    """`file.py:function`, or a reward checkpoint."""
+    if spec.rpartition(":")[0].endswith(".py"):
+        return rewards.load_reward(spec)
+    judge, params = models.load(spec, mesh=mesh)
+    return rewards.model_reward(judge, params, data.load_tokenizer(spec))
 
 
 def _kl(config, model, params, tokenizer, prompts, reference) -> dict[str, float]:

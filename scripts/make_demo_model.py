@@ -15,10 +15,14 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jalign import data, models, train
+from jalign import data, models
 from jalign.demo import task
+from jalign.train.objectives import make_sft_objective
+from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.step import init_state, make_train_step
 
 ASSETS = Path(__file__).resolve().parents[1] / "jalign" / "demo" / "assets"
 SEED = 0
@@ -46,10 +50,11 @@ def write_data(out: Path) -> None:
 
 def make_tokenizer(out: Path):
     """A byte-level BPE of 1024 tokens in which most words are one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
+    bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -71,11 +76,67 @@ def make_tokenizer(out: Path):
     return tokenizer
 
 
+def pretrain(args: argparse.Namespace, tokenizer) -> None:
+    """Trains the base model on packed documents and writes it beside the tokenizer."""
+    config = models.ModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        tie_embeddings=True,
+        max_position=LENGTH,
+        eos_token_ids=(tokenizer.eos_token_id,),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = models.Model(config)
+    optim = OptimConfig(
+        learning_rate=3e-3, schedule="cosine", warmup_steps=100, weight_decay=0.05
+    )
+    tx, schedule = make_optimizer(optim, args.steps)
+    step = make_train_step(make_sft_objective(model), tx, schedule=schedule)
+    state = init_state(model.init, tx, jax.random.key(SEED))
+    start = time.perf_counter()
+    for i, batch in enumerate(batches(args, tokenizer)):
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch))
+        if i % 100 == 99:
+            seconds = time.perf_counter() - start
+            print(f"step {i + 1}: loss {metrics['loss']:.4f}, {seconds:.0f} s")
+    models.save(args.out / "model", model, state.params, tokenizer)
+    halve(args.out / "model" / "model.safetensors")
+
+
+def batches(args: argparse.Namespace, tokenizer):
+    """Packed rows of base documents, each document trained from its second token."""
+    texts = itertools.islice(task.base_documents(SEED), args.documents)
+    rows = [{"text": text} for text in texts]
+    examples, _ = data.sft_examples(rows, tokenizer, max_length=LENGTH)
+    return data.make_loader(
+        data.pack(examples, LENGTH),
+        batch_size=args.batch_size,
+        seed=SEED,
+        collate=data.collate_tokens,
+        max_length=LENGTH,
+        steps=args.steps,
+    )
+
+
+def halve(path: Path) -> None:
+    """Rewrites a float32 safetensors file in float16."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = {k: v.astype(np.float16) for k, v in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--data-only", action="store_true")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--documents", type=int, default=60_000)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

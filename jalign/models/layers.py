@@ -78,9 +78,7 @@ class GatedMLP(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, constrain: Callable[..., jax.Array]
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, constrain: Callable[..., jax.Array]) -> jax.Array:
         D, F = self.config.hidden_size, self.config.intermediate_size
         gate = Projection("btd,df->btf", (D, F), dtype=self.dtype, name="gate")(x)
         up = Projection("btd,df->btf", (D, F), dtype=self.dtype, name="up")(x)

@@ -47,9 +47,7 @@ class Model:
 
     @property
     def _decoder(self) -> Decoder:
-        return Decoder(
-            self.config, self.mesh, self.dtype, self.remat, self.attention
-        )
+        return Decoder(self.config, self.mesh, self.dtype, self.remat, self.attention)
 
     def _init(self, key: jax.Array) -> Params:
         # On a mesh-free twin: two tokens do not divide over devices.

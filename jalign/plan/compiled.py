@@ -47,10 +47,10 @@ def compile_step(config: PlanConfig, model_config, mesh) -> tuple[Row, ...]:
     )
 
 
-def _batch(config, mesh) -> PyTree:
+def _batch(config: PlanConfig, mesh) -> PyTree:
     place = sharding.batch_sharding(mesh)
 
-    def array(dtype, *shape):
+    def array(dtype, *shape) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     size = (config.batch_size, config.max_length)

@@ -83,12 +83,25 @@ class Plan:
         return sum(row.bytes for row in self.resident) + max(phases, default=0)
 
     @property
+    def peak(self) -> int:
+        """Bytes to count on: the compiler's, which knows more, where it was asked.
+
+        It sees one training step; PPO keeps other models beside it, so there the
+        larger of both counts.
+        """
+        compiled = sum(row.bytes for row in self.compiled)
+        return max(compiled, self.total if self._partly_compiled else 0)
+
+    @property
+    def _partly_compiled(self) -> bool:
+        return not self.compiled or self.config.recipe == "ppo"
+
+    @property
     def fits(self) -> bool | None:
-        """Whether the estimate (or the compiler's peak) fits; None where unknown."""
+        """Whether the peak fits into a device; None where its memory is unknown."""
         if self.machine.device_bytes is None:
             return None
-        compiled = sum(row.bytes for row in self.compiled)
-        return max(compiled, self.total) <= _USABLE * self.machine.device_bytes
+        return self.peak <= _USABLE * self.machine.device_bytes
 
     def __str__(self) -> str:
         return _table(self)
@@ -99,8 +112,9 @@ def _table(p: Plan) -> str:
     mesh = ", ".join(f"{name}={size}" for name, size in p.mesh.items())
     lines = [
         f"{c.recipe} of {c.model}: {p.num_parameters / 1e9:.3g} B parameters",
-        f"on {p.machine.num_devices} x {p.machine.kind}, mesh {mesh}; {c.batch_size} x {c.max_length} tokens in "
-        f"{c.microbatches} micro-batch(es), {c.dtype}, {c.optimizer}",
+        f"on {p.machine.num_devices} x {p.machine.kind}, mesh {mesh}",
+        f"{c.batch_size} x {c.max_length} tokens in {c.microbatches} micro-batch(es), "
+        f"{c.dtype}, {'remat' if c.remat else 'no remat'}, {c.optimizer}",
         "",
         f"{'on each device':<28}{'GiB':>9}",
     ]
@@ -113,9 +127,8 @@ def _table(p: Plan) -> str:
         lines += [_line(row) for row in p.compiled]
         lines += [_line(Row("peak (compiled)", sum(r.bytes for r in p.compiled), ""))]
     verdict = {True: "fits", False: "does NOT fit", None: "capacity unknown"}[p.fits]
-    room = (
-        f" in {p.capacity / GIB:.0f} GiB ({_USABLE:.0%} usable)" if p.capacity else ""
-    )
+    size = p.machine.device_bytes
+    room = f" in {size / GIB:.0f} GiB ({_USABLE:.0%} usable)" if size else ""
     return "\n".join(
         [*lines, "", f"{verdict}{room}", *([p.advice] if p.advice else [])]
     )

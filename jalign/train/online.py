@@ -1,4 +1,4 @@
-"""The online loop, PPO: rollout, a few epochs of updates, and again."""
+"""The online loop: `jalign ppo`, from prompts and a reward to an aligned checkpoint."""
 
 import dataclasses
 import logging
@@ -8,218 +8,259 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jalign import data, losses, models, sharding
-from jalign.report import write_report
-from jalign.train.actors import Cast, load_cast, local_rows, make_actors
+from jalign import data, losses, models, report, sharding
+from jalign.train.actors import Cast, load_cast, make_actors
 from jalign.train.checkpoint import Checkpointer
 from jalign.train.loop import SkipGuard, StopSignal, raise_preempted
 from jalign.train.metrics import MetricsWriter
-from jalign.train.objectives import make_ppo_objective, make_value_objective
-from jalign.train.optim import make_optimizer
+from jalign.train.ppo import Learner, PPOState, iterate, make_learner, start_state
 from jalign.train.ppo_config import PPOConfig
-from jalign.train.rollout import (
-    Actors,
-    make_rollout,
-    rollout_metrics,
-    sample_and_score,
-    shape_scores,
-)
-from jalign.train.step import TrainStep, abstract_state, init_state, make_train_step
-from jalign.types import Rollout, TrainState
+from jalign.train.ppo_resume import fingerprint, restore
+from jalign.train.rollout import Actors, sample_and_score
+from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
-_EVAL_STREAM = 2**31 - 1  # no iteration gets as far, so its key is used by no rollout
+_EVAL_STREAM = 2**31 - 1  # no iteration gets as far, so no rollout uses its key
+_SAMPLES = 8  # completions kept for the report
 
 
-class PPOState(NamedTuple):
-    """All that changes in a run; saved together, or not at all.
+class Evaluation(NamedTuple):
+    """What a policy does on held-out prompts.
 
     Attributes:
-      policy, critic: their training states.
-      kl_coef: the KL coefficient of the next rollout.
-      iteration: rollouts done, which is also the position in the prompts.
+      figures: name -> mean over the prompts: reward, kl (to the reference, nats a
+        completion), completion_length (tokens), stopped (share).
+      texts: its first completions.
     """
 
-    policy: TrainState
-    critic: TrainState
-    kl_coef: float
-    iteration: int
+    figures: dict[str, float]
+    texts: list[str]
 
 
-class Learner(NamedTuple):
-    """How a run updates: a step and an abstract state for each of the two models."""
+def evaluate_prompts(
+    actors: Actors,
+    params: PyTree,
+    prompts: Sequence[data.PromptExample],
+    *,
+    key: jax.Array,
+    batch_size: int,
+) -> Evaluation:
+    """Samples one completion for each prompt; the same key gives the same draw.
 
-    policy_step: TrainStep
-    critic_step: TrainStep
-    policy_tx: Any
-    critic_tx: Any
+    Args:
+      actors: of make_actors.
+      params: the policy's.
+      prompts: at least one.
+      key: typed PRNG key.
+      batch_size: prompts at once.
+    """
+    parts = []
+    for number, start in enumerate(range(0, len(prompts), batch_size)):
+        part = prompts[start : start + batch_size]
+        part_key = jax.random.fold_in(key, number)
+        parts.append(sample_and_score(actors, params, part, part_key))
+
+    def mean(of) -> float:
+        return float(np.concatenate([of(part) for part in parts]).mean())
+
+    figures = {
+        "reward": mean(lambda x: x.rewards),
+        "kl": mean(lambda x: np.asarray(losses.kl_k1(x.logps, x.ref_logps)).sum(1)),
+        "completion_length": mean(lambda x: x.batch.completion_mask.sum(1)),
+        "stopped": mean(lambda x: x.stopped),
+    }
+    return Evaluation(figures, parts[0].texts[:_SAMPLES])
 
 
-def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:
-    """Optimizers and compiled steps; the schedules run over all updates."""
-    ppo, mesh = config.ppo, cast.policy.mesh
-    updates = iterations * ppo.num_epochs * ppo.num_minibatches
-    rate = ppo.critic_learning_rate
-    critic_optim = dataclasses.replace(
-        config.optim,
-        learning_rate=config.optim.learning_rate if rate is None else rate,
+def run_ppo(config: PPOConfig) -> dict[str, Any]:
+    """Trains; writes OUT/model, OUT/checkpoints, OUT/metrics.jsonl and OUT/report.html.
+
+    The same command again continues from the last checkpoint, exactly.
+
+    Returns: what was measured before and after, and how long it took.
+    Raises: ValueError for settings or data that do not fit; Preempted after a SIGTERM,
+      when the state is saved; Diverged.
+    """
+    began = time.perf_counter()
+    sharding.agree("the configuration", config)
+    mesh_sizes: dict[str, Any] = dict(sharding.parse_mesh(config.mesh))
+    mesh = sharding.make_mesh(**mesh_sizes)
+    cast = load_cast(config, mesh)
+    prompts = load_prompts(config.data, cast, config)
+    held_out = load_prompts(config.eval_data, cast, config) if config.eval_data else []
+    iterations = config.steps or data.num_steps(
+        len(prompts), config.batch_size, config.epochs
     )
-    policy = make_ppo_objective(
-        cast.policy,
-        clip_eps=ppo.clip_eps,
-        entropy_coef=ppo.entropy_coef,
-        temperature=ppo.sampling.temperature,
+    actors = make_actors(cast, config)
+    learner = make_learner(cast, config, iterations)
+    checkpointer = Checkpointer(Path(config.out) / "checkpoints")
+    key = jax.random.fold_in(jax.random.key(config.seed), _EVAL_STREAM)
+
+    def evaluate(params) -> Evaluation:
+        if not held_out:
+            return Evaluation({}, [])
+        size = config.batch_size
+        return evaluate_prompts(actors, params, held_out, key=key, batch_size=size)
+
+    state, meta = restore(checkpointer, cast, learner, config)
+    if state is None:
+        before = evaluate(cast.policy_params)
+        state = start_state(cast, learner, config)
+        meta = {"before": list(before), "num_tokens": 0.0}
+    before = Evaluation(*meta["before"])
+    loaded = time.perf_counter()
+    state = fit(
+        state,
+        prompts,
+        actors=actors,
+        learner=learner,
+        config=config,
+        iterations=iterations,
+        checkpointer=checkpointer,
+        meta=meta | {"fingerprint": fingerprint(config)},
+        mesh=mesh,
     )
-    critic = make_value_objective(cast.critic, clip_eps=ppo.value_clip_eps)
-
-    def make(objective, model, optim):
-        tx, schedule = make_optimizer(optim, updates)
-        shapes = abstract_state(model.param_shapes(), tx, mesh=mesh)
-        step = make_train_step(
-            objective,
-            tx,
-            microbatches=ppo.compute.microbatches,
-            state_shardings=sharding.state_shardings(mesh, shapes) if mesh else None,
-            schedule=schedule,
-        )
-        return step, tx
-
-    policy_step, policy_tx = make(policy, cast.policy, config.optim)
-    critic_step, critic_tx = make(critic, cast.critic, critic_optim)
-    return Learner(policy_step, critic_step, policy_tx, critic_tx)
+    trained = time.perf_counter()
+    after = evaluate(state.policy.params)
+    save_models(state, cast, config)
+    checkpointer.close()
+    timings = {
+        "load and evaluate": loaded - began,
+        "train": trained - loaded,
+        "evaluate and save": time.perf_counter() - trained,
+    }
+    summary = summarize(before, after, state)
+    if sharding.is_main_process():
+        write_run_report(config, summary, before, after, held_out, timings)
+    return summary | {"out": config.out}
 
 
-def start_state(cast: Cast, learner: Learner, config: PPOConfig) -> PPOState:
-    """The state before the first rollout; the cast's parameters are copied."""
-    mesh, keys = cast.policy.mesh, jax.random.split(jax.random.key(config.seed))
-
-    def make(params, tx, key):
-        return init_state(jax.tree.map(jnp.copy, params), tx, key, mesh=mesh)
-
-    return PPOState(
-        make(cast.policy_params, learner.policy_tx, keys[0]),
-        make(cast.critic_params, learner.critic_tx, keys[1]),
-        config.ppo.kl.kl_coef,
-        0,
-    )
-
-
-def iterate(
+def fit(
     state: PPOState,
     prompts: Sequence[data.PromptExample],
     *,
     actors: Actors,
     learner: Learner,
     config: PPOConfig,
-    mesh: Mesh | None = None,
-) -> tuple[PPOState, dict[str, float]]:
-    """One rollout and its updates. A pure function of the state, but for its clocks.
+    iterations: int,
+    checkpointer: Checkpointer | None = None,
+    meta: Mapping[str, Any] | None = None,
+    mesh: Any = None,
+) -> PPOState:
+    """Iterates until `iterations` rollouts have been learned from.
+
+    Policy, critic, KL coefficient and position are saved in one step, between
+    iterations only: a kill at any time goes back to a boundary, with all four.
 
     Args:
-      state: donated; continue with the returned one.
-      prompts: all of them; the iteration number picks the batch.
-      actors, learner: of make_actors and make_learner.
-      config: the run's.
-      mesh: the models'.
+      state: from where; donated.
+      prompts: all prompts.
+      actors, learner, config, mesh: as in iterate.
+      iterations: of the whole run.
+      checkpointer: None saves nothing.
+      meta: JSON values stored with each checkpoint.
 
-    Returns: the next state and this iteration's metrics.
+    Raises: Preempted, once the state is saved; Diverged.
     """
-    ppo, began, number = config.ppo, time.perf_counter(), state.iteration
-    chosen = data.batch_indices(len(prompts), config.batch_size, config.seed, number)
-    scored = sample_and_score(
-        actors,
-        state.policy.params,
-        [prompts[i] for i in chosen],
-        jax.random.fold_in(jax.random.key(config.seed), number),
+    meta, guard = dict(meta or {}), SkipGuard()
+    writer = MetricsWriter(
+        config.out,
+        total_steps=iterations,
+        start_step=state.iteration,
+        num_tokens=meta.get("num_tokens", 0.0),
+        title="ppo",
     )
-    scores = shape_scores(scored.rewards, scored.stopped, ppo.rewards)
-    rollout = make_rollout(
-        scored,
-        scores,
-        actors.critic(state.critic.params, scored.batch),
-        kl_coef=state.kl_coef,
-        gamma=ppo.gamma,
-        gae_lambda=ppo.gae_lambda,
-        whiten_rewards=ppo.rewards.whiten_rewards,
-        whiten_advantages=ppo.whiten_advantages,
+
+    def save() -> None:
+        guard.check(writer.flush())
+        if checkpointer is not None:
+            record = {"kl_coef": state.kl_coef, "num_tokens": writer.num_tokens}
+            tree = {"policy": state.policy, "critic": state.critic}
+            checkpointer.save(state.iteration, tree, meta | record)
+
+    every = config.checkpoint_every
+    with StopSignal() as stop:
+        while state.iteration < iterations:
+            state, metrics = iterate(
+                state,
+                prompts,
+                actors=actors,
+                learner=learner,
+                config=config,
+                mesh=mesh,
+            )
+            number = state.iteration
+            guard.check(writer.log(number, metrics))
+            stopping = number < iterations and stop.requested(number)
+            if stopping or number == iterations or (every and number % every == 0):
+                save()
+            if stopping:
+                writer.close()
+                raise_preempted(number, checkpointer)
+    writer.close()
+    return state
+
+
+def load_prompts(
+    source: str, cast: Cast, config: PPOConfig
+) -> list[data.PromptExample]:
+    """The prompts that leave room for a completion.
+
+    Raises: ValueError if there are none, or for a bad row unless they are skipped.
+    """
+    room = config.max_length - config.ppo.sampling.max_new_tokens
+    prompts, counts = data.prompt_examples(
+        data.load_rows(source, bad_rows=config.ppo.bad_rows),
+        cast.tokenizer,
+        max_prompt_length=room,
+        bad_rows=config.ppo.bad_rows,
     )
-    sampled = time.perf_counter()
-    policy, critic, update_metrics = update(
-        state, rollout, learner=learner, config=config, mesh=mesh
-    )
-    done = time.perf_counter()
-    metrics = update_metrics | rollout_metrics(scored, scores, kl_coef=state.kl_coef)
-    metrics |= {
-        "num_tokens": float(np.sum(rollout.segment_ids > 0)),
-        "episode": float((number + 1) * config.batch_size),
-        "eps": config.batch_size / (done - began),
-        "time/rollout": sampled - began,
-        "time/update": done - sampled,
+    _log.info("%s: %d prompts %s", source, len(prompts), counts or "")
+    return prompts
+
+
+def save_models(state: PPOState, cast: Cast, config: PPOConfig) -> None:
+    """OUT/model, and OUT/critic where asked for, in HF format."""
+    out = Path(config.out)
+    models.save(out / "model", cast.policy, state.policy.params, cast.tokenizer)
+    if config.ppo.save_critic:
+        models.save(out / "critic", cast.critic, state.critic.params, cast.tokenizer)
+
+
+def summarize(before: Evaluation, after: Evaluation, state: PPOState) -> dict[str, Any]:
+    """Flat figures: eval_reward_before, eval_reward_after, ..., iterations, kl_coef."""
+    pairs = {
+        f"eval_{name}_{when}": value
+        for name in after.figures
+        for when, value in (
+            ("before", before.figures.get(name)),
+            ("after", after.figures[name]),
+        )
+        if value is not None
     }
-    kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-    return PPOState(policy, critic, kl_coef, number + 1), metrics
+    return pairs | {"iterations": state.iteration, "kl_coef": state.kl_coef}
 
 
-def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
-    """The coefficient of the next rollout: adapted where a target is set."""
-    options = config.ppo.kl
-    if options.kl_target is None:
-        return kl_coef
-    new = losses.adaptive_kl_update(
-        kl_coef,
-        kl,
-        target=options.kl_target,
-        horizon=options.kl_horizon,
-        num_samples=config.batch_size,
-    )
-    return float(new)
-
-
-def update(
-    state: PPOState,
-    rollout: Rollout,
-    *,
-    learner: Learner,
+def write_run_report(
     config: PPOConfig,
-    mesh: Mesh | None,
-) -> tuple[TrainState, TrainState, dict[str, float]]:
-    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
-
-    Returns: policy and critic states, and the metrics' means over the updates.
-    """
-    policy, critic, rows = state.policy, state.critic, []
-    for epoch in range(config.ppo.num_epochs):
-        random = np.random.default_rng([config.seed, state.iteration, epoch])
-        order = random.permutation(config.batch_size)
-        for part in np.split(order, config.ppo.num_minibatches):
-            picked = jax.tree.map(lambda x, part=part: x[part], rollout)
-            batch = local_rows(picked, mesh)
-            policy, policy_metrics = learner.policy_step(policy, batch)
-            critic, critic_metrics = learner.critic_step(critic, batch)
-            rows.append((policy_metrics, critic_metrics))
-    return policy, critic, update_metrics(jax.device_get(rows))
-
-
-def update_metrics(rows: Sequence[tuple[Mapping, Mapping]]) -> dict[str, float]:
-    """Means over the updates of an iteration; the critic's own are `critic/...`."""
-    shared = {"loss", "grad_norm", "learning_rate", "skipped"}
-    policy = {k: np.array([float(p[k]) for p, _ in rows]) for k in rows[0][0]}
-    critic = {
-        f"critic/{k}" if k in shared else k: np.array([float(c[k]) for _, c in rows])
-        for k in rows[0][1]
-        if k != "num_tokens"
-    }
-    ratios = policy["val/ratio"]
-    means = {name: float(x.mean()) for name, x in (critic | policy).items()}
-    return means | {
-        "skipped": float(policy["skipped"].sum() + critic["critic/skipped"].sum()),
-        "lr": float(policy["learning_rate"][-1]),
-        "learning_rate": float(policy["learning_rate"][-1]),
-        "val/ratio_var": float(ratios.var(ddof=1)) if len(ratios) > 1 else 0.0,
-        # 1 up to rounding, or sampling and training do not share one model.
-        "val/ratio_first": float(ratios[0]),
-    }
+    summary: Mapping[str, Any],
+    before: Evaluation,
+    after: Evaluation,
+    held_out: Sequence[data.PromptExample],
+    timings: Mapping[str, float],
+) -> None:
+    """OUT/report.html, with the first held-out prompts' completions side by side."""
+    samples = [
+        {"prompt": prompt.text, "before": old, "after": new}
+        for prompt, old, new in zip(held_out, before.texts, after.texts, strict=False)
+    ]
+    report.write_report(
+        config.out,
+        title=f"PPO on {Path(config.data).stem}",
+        config=dataclasses.asdict(config),
+        samples=samples,
+        summary=summary,
+        timings=timings,
+    )

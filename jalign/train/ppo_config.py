@@ -85,7 +85,8 @@ class ComputeOptions:
 
     def __post_init__(self):
         _check(
-            self.microbatches >= 1, f"microbatches must be >= 1, got {self.microbatches}"
+            self.microbatches >= 1,
+            f"microbatches must be >= 1, got {self.microbatches}",
         )
 
 

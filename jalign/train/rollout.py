@@ -95,7 +95,7 @@ def join(
 def ended(completion: Completion, stop_tokens: Sequence[int]) -> np.ndarray:
     """bool [B]: the last generated token is a stop token. Host arrays [B, N]."""
     stops = np.isin(completion.tokens, stop_tokens) & completion.mask
-    return stops.any(axis=1)
+    return np.asarray(np.any(stops, axis=1))
 
 
 def sample_and_score(
@@ -117,7 +117,8 @@ def sample_and_score(
     gap = stats.logps[batch.completion_mask] - completion.logps[completion.mask]
     return Scored(
         batch,
-        *stats,
+        np.asarray(stats.logps),
+        np.asarray(stats.entropy),
         ref_logps=actors.reference(batch),
         rewards=rewards,
         stopped=ended(completion, actors.stop_tokens),

@@ -1,0 +1,227 @@
+"""Model families as data: config keys, and tensor names of the Hugging Face format.
+
+Read by one interpreter in both directions (hf_config, hf_read, hf_write). To add a
+family, add a row; to add a tensor, add a row to TENSORS.
+"""
+
+from typing import Any, NamedTuple
+
+from jalign.models.config import ModelConfig
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint, or one per layer, and where it goes.
+
+    Attributes:
+      name: in the file; "{}" stands for the layer.
+      path: of the parameter. A layer's tensor is one row of the stacked array.
+      pattern: how axes are regrouped, einops notation: file -> parameter of a layer.
+      when: the ModelConfig switch that the tensor depends on: a field, or one of
+        "causal" (has an unembedding of its own) and "score"; "" is always.
+    """
+
+    name: str
+    path: str
+    pattern: str
+    when: str = ""
+
+
+_LAYER = "model.layers.{}."
+TENSORS = (
+    Tensor("model.embed_tokens.weight", "embed/embedding", "v d -> v d"),
+    Tensor(_LAYER + "input_layernorm.weight", "layers/attention_norm/scale", "d -> d"),
+    Tensor(
+        _LAYER + "self_attn.q_proj.weight",
+        "layers/attention/q/kernel",
+        "(n h) d -> d n h",
+    ),
+    Tensor(
+        _LAYER + "self_attn.k_proj.weight",
+        "layers/attention/k/kernel",
+        "(k h) d -> d k h",
+    ),
+    Tensor(
+        _LAYER + "self_attn.v_proj.weight",
+        "layers/attention/v/kernel",
+        "(k h) d -> d k h",
+    ),
+    Tensor(
+        _LAYER + "self_attn.o_proj.weight",
+        "layers/attention/o/kernel",
+        "d (n h) -> n h d",
+    ),
+    Tensor(
+        _LAYER + "self_attn.q_proj.bias",
+        "layers/attention/q/bias",
+        "(n h) -> n h",
+        "qkv_bias",
+    ),
+    Tensor(
+        _LAYER + "self_attn.k_proj.bias",
+        "layers/attention/k/bias",
+        "(k h) -> k h",
+        "qkv_bias",
+    ),
+    Tensor(
+        _LAYER + "self_attn.v_proj.bias",
+        "layers/attention/v/bias",
+        "(k h) -> k h",
+        "qkv_bias",
+    ),
+    Tensor(
+        _LAYER + "self_attn.q_norm.weight",
+        "layers/attention/q_norm/scale",
+        "h -> h",
+        "qk_norm",
+    ),
+    Tensor(
+        _LAYER + "self_attn.k_norm.weight",
+        "layers/attention/k_norm/scale",
+        "h -> h",
+        "qk_norm",
+    ),
+    Tensor(
+        _LAYER + "post_attention_layernorm.weight",
+        "layers/mlp_norm/scale",
+        "d -> d",
+    ),
+    Tensor(_LAYER + "mlp.gate_proj.weight", "layers/mlp/gate/kernel", "f d -> d f"),
+    Tensor(_LAYER + "mlp.up_proj.weight", "layers/mlp/up/kernel", "f d -> d f"),
+    Tensor(_LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", "d f -> f d"),
+    Tensor("model.norm.weight", "norm/scale", "d -> d"),
+    Tensor("lm_head.weight", "unembed/kernel", "v d -> d v", "causal"),
+    Tensor("score.weight", "score/kernel", "o d -> d o", "score"),
+)
+
+# Buffers that older exporters wrote; they hold nothing that is not in the config.
+IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+# Some exporters write this copy of the embedding although it is tied: allowed, if equal.
+TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
+
+# ModelConfig field -> key in config.json, the same in every family.
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_position": "max_position_embeddings",
+    "bos_token_id": "bos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+# Keys without which a config.json says nothing.
+REQUIRED_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+# Switches that would change the computation: another value than this is refused.
+FIXED_KEYS = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+class Family(NamedTuple):
+    """One row: how a model_type differs from llama.
+
+    Attributes:
+      prefix: of the class names in `architectures`, as Llama in LlamaForCausalLM.
+      switches: ModelConfig fields that the family fixes.
+      defaults: config.json keys that may be absent, and their values then; where
+        num_key_value_heads is None it is the number of heads, where head_dim is None
+        it is hidden_size / heads. Source: transformers' configuration classes.
+      window: "never", "always" (sliding_window is in force when set) or "switch"
+        (only with use_sliding_window, from layer max_window_layers on).
+      unfixed: FIXED_KEYS that the family does not read.
+    """
+
+    prefix: str
+    switches: dict[str, Any]
+    defaults: dict[str, Any]
+    window: str = "never"
+    unfixed: tuple[str, ...] = ()
+
+
+_COMMON = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "head_dim": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_QWEN = _COMMON | {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+FAMILIES = {
+    "llama": Family(
+        "Llama",
+        {},
+        _COMMON
+        | {
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "mistral": Family(
+        "Mistral",
+        {},
+        _COMMON
+        | {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        window="always",
+        unfixed=("attention_bias", "mlp_bias"),
+    ),
+    "qwen2": Family(
+        "Qwen2",
+        {"qkv_bias": True},
+        _QWEN,
+        window="switch",
+        unfixed=("attention_bias", "mlp_bias"),
+    ),
+    "qwen3": Family(
+        "Qwen3",
+        {"qk_norm": True},
+        _QWEN | {"head_dim": 128},
+        window="switch",
+        unfixed=("mlp_bias",),
+    ),
+}
+
+
+def tensors_of(config: ModelConfig) -> tuple[Tensor, ...]:
+    """The rows of TENSORS that a model of this config has."""
+    has = {
+        "": True,
+        "qkv_bias": config.qkv_bias,
+        "qk_norm": config.qk_norm,
+        "causal": not config.num_labels and not config.tie_embeddings,
+        "score": config.num_labels > 0,
+    }
+    return tuple(row for row in TENSORS if has[row.when])
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """The transformers class that reads this model."""
+    kind = "ForSequenceClassification" if config.num_labels else "ForCausalLM"
+    return FAMILIES[config.family].prefix + kind

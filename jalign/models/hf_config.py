@@ -1,0 +1,202 @@
+"""config.json <-> ModelConfig, both of transformers 4's and 5's spelling."""
+
+from typing import Any
+
+from jalign.models.config import ROPE_KINDS, ModelConfig, RopeScaling
+from jalign.models.families import (
+    CONFIG_KEYS,
+    FAMILIES,
+    FIXED_KEYS,
+    REQUIRED_KEYS,
+    Family,
+    architecture_of,
+)
+
+# RopeScaling field -> key in config.json.
+_ROPE_KEYS = {
+    "factor": "factor",
+    "original_max_position": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
+}
+_ROPE_KEYS_OF = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "original_max_position",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+
+
+def config_from_hf(
+    raw: dict[str, Any], generation: dict[str, Any] | None = None
+) -> ModelConfig:
+    """Reads the dict of a config.json.
+
+    Args:
+      raw: of config.json.
+      generation: of generation_config.json, whose end-of-text tokens are added.
+
+    Raises: ValueError naming the key that is missing, unknown or not supported.
+    """
+    family_name = raw.get("model_type")
+    if family_name not in FAMILIES:
+        raise ValueError(
+            f"model_type {family_name!r} is not supported; known: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[family_name]
+    missing = [key for key in REQUIRED_KEYS if raw.get(key) is None]
+    if missing:
+        raise ValueError(f"missing key(s) {', '.join(missing)}")
+    _check_fixed(raw, family)
+    values = family.defaults | raw
+    fields = {field: values.get(key) for field, key in CONFIG_KEYS.items()}
+    if fields["num_kv_heads"] is None:
+        fields["num_kv_heads"] = fields["num_heads"]
+    if fields["head_dim"] is None:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+    theta, scaling = _read_rope(values)
+    return ModelConfig(
+        **fields,
+        **family.switches,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        sliding_window=_read_window(values, family),
+        num_labels=_read_num_labels(raw),
+        family=family_name,
+        eos_token_ids=_eos_ids(values, generation or {}),
+    )
+
+
+def _check_fixed(raw: dict[str, Any], family: Family) -> None:
+    for key, value in FIXED_KEYS.items():
+        if key not in family.unfixed and raw.get(key, value) not in (value, None):
+            raise ValueError(f"{key}={raw[key]!r} is not supported, only {value!r}")
+
+
+def _read_num_labels(raw: dict[str, Any]) -> int:
+    architecture = (raw.get("architectures") or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        # transformers stores the labels, not their number; without them it means 2.
+        return raw.get("num_labels") or len(raw.get("id2label") or "12")
+    if architecture and not architecture.endswith("ForCausalLM"):
+        raise ValueError(f"architecture {architecture!r} is not supported")
+    return 0
+
+
+def _eos_ids(values: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+    ids: list[int] = []
+    for eos in (values.get("eos_token_id"), generation.get("eos_token_id")):
+        more = eos if isinstance(eos, list | tuple) else [eos]
+        ids += [i for i in more if i is not None and i not in ids]
+    return tuple(ids)
+
+
+def _read_window(values: dict[str, Any], family: Family) -> int | None:
+    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
+    if family.window == "never" or window is None:
+        return None
+    if family.window == "always":
+        return window
+    if not values.get("use_sliding_window", False):
+        return None
+    full = min(values["max_window_layers"], layers)
+    kinds = values.get("layer_types") or (
+        ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    )
+    if len(set(kinds)) > 1:
+        raise ValueError("a sliding window on only some of the layers is not supported")
+    return window if kinds[0] == "sliding_attention" else None
+
+
+def _read_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling: rope_parameters (5) or rope_theta and rope_scaling (4)."""
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", values.get("rope_theta"))
+    theta = 10_000.0 if theta is None else float(theta)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1 is not supported")
+    if kind == "default":
+        return theta, None
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"rope type {kind!r} is not supported; known: {ROPE_KINDS}")
+    if "factor" not in rope:
+        raise ValueError(f"rope type {kind!r} without a factor")
+    fields = {field: rope.get(_ROPE_KEYS[field]) for field in _ROPE_KEYS_OF[kind]}
+    if fields.get("original_max_position", 1) is None:
+        fields["original_max_position"] = values["max_position_embeddings"]
+    given = {field: value for field, value in fields.items() if value is not None}
+    return theta, RopeScaling(kind, **given)
+
+
+def config_to_hf(
+    config: ModelConfig, dtype: str = "float32"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The dicts of config.json and generation_config.json.
+
+    In transformers 4's spelling, which 5 reads too.
+    """
+    raw: dict[str, Any] = {
+        "architectures": [architecture_of(config)],
+        "model_type": config.family,
+    }
+    raw |= {key: getattr(config, field) for field, key in CONFIG_KEYS.items()}
+    eos = list(config.eos_token_ids)
+    raw["eos_token_id"] = eos if len(eos) > 1 else config.eos_token_id
+    raw |= {"hidden_act": "silu", "torch_dtype": dtype, "initializer_range": 0.02}
+    raw |= {"rope_theta": config.rope_theta, "rope_scaling": _write_rope(config)}
+    raw |= _write_window(config)
+    if config.num_labels:
+        raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    if "attention_bias" not in FAMILIES[config.family].unfixed:
+        raw["attention_bias"] = False
+    generation = {
+        key: raw[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if raw[key] is not None
+    }
+    return raw, generation
+
+
+def _write_rope(config: ModelConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return None
+    fields = {_ROPE_KEYS[f]: getattr(scaling, f) for f in _ROPE_KEYS_OF[scaling.kind]}
+    given = {key: value for key, value in fields.items() if value is not None}
+    return {"rope_type": scaling.kind} | given
+
+
+def _write_window(config: ModelConfig) -> dict[str, Any]:
+    kind = FAMILIES[config.family].window
+    if kind == "never":
+        if config.sliding_window is not None:
+            raise ValueError(f"{config.family} files cannot hold a sliding window")
+        return {}
+    if kind == "always":
+        return {"sliding_window": config.sliding_window}
+    on = config.sliding_window is not None
+    return {
+        "use_sliding_window": on,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": 0 if on else config.num_layers,
+    }

@@ -1,0 +1,161 @@
+"""What a user picks for the offline recipes: frozen dataclasses, flat in use.
+
+A contradiction raises ValueError here, naming both fields; nothing is rewritten.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jalign.train.optim import OptimConfig
+from jalign.train.ppo_config import ComputeOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The fields that SFT, reward and DPO runs share."""
+
+    model: str
+    """Model to train: a directory in HF format or a hub id."""
+    data: str
+    """Training rows: a hub id, a file (.jsonl, .json, .parquet) or a directory."""
+    out: str
+    """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
+    eval_data: str | None = None
+    """Held-out rows, measured before and after training."""
+    steps: int | None = None
+    """Optimizer steps; overrides epochs."""
+    epochs: float = 1.0
+    """Passes over the data, when steps is unset."""
+    batch_size: int = 8
+    """Rows (pairs) of a step, over all devices."""
+    max_length: int = 1024
+    """Longest row in tokens; what is longer loses its end."""
+    seed: int = 0
+    """Of the order of the rows and of fresh parameters."""
+    mesh: str | None = None
+    """Such as "fsdp=8,tensor=2"; unset puts all devices on fsdp."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be used: stop, or count and leave out."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; 0 saves only at the end."""
+    resume: bool = True
+    """Continue from the newest good checkpoint in OUT."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self):
+        for name in ("batch_size", "steps"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"{name} must be >= 1, got {value}")
+        _check(self.epochs > 0, f"epochs must be > 0, got {self.epochs}")
+        _check(self.max_length >= 2, f"max_length must be >= 2, got {self.max_length}")
+        _check(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), got {self.seed}")
+        _check(
+            self.checkpoint_every >= 0,
+            f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
+        )
+        warmup = self.optim.warmup_steps
+        _check(
+            self.steps is None or warmup < self.steps,
+            f"warmup_steps {warmup} must be less than steps {self.steps}",
+        )
+
+
+@dataclass(frozen=True)
+class SFTOptions:
+    """What is particular to supervised fine-tuning."""
+
+    packing: bool = False
+    """Put several short rows behind each other into rows of max_length."""
+    assistant_only: bool | None = None
+    """Train only the assistant's turns; unset does so for conversations."""
+    completion_only: bool | None = None
+    """Train only the completion; unset does so for prompt + completion rows."""
+    label_smoothing: float = 0.0
+    """Weight of the uniform distribution in the target."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2, which keeps the logits' scale down."""
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+
+    def __post_init__(self):
+        _check(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
+        )
+        _check(self.z_loss >= 0, f"z_loss must be >= 0, got {self.z_loss}")
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """What is particular to reward models."""
+
+    center_coef: float = 0.0
+    """Weight of (chosen + rejected)^2, which holds rewards near 0; try 0.01."""
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+
+    def __post_init__(self):
+        _check(
+            self.center_coef >= 0, f"center_coef must be >= 0, got {self.center_coef}"
+        )
+
+
+@dataclass(frozen=True)
+class DPOOptions:
+    """What is particular to direct preference optimization."""
+
+    beta: float = 0.1
+    """Strength of the implicit KL penalty."""
+    label_smoothing: float = 0.0
+    """Assumed share of flipped preferences, in [0, 0.5)."""
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+
+    def __post_init__(self):
+        _check(self.beta > 0, f"beta must be > 0, got {self.beta}")
+        _check(
+            0 <= self.label_smoothing < 0.5,
+            f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning of a causal language model."""
+
+    sft: SFTOptions = field(default_factory=SFTOptions)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_microbatches(self.batch_size, self.sft.compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(RunConfig):
+    """A reward model from preference pairs, by the Bradley-Terry model."""
+
+    reward: RewardOptions = field(default_factory=RewardOptions)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_microbatches(self.batch_size, self.reward.compute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(RunConfig):
+    """Direct preference optimization; the model itself is the reference."""
+
+    dpo: DPOOptions = field(default_factory=DPOOptions)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_microbatches(self.batch_size, self.dpo.compute)
+
+
+def _check_microbatches(batch_size: int, compute: ComputeOptions) -> None:
+    _check(
+        batch_size % compute.microbatches == 0,
+        f"microbatches {compute.microbatches} does not divide batch_size {batch_size}",
+    )
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)

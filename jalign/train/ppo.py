@@ -1,0 +1,220 @@
+"""One iteration of PPO: a rollout, then a few epochs of policy and critic updates.
+
+Separate models and optimizers, as in Ouyang et al. 2022 (arXiv:2203.02155); details
+after Huang et al. 2024 (arXiv:2403.17031).
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jalign import data, losses, sharding
+from jalign.train.actors import Cast, local_rows
+from jalign.train.objectives import make_ppo_objective, make_value_objective
+from jalign.train.optim import make_optimizer
+from jalign.train.ppo_config import PPOConfig
+from jalign.train.rollout import (
+    Actors,
+    make_rollout,
+    rollout_metrics,
+    sample_and_score,
+    shape_scores,
+)
+from jalign.train.step import TrainStep, abstract_state, init_state, make_train_step
+from jalign.types import Rollout, TrainState
+
+
+class PPOState(NamedTuple):
+    """All that changes in a run; saved together, or not at all.
+
+    Attributes:
+      policy, critic: their training states.
+      kl_coef: the KL coefficient of the next rollout.
+      iteration: rollouts done, which is also the position in the prompts.
+    """
+
+    policy: TrainState
+    critic: TrainState
+    kl_coef: float
+    iteration: int
+
+
+class Learner(NamedTuple):
+    """How a run updates each of its two models: the step and its optax chain."""
+
+    policy_step: TrainStep
+    critic_step: TrainStep
+    policy_tx: Any
+    critic_tx: Any
+
+
+def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:
+    """Optimizers and compiled steps; the schedules run over all updates."""
+    ppo, mesh = config.ppo, cast.policy.mesh
+    updates = iterations * ppo.num_epochs * ppo.num_minibatches
+    rate = ppo.critic_learning_rate
+    critic_optim = dataclasses.replace(
+        config.optim,
+        learning_rate=config.optim.learning_rate if rate is None else rate,
+    )
+    policy = make_ppo_objective(
+        cast.policy,
+        clip_eps=ppo.clip_eps,
+        entropy_coef=ppo.entropy_coef,
+        temperature=ppo.sampling.temperature,
+    )
+    critic = make_value_objective(cast.critic, clip_eps=ppo.value_clip_eps)
+
+    def make(objective, model, optim):
+        tx, schedule = make_optimizer(optim, updates)
+        shapes = abstract_state(model.param_shapes(), tx, mesh=mesh)
+        step = make_train_step(
+            objective,
+            tx,
+            microbatches=ppo.compute.microbatches,
+            state_shardings=sharding.state_shardings(mesh, shapes) if mesh else None,
+            schedule=schedule,
+        )
+        return step, tx
+
+    policy_step, policy_tx = make(policy, cast.policy, config.optim)
+    critic_step, critic_tx = make(critic, cast.critic, critic_optim)
+    return Learner(policy_step, critic_step, policy_tx, critic_tx)
+
+
+def start_state(cast: Cast, learner: Learner, config: PPOConfig) -> PPOState:
+    """The state before the first rollout; the cast's parameters are copied."""
+    mesh, keys = cast.policy.mesh, jax.random.split(jax.random.key(config.seed))
+
+    def make(params, tx, key):
+        return init_state(jax.tree.map(jnp.copy, params), tx, key, mesh=mesh)
+
+    return PPOState(
+        make(cast.policy_params, learner.policy_tx, keys[0]),
+        make(cast.critic_params, learner.critic_tx, keys[1]),
+        config.ppo.kl.kl_coef,
+        0,
+    )
+
+
+def iterate(
+    state: PPOState,
+    prompts: Sequence[data.PromptExample],
+    *,
+    actors: Actors,
+    learner: Learner,
+    config: PPOConfig,
+    mesh: Mesh | None = None,
+) -> tuple[PPOState, dict[str, float]]:
+    """One rollout and its updates. A pure function of the state, but for its clocks.
+
+    Args:
+      state: donated; continue with the returned one.
+      prompts: all of them; the iteration number picks the batch.
+      actors, learner: of make_actors and make_learner.
+      config: the run's.
+      mesh: the models'.
+
+    Returns: the next state and this iteration's metrics.
+    """
+    ppo, began, number = config.ppo, time.perf_counter(), state.iteration
+    chosen = data.batch_indices(len(prompts), config.batch_size, config.seed, number)
+    scored = sample_and_score(
+        actors,
+        state.policy.params,
+        [prompts[i] for i in chosen],
+        jax.random.fold_in(jax.random.key(config.seed), number),
+    )
+    scores = shape_scores(scored.rewards, scored.stopped, ppo.rewards)
+    rollout = make_rollout(
+        scored,
+        scores,
+        actors.critic(state.critic.params, scored.batch),
+        kl_coef=state.kl_coef,
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        whiten_rewards=ppo.rewards.whiten_rewards,
+        whiten_advantages=ppo.whiten_advantages,
+    )
+    sampled = time.perf_counter()
+    policy, critic, update_metrics = update(
+        state, rollout, learner=learner, config=config, mesh=mesh
+    )
+    done = time.perf_counter()
+    metrics = update_metrics | rollout_metrics(scored, scores, kl_coef=state.kl_coef)
+    metrics |= {
+        "num_tokens": float(np.sum(rollout.segment_ids > 0)),
+        "episode": float((number + 1) * config.batch_size),
+        "eps": config.batch_size / (done - began),
+        "time/rollout": sampled - began,
+        "time/update": done - sampled,
+    }
+    kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
+    return PPOState(policy, critic, kl_coef, number + 1), metrics
+
+
+def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
+    """The coefficient of the next rollout: adapted where a target is set."""
+    options = config.ppo.kl
+    if options.kl_target is None:
+        return kl_coef
+    new = losses.adaptive_kl_update(
+        kl_coef,
+        kl,
+        target=options.kl_target,
+        horizon=options.kl_horizon,
+        num_samples=config.batch_size,
+    )
+    return float(new)
+
+
+def update(
+    state: PPOState,
+    rollout: Rollout,
+    *,
+    learner: Learner,
+    config: PPOConfig,
+    mesh: Mesh | None,
+) -> tuple[TrainState, TrainState, dict[str, float]]:
+    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
+
+    Returns: policy and critic states, and the metrics' means over the updates.
+    """
+    policy, critic, rows = state.policy, state.critic, []
+    for epoch in range(config.ppo.num_epochs):
+        random = np.random.default_rng([config.seed, state.iteration, epoch])
+        order = random.permutation(config.batch_size)
+        for part in np.split(order, config.ppo.num_minibatches):
+            picked = jax.tree.map(lambda x, part=part: x[part], rollout)
+            batch = local_rows(picked, mesh)
+            policy, policy_metrics = learner.policy_step(policy, batch)
+            critic, critic_metrics = learner.critic_step(critic, batch)
+            rows.append((policy_metrics, critic_metrics))
+    return policy, critic, update_metrics(jax.device_get(rows))
+
+
+def update_metrics(rows: Sequence[tuple[Mapping, Mapping]]) -> dict[str, float]:
+    """Means over the updates of an iteration; the critic's own are `critic/...`."""
+    shared = {"loss", "grad_norm", "learning_rate", "skipped"}
+    policy = {k: np.array([float(p[k]) for p, _ in rows]) for k in rows[0][0]}
+    critic = {
+        f"critic/{k}" if k in shared else k: np.array([float(c[k]) for _, c in rows])
+        for k in rows[0][1]
+        if k != "num_tokens"
+    }
+    ratios = policy["val/ratio"]
+    means = {name: float(x.mean()) for name, x in (critic | policy).items()}
+    return means | {
+        "skipped": float(policy["skipped"].sum() + critic["critic/skipped"].sum()),
+        "lr": float(policy["learning_rate"][-1]),
+        "learning_rate": float(policy["learning_rate"][-1]),
+        "val/ratio_var": float(ratios.var(ddof=1)) if len(ratios) > 1 else 0.0,
+        # 1 up to rounding, or sampling and training do not share one model.
+        "val/ratio_first": float(ratios[0]),
+    }

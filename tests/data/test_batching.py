@@ -1,0 +1,116 @@
+"""Tests for jalign/data/batching.py."""
+
+import numpy as np
+import pytest
+
+from jalign.data.batching import (
+    bucket_length,
+    collate_preferences,
+    collate_tokens,
+    pack,
+)
+from jalign.data.encoding import Example
+from jalign.data.examples import PreferenceExample
+from jalign.data.loader import filler
+
+
+def example(n, first=1, start=1):
+    tokens = np.arange(first, first + n, dtype=np.int32)
+    return Example(tokens, np.arange(n) >= start)
+
+
+def test_buckets_are_few_and_fit():
+    buckets = {bucket_length(n, 3000) for n in range(1, 3001)}
+    want = {16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3000}
+    assert buckets == want
+    assert all(n <= bucket_length(n, 3000) for n in range(1, 3001))
+    assert bucket_length(5, 8) == 8
+    with pytest.raises(ValueError, match="more than max_length"):
+        bucket_length(9, 8)
+
+
+def test_trap53_right_padding_with_positions_from_lengths():
+    batch = collate_tokens([example(2), example(4)], 5)
+    np.testing.assert_array_equal(batch.tokens, [[1, 2, 0, 0, 0], [1, 2, 3, 4, 0]])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 0, 0, 0], [0, 1, 2, 3, 0]])
+    np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])
+    np.testing.assert_array_equal(batch.completion_mask.sum(1), [1, 3])
+    dtypes = [leaf.dtype for leaf in batch]
+    assert dtypes == [np.int32, bool, np.int32, np.int32]
+
+
+def test_trap54_masks_come_from_lengths_not_from_pad_ids():
+    zeros = Example(np.zeros(3, np.int32), np.array([False, True, True]))
+    batch = collate_tokens([zeros], 5)  # its tokens are all equal to the padding
+    np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(batch.completion_mask, [[0, 1, 1, 0, 0]])
+
+
+def test_trap61_the_last_token_is_known_from_the_segments():
+    eos = Example(np.array([5, 2, 2], np.int32), np.array([False, True, True]))
+    batch = collate_tokens([eos, example(5)], 6)  # pad could be 2, or unset
+    last = (batch.segment_ids != 0).sum(1) - 1
+    np.testing.assert_array_equal(last, [2, 4])
+
+
+def test_trap63_filler_rows_have_no_segment_and_train_nothing():
+    batch = collate_tokens([example(3), filler(example(3))], 4)
+    for leaf in batch:
+        assert not leaf[1].any()
+    pair = PreferenceExample(example(3), example(2), 1.0, -1.0, -2.0)
+    pairs = collate_preferences([pair, filler(pair)], 4)
+    assert not pairs.chosen.segment_ids[1].any()
+    assert not pairs.rejected.completion_mask[1].any()
+    np.testing.assert_array_equal(pairs.margins, [1, 0])
+
+
+def test_preferences_share_a_length_and_carry_reference_logps():
+    pair = PreferenceExample(example(3), example(2), 0.5, -1.0, -2.0)
+    batch = collate_preferences([pair], 4)
+    assert batch.chosen.tokens.shape == batch.rejected.tokens.shape == (1, 4)
+    np.testing.assert_array_equal(batch.ref_chosen_logps, [-1])
+    given = collate_preferences([pair], 4, ref_rejected_logps=np.array([-3.0]))
+    np.testing.assert_array_equal(given.ref_rejected_logps, [-3])
+    assert all(leaf.dtype == np.float32 for leaf in given[2:])
+
+
+def test_too_long_an_example_is_an_error():
+    with pytest.raises(ValueError, match="does not fit"):
+        collate_tokens([example(5)], 4)
+    with pytest.raises(ValueError, match="does not fit"):
+        pack([example(5)], 4)
+
+
+def test_trap59_packing_keeps_every_document_whole_and_once():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, 3000)  # more than one map batch of 1,000 rows
+    documents = [example(n, first=100 * i) for i, n in enumerate(lengths)]
+    rows = pack(documents, 64)
+    found = {}
+    for row in rows:
+        assert len(row.tokens) <= 64
+        for segment in range(1, row.segment_ids.max() + 1):
+            tokens = row.tokens[row.segment_ids == segment]
+            found[int(tokens[0])] = tokens
+    assert len(found) == 3000
+    for document in documents:
+        np.testing.assert_array_equal(found[document.tokens[0]], document.tokens)
+    assert len(rows) <= np.ceil(lengths.sum() / 64) * 1.02
+
+
+def test_trap60_packed_documents_are_told_apart():
+    rows = pack([example(3, 10, start=0), example(2, 20, start=0)], 8)
+    batch = collate_tokens(rows, 8)
+    np.testing.assert_array_equal(batch.tokens, [[10, 11, 12, 20, 21, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 2, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 0, 1, 0, 0, 0]])
+    # The first token of a document is not predicted from the document before it.
+    np.testing.assert_array_equal(batch.completion_mask, [[0, 1, 1, 0, 1, 0, 0, 0]])
+
+
+def test_packing_trains_the_same_tokens():
+    documents = [example(n) for n in (5, 3, 8, 2)]
+    apart = collate_tokens(documents, 8)
+    packed = collate_tokens(pack(documents, 8), 8)
+    assert packed.completion_mask.sum() == apart.completion_mask.sum()
+    assert len(packed.tokens) == 3

@@ -1,0 +1,71 @@
+"""Tests for jalign/data/encoding.py."""
+
+import numpy as np
+import pytest
+
+from jalign.data.encoding import encode_exchanges, encode_prompts
+from jalign.data.formats import Exchange, Prompt
+from jalign.data.rows import RowError
+from tests.data.conftest import assistant, make_tokenizer, trained, user
+
+TURNS = [user("ab"), assistant("cd"), user("ef"), assistant("gh")]
+TEXT = Exchange(None, "ab", {})
+PAIR = Exchange("ab", "cd", {})
+CHAT = Exchange(None, TURNS, {})
+CHAT_PAIR = Exchange(TURNS[:3], TURNS[3:], {})
+WHOLE = "User:\nab\n\nAssistant:\ncd</s>User:\nef\n\nAssistant:\ngh</s>"
+
+
+@pytest.mark.parametrize(
+    "exchange, assistant_only, completion_only, want",
+    [
+        (TEXT, None, None, "ab</s>"),
+        (PAIR, None, None, "cd</s>"),
+        (PAIR, None, False, "abcd</s>"),
+        (CHAT, None, None, "cd</s>gh</s>"),
+        (CHAT, False, None, WHOLE),
+        (CHAT_PAIR, None, None, "gh</s>"),
+        (CHAT_PAIR, False, True, "gh</s>"),
+        (CHAT_PAIR, True, False, "cd</s>gh</s>"),
+        (CHAT_PAIR, None, False, WHOLE),
+    ],
+)
+def test_what_is_trained(tokenizer, exchange, assistant_only, completion_only, want):
+    (example,) = encode_exchanges(
+        [exchange], tokenizer, assistant_only, completion_only
+    )
+    assert not isinstance(example, RowError)
+    assert trained(tokenizer, example) == want
+    assert not example.completion_mask[0]
+    assert example.tokens.dtype == np.int32
+
+
+def test_a_mixed_list_keeps_its_order(tokenizer):
+    mixed = [CHAT, TEXT, CHAT_PAIR, PAIR, TEXT]
+    together = encode_exchanges(mixed, tokenizer)
+    for exchange, example in zip(mixed, together, strict=True):
+        (alone,) = encode_exchanges([exchange], tokenizer)
+        np.testing.assert_array_equal(alone[0], example[0])  # pyright: ignore
+        np.testing.assert_array_equal(alone[1], example[1])  # pyright: ignore
+
+
+def test_a_row_without_any_trained_token_is_bad():
+    template = "{% for m in messages %}{{ m['content'] }}{% generation %}"
+    tokenizer = make_tokenizer(
+        chat_template=template + "{% endgeneration %}{% endfor %}"
+    )
+    (result,) = encode_exchanges([CHAT], tokenizer)
+    assert isinstance(result, RowError) and "no token" in result.reason
+
+
+def test_prompts_of_both_kinds(tokenizer):
+    results = encode_prompts(
+        tokenizer, [Prompt("ab", {}), Prompt([user("cd")], {}), Prompt("", {})]
+    )
+    texts = [r[0] for r in results if not isinstance(r, RowError)]
+    assert texts == ["ab", "<s>User:\ncd\n\nAssistant:\n", ""]
+    for result in results:
+        assert not isinstance(result, RowError)
+        assert list(result[1]).count(tokenizer.bos_token_id) == 1  # trap 56
+    (empty,) = encode_prompts(make_tokenizer(bos=False), [Prompt("", {})])
+    assert isinstance(empty, RowError) and "no BOS" in empty.reason

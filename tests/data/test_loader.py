@@ -1,0 +1,154 @@
+"""Tests for jalign/data/loader.py."""
+
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from jalign.data.batching import collate_preferences, collate_tokens
+from jalign.data.examples import PreferenceExample
+from jalign.data.loader import batch_indices, make_eval_loader, make_loader, num_steps
+from tests.data.test_batching import example
+
+EXAMPLES = [example(2 + i % 30, first=100 * (i + 1)) for i in range(23)]
+
+
+def loader(**options):
+    defaults = {"batch_size": 4, "seed": 0, "collate": collate_tokens, "max_length": 32}
+    return make_loader(EXAMPLES, **{**defaults, **options})
+
+
+def test_every_epoch_holds_every_example_once_in_a_new_order():
+    places = np.concatenate([batch_indices(23, 4, 7, step) for step in range(23)])
+    epochs = places.reshape(4, 23)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(23))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_seeds_give_unrelated_orders():
+    first, second = (
+        np.concatenate([batch_indices(100, 100, seed, step) for step in range(3)])
+        for seed in (0, 1)
+    )
+    # Not even a shifted one: epoch 1 of seed 0 is not epoch 0 of seed 1.
+    assert not np.array_equal(first[100:200], second[:100])
+    assert not np.array_equal(first[:100], second[:100])
+
+
+def test_the_order_is_pinned():
+    # A change here (a new grain, say) would break the resume of running jobs.
+    assert batch_indices(10, 10, 3, 0).tolist() == [4, 6, 9, 7, 5, 3, 1, 8, 2, 0]
+    assert batch_indices(10, 10, 3, 1).tolist() == [8, 1, 3, 7, 9, 0, 5, 4, 2, 6]
+
+
+def test_resume_gives_the_same_batches():
+    whole = list(loader(steps=9))
+    for start in (1, 5, 8):
+        resumed = list(loader(start_step=start, steps=9))
+        assert len(resumed) == 9 - start
+        for a, b in zip(whole[start:], resumed, strict=True):
+            for x, y in zip(a, b, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_the_global_batch_and_its_length(hosts):
+    whole = list(loader(steps=6))
+    parts = [
+        list(loader(steps=6, shard_index=i, shard_count=hosts)) for i in range(hosts)
+    ]
+    for step, batch in enumerate(whole):
+        joined = np.concatenate([part[step].tokens for part in parts])
+        np.testing.assert_array_equal(joined, batch.tokens)
+
+
+def test_the_batch_is_what_batch_indices_says():
+    for step, batch in enumerate(loader(steps=3)):
+        firsts = [EXAMPLES[i].tokens[0] for i in batch_indices(23, 4, 0, step)]
+        np.testing.assert_array_equal(batch.tokens[:, 0], firsts)
+
+
+def test_steps_epochs_and_endless():
+    assert num_steps(23, 4) == 6 and num_steps(24, 4) == 6
+    assert num_steps(23, 4, epochs=3) == 18 and num_steps(1, 4) == 1
+    assert len(list(loader(epochs=2))) == 12
+    assert len(list(islice(loader(), 30))) == 30
+
+
+def test_fewer_examples_than_rows_repeat_with_a_warning(caplog):
+    batches = make_loader(
+        EXAMPLES[:1],
+        batch_size=4,
+        seed=0,
+        collate=collate_tokens,
+        max_length=32,
+        steps=1,
+    )
+    assert next(batches).tokens[:, 0].tolist() == [100] * 4
+    assert "1 examples in batches of 4" in caplog.text
+
+
+def test_eval_sees_every_example_once_and_fills_up():
+    batches = list(
+        make_eval_loader(EXAMPLES, batch_size=4, collate=collate_tokens, max_length=32)
+    )
+    assert [len(batch.tokens) for batch in batches] == [4] * 6
+    firsts = np.concatenate([batch.tokens[:, 0] for batch in batches])
+    want = [e.tokens[0] for e in EXAMPLES] + [0]
+    np.testing.assert_array_equal(firsts, want)
+    assert not batches[-1].segment_ids[-1].any()
+
+
+def test_eval_hosts_and_preferences():
+    pairs = [PreferenceExample(e, e) for e in EXAMPLES[:3]]
+    parts = [
+        list(
+            make_eval_loader(
+                pairs,
+                batch_size=2,
+                collate=collate_preferences,
+                max_length=32,
+                shard_index=i,
+                shard_count=2,
+            )
+        )
+        for i in range(2)
+    ]
+    assert [len(part) for part in parts] == [2, 2]
+    assert parts[0][1].chosen.segment_ids.any()
+    assert not parts[1][1].chosen.segment_ids.any()
+
+
+def test_each_new_length_is_logged(caplog):
+    with caplog.at_level("INFO", "jalign.data"):
+        lengths = {batch.tokens.shape[1] for batch in loader(steps=20, batch_size=1)}
+    assert lengths == {16, 32}
+    assert caplog.text.count("one more compilation") == 2
+
+
+def test_no_examples_and_undividable_batches_are_errors():
+    with pytest.raises(ValueError, match="no examples"):
+        make_loader([], batch_size=4, seed=0, collate=collate_tokens, max_length=32)
+    with pytest.raises(ValueError, match="batch_size=4 cannot be divided over 3"):
+        loader(shard_count=3)
+    with pytest.raises(ValueError, match="shard_index=2"):
+        loader(shard_index=2, shard_count=2)
+    with pytest.raises(ValueError, match="no examples"):
+        batch_indices(0, 4, 0, 0)
+
+
+def test_data_touches_no_device_and_imports_lazily():
+    code = """
+import sys, jalign.data as data, numpy as np
+for name in ("datasets", "transformers", "grain"):
+    assert name not in sys.modules, name
+e = [data.Example(np.arange(3, dtype=np.int32), np.arange(3) > 0)] * 4
+next(data.make_loader(e, batch_size=2, seed=0, collate=data.collate_tokens,
+                      max_length=8))
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

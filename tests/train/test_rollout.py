@@ -1,0 +1,204 @@
+"""Tests for jalign/train/rollout.py."""
+
+import numpy as np
+import pytest
+
+from jalign.train.ppo_config import RewardOptions
+from jalign.train.rollout import (
+    Actors,
+    Scored,
+    ended,
+    estimate_advantages,
+    join,
+    make_rollout,
+    rollout_metrics,
+    sample_and_score,
+    shape_scores,
+)
+from jalign.train.forward import TokenStats
+from jalign.types import Completion, TokenBatch
+from tests.train.ppo_world import make_prompts
+
+MASK = np.array([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]], bool)
+OPTIONS = dict(kl_coef=0.1, gamma=0.9, gae_lambda=0.8)
+
+
+def completion(rows, width):
+    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width))
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, 1
+    return Completion(tokens, np.zeros(mask.shape, np.float32), mask.astype(bool))
+
+
+def random_case(seed=0):
+    rng = np.random.default_rng(seed)
+    logps, ref, values = rng.normal(size=(3, *MASK.shape)).astype(np.float32)
+    return np.float32([1.5, -0.5]), logps, ref, values
+
+
+def oracle(scores, logps, ref, values, mask, *, kl_coef, gamma, gae_lambda):
+    """Float64, row by row: the score on the last token, GAE backwards."""
+    advantages, returns = np.zeros(mask.shape), np.zeros(mask.shape)
+    for b in range(len(mask)):
+        places = np.flatnonzero(mask[b])
+        following, next_value = 0.0, 0.0
+        for t in places[::-1]:
+            reward = -kl_coef * (float(logps[b, t]) - float(ref[b, t]))
+            reward += float(scores[b]) if t == places[-1] else 0.0
+            delta = reward + gamma * next_value - float(values[b, t])
+            following = delta + gamma * gae_lambda * following
+            next_value = float(values[b, t])
+            advantages[b, t], returns[b, t] = following, following + next_value
+    return advantages, returns
+
+
+def test_join_places_completions_behind_prompts_of_any_length():
+    batch = join([[5, 6], [7]], completion([[8, 0, 2], [9]], 3), 6)
+    np.testing.assert_array_equal(batch.tokens, [[5, 6, 8, 0, 2, 0], [7, 9, *[0] * 4]])
+    # The generated 0 counts, although it equals the padding.
+    np.testing.assert_array_equal(
+        batch.completion_mask, [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        batch.segment_ids, [[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        batch.positions, [[0, 1, 2, 3, 4, 0], [0, 1, 0, 0, 0, 0]]
+    )
+    assert batch.tokens.dtype == batch.positions.dtype == np.int32
+
+
+def test_ended_looks_at_generated_tokens_only():
+    done = completion([[8, 2], [8, 9], [2]], 2)
+    np.testing.assert_array_equal(ended(done, [2]), [True, False, True])
+    # Padding holds 0: a stop token 0 ends the row that generated it, and no other.
+    np.testing.assert_array_equal(ended(done, [0]), [False] * 3)
+
+
+def test_scores_are_clipped_first_and_penalized_then():
+    rewards, stopped = np.float32([5, -5, 0.5]), np.array([True, False, False])
+    options = RewardOptions(reward_clip=2.0, missing_eos_penalty=1.0)
+    np.testing.assert_array_equal(
+        shape_scores(rewards, stopped, options), [2.0, -3.0, -0.5]
+    )
+    np.testing.assert_array_equal(
+        shape_scores(rewards, stopped, RewardOptions()), rewards
+    )
+
+
+def test_advantages_and_returns_match_the_closed_form():
+    case = random_case()
+    got = estimate_advantages(*case, MASK, **OPTIONS, whiten_advantages=False)
+    for mine, theirs in zip(got, oracle(*case, MASK, **OPTIONS), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_whitened_advantages_leave_returns_alone_and_padding_at_zero():
+    case = random_case()
+    expected, returns = oracle(*case, MASK, **OPTIONS)
+    kept = expected[MASK]
+    white, got = estimate_advantages(*case, MASK, **OPTIONS)
+    np.testing.assert_allclose(
+        np.asarray(white)[MASK], (kept - kept.mean()) / kept.std(ddof=1), atol=1e-5
+    )
+    assert not np.asarray(white)[~MASK].any()
+    np.testing.assert_allclose(got, returns, atol=1e-5)
+
+
+def test_whitened_rewards_keep_their_mean():
+    case = random_case()
+    values = np.zeros_like(case[3])
+    plain = dict(kl_coef=0.1, gamma=0.0, gae_lambda=0.0, whiten_advantages=False)
+    token_rewards, _ = estimate_advantages(*case[:3], values, MASK, **plain)
+    white, _ = estimate_advantages(
+        *case[:3], values, MASK, **plain, whiten_rewards=True
+    )
+    raw, scaled = np.asarray(token_rewards)[MASK], np.asarray(white)[MASK]
+    np.testing.assert_allclose(
+        scaled, (raw - raw.mean()) / raw.std(ddof=1) + raw.mean(), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_padding_contents_and_length_change_nothing(seed):
+    scores, *arrays = random_case(seed)
+    expected = estimate_advantages(scores, *arrays, MASK, **OPTIONS)
+    dirty = [np.where(MASK, x, np.float32(np.nan)) for x in arrays]
+    wide = [np.pad(x, ((0, 0), (0, 3)), constant_values=7) for x in dirty]
+    mask = np.pad(MASK, ((0, 0), (0, 3)))
+    for got, want in zip(
+        estimate_advantages(scores, *wide, mask, **OPTIONS), expected, strict=True
+    ):
+        np.testing.assert_allclose(got[:, :6], want, rtol=1e-6, atol=1e-6)
+        assert not np.asarray(got[:, 6:]).any()
+
+
+def scored_case():
+    scores, logps, ref, _ = random_case()
+    logps, ref = np.where(MASK, logps, 0), np.where(MASK, ref, 0)
+    ints = MASK.astype(np.int32)
+    return Scored(
+        TokenBatch(ints, MASK, ints, ints),
+        logps,
+        np.abs(logps),
+        ref,
+        scores,
+        np.array([True, False]),
+        ["x", "y"],
+        0.25,
+    )
+
+
+def test_metrics_are_per_completion():
+    scored = scored_case()
+    scores = np.float32([1.0, 2.0])
+    row = rollout_metrics(scored, scores, kl_coef=0.5)
+    kl = (scored.logps - scored.ref_logps).sum(1).mean()
+    assert row["objective/kl"] == pytest.approx(kl, rel=1e-5)
+    assert row["objective/entropy"] == pytest.approx(-scored.logps.sum(1).mean())
+    assert row["objective/non_score_reward"] == pytest.approx(-0.5 * kl, rel=1e-5)
+    assert row["objective/rlhf_reward"] == pytest.approx(1.5 - 0.5 * kl, rel=1e-5)
+    assert row["objective/scores"] == 1.5 and row["reward"] == 0.5
+    assert row["val/num_eos_tokens"] == 1 and row["completions/clipped_ratio"] == 0.5
+    assert row["completions/mean_length"] == 2.5
+
+
+def test_make_rollout_carries_what_the_objectives_read():
+    scored = scored_case()
+    values = np.where(MASK, random_case()[3], 0)
+    rollout = make_rollout(scored, scored.rewards, values, **OPTIONS)
+    assert rollout.old_logps is scored.logps and rollout.values is values
+    assert {x.shape for x in rollout} == {MASK.shape}
+    assert all(isinstance(x, np.ndarray) for x in rollout)
+
+
+def test_sample_and_score_hands_on_texts_rows_and_the_sampler_gap(key):
+    prompts, seen = make_prompts(3), {}
+    made = completion([[4, 5], [6], [7, 2]], 2)
+    made = made._replace(logps=np.where(made.mask, np.float32(-1.0), np.float32(0)))
+
+    def reward(*args):
+        seen["reward"] = args
+        return np.arange(3, dtype=np.float32)
+
+    def stats(params, batch):
+        assert params == "params"
+        logps = np.where(batch.completion_mask, np.float32(-1.5), np.float32(0))
+        return TokenStats(logps, -logps)
+
+    actors = Actors(
+        sample=lambda params, prompts, key: made,
+        policy=stats,
+        reference=lambda batch: np.zeros(batch.tokens.shape, np.float32),
+        critic=lambda params, batch: np.zeros(batch.tokens.shape, np.float32),
+        reward=reward,
+        decode=lambda ids: [" ".join(map(str, row)) for row in ids],
+        stop_tokens=(2,),
+        max_length=16,
+    )
+    scored = sample_and_score(actors, "params", prompts, key)
+    texts, rows = [p.text for p in prompts], [p.row for p in prompts]
+    assert seen["reward"] == (texts, ["4 5", "6", "7 2"], rows)
+    assert scored.sampler_gap == pytest.approx(0.5)
+    np.testing.assert_array_equal(scored.stopped, [False, False, True])
+    assert scored.batch.tokens.shape == (3, 16)
