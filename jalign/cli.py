@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return fail(f"unknown command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Its advice (install torch, install TensorFlow) is not for users of jalign.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return run(name, rest)
     except SystemExit as stop:  # tyro: 0 for --help, 2 for a wrong flag

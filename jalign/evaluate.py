@@ -19,6 +19,7 @@ from jalign.rewards import RewardFn
 from jalign.train import forward
 from jalign.types import PreferenceBatch, PyTree, TokenBatch
 
+_NO_LIMIT = 1 << 30
 Tokens = Sequence[int] | np.ndarray
 Prompt = str | dict[str, Any] | data.PromptExample | Tokens
 """A text, a data row, an encoded prompt, or token ids."""
@@ -179,7 +180,7 @@ def _teacher_forced(prompts, completions, batch_size: int) -> Iterable[TokenBatc
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     longest = max(len(example.tokens) for example in examples)
-    length = data.bucket_length(longest, 1 << 30)
+    length = data.bucket_length(longest, _NO_LIMIT)
     empty = data.Example(np.zeros(0, np.int32), np.zeros(0, bool))
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
@@ -225,7 +226,7 @@ def mean_reward(
       `completions`, the texts.
     """
     how: dict[str, Any] = dict(key=key, max_new_tokens=max_new_tokens, **sampling)
-    examples = encode_prompts(prompts, tokenizer, model, max_new_tokens)
+    examples = encode_prompts(prompts, tokenizer)
     texts = sample_texts(model, params, tokenizer, examples, **how)
     rows = [example.row for example in examples]
     rewards = np.asarray(reward_fn([e.text for e in examples], texts, rows), np.float32)
@@ -264,7 +265,7 @@ def sample_texts(
     """
     if stop_tokens is None:
         stop_tokens = sorted({tokenizer.eos_token_id, *model.config.eos_token_ids})
-    examples = encode_prompts(prompts, tokenizer, model, max_new_tokens)
+    examples = encode_prompts(prompts, tokenizer)
     ids = [np.asarray(example.tokens).tolist() for example in examples]
     how: dict[str, Any] = dict(key=key, max_new_tokens=max_new_tokens, **sampling)
     completions = generate_lists(model, params, ids, stop_tokens=stop_tokens, **how)
@@ -274,24 +275,16 @@ def sample_texts(
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Any, model: Model, max_new_tokens: int
+    prompts: Sequence[Prompt], tokenizer: Any
 ) -> list[data.PromptExample]:
-    """Prompts of any kind as PromptExamples, all of them, in their order.
-
-    Raises: ValueError where one leaves no room for max_new_tokens in the context.
-    """
-    room = model.config.max_position - max_new_tokens
+    """Prompts of any kind as PromptExamples: all of them, in their order."""
     rows: list[Any] = [{"prompt": p} if isinstance(p, str) else p for p in prompts]
     todo = [i for i, row in enumerate(rows) if isinstance(row, dict)]
     if todo:
+        # No limit here: `generate` refuses a prompt that is too long, by its row.
         found, _ = data.prompt_examples(
-            [rows[i] for i in todo], tokenizer, max_prompt_length=max(room, 2)
+            [rows[i] for i in todo], tokenizer, max_prompt_length=_NO_LIMIT
         )
-        if len(found) < len(todo):
-            raise ValueError(
-                f"{len(todo) - len(found)} of {len(todo)} prompts are longer than the "
-                f"{room} tokens that max_new_tokens={max_new_tokens} leaves"
-            )
         for i, example in zip(todo, found, strict=True):
             rows[i] = example
     return [

@@ -1,6 +1,5 @@
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -131,7 +130,7 @@ def tiny(mesh=None):
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
@@ -146,11 +145,11 @@ SEQUENCES = [[1, 2, 3], [4], list(range(5, 25)), [9, 9], [1, 2]]
 def test_score_tokens_is_the_score_at_the_last_token(key):
     model = tiny()
     params = model.init(key)
-    got = rewards.score_tokens(model, params, SEQUENCES, batch_size=2)
-    for score, tokens in zip(got, SEQUENCES, strict=True):
-        hidden, _ = model.apply(params, jnp.array([tokens]))
-        expected = model.score(params, hidden)[0, -1]
-        np.testing.assert_allclose(score, expected, atol=1e-5)
+    got = rewards.score_tokens(model, params, SEQUENCES, batch_size=4)
+    for row, tokens in enumerate(SEQUENCES):
+        hidden, _ = model.apply(params, jnp.array([tokens + [7] * (20 - len(tokens))]))
+        expected = model.score(params, hidden)[0, len(tokens) - 1]
+        np.testing.assert_allclose(got[row], expected, atol=1e-5)
     on_mesh = tiny(sharding.make_mesh())
     again = rewards.score_tokens(on_mesh, params, SEQUENCES, batch_size=8)
     np.testing.assert_allclose(again, got, atol=1e-5)
@@ -176,9 +175,7 @@ def test_model_reward_scores_prompt_completion_and_eos(real_data, key):
     from jalign import data
 
     tokenizer = data.load_tokenizer(real_data / "stories260k")
-    model = models.Model(
-        models.ModelConfig(512, 32, 48, 1, 4, 2, 8, num_labels=1)
-    )
+    model = models.Model(models.ModelConfig(512, 32, 48, 1, 4, 2, 8, num_labels=1))
     params = model.init(key)
     prompts, completions = ["Zoo", "Once upon"], [" was big.", " a time"]
     reward = rewards.model_reward(model, params, tokenizer)
@@ -190,4 +187,3 @@ def test_model_reward_scores_prompt_completion_and_eos(real_data, key):
     again = rewards.model_reward(model, params, tokenizer, max_length=3)
     short = rewards.score_tokens(model, params, [row[:3] for row in ids])
     np.testing.assert_allclose(again(prompts, completions, [{}, {}]), short, atol=1e-5)
-    assert jax.numpy.isfinite(got).all()

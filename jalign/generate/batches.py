@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jalign.generate.engine import completion_lists, generate
-from jalign.generate.inputs import Tokens, row_keys
+from jalign.generate.inputs import Tokens, check_prompts, row_keys
 from jalign.models import Model
 from jalign.types import PyTree
 
@@ -19,6 +19,7 @@ def generate_lists(
     prompts: Sequence[Tokens],
     *,
     key: jax.Array,
+    max_new_tokens: int,
     batch_size: int = 64,
     **settings: Any,
 ) -> list[list[int]]:
@@ -27,15 +28,14 @@ def generate_lists(
     Args:
       model, params, prompts, key: as in `generate`.
       batch_size: prompts decoded together (global).
-      **settings: max_new_tokens and the others of `generate`.
+      max_new_tokens, **settings: as in `generate`.
 
     Returns: each prompt's completion, token ids with the stop token, on the host.
     Raises: as `generate`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if not len(prompts):
-        raise ValueError("there are no prompts")
+    check_prompts(prompts, model.config, max_new_tokens)
     keys = row_keys(key, len(prompts), len(prompts))
     impl = jax.random.key_impl(key)
     size = min(batch_size, len(prompts))
@@ -48,6 +48,7 @@ def generate_lists(
             params,
             [prompts[row] for row in rows],
             key=jax.random.wrap_key_data(jnp.asarray(keys[rows]), impl=impl),
+            max_new_tokens=max_new_tokens,
             **settings,
         )
         completions += completion_lists(part)

@@ -60,7 +60,7 @@ def blocked_attention(
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     ranges = tuple(block_ranges(T, sliding_window, block))
-    out = _blocked(ranges, sliding_window, q, k, v, segment_ids)
+    out: jax.Array = _blocked(ranges, sliding_window, q, k, v, segment_ids)  # pyright: ignore[reportAssignmentType]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -4,6 +4,7 @@ Both take queries and keys of the same tokens in order; shapes as of attention.a
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def _splash(q, k, v, segment_ids=None, *, window, interpret):
     )
     q = q * jnp.asarray(H**-0.5, q.dtype)
     if segment_ids is None:
-        out = jax.vmap(kernel)(q, k, v)
+        out: Any = jax.vmap(kernel)(q, k, v)
     else:
         ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))

@@ -1,4 +1,4 @@
-"""What a decoder is: sizes and switches, hashable, so that it can be static in a jit."""
+"""What a decoder is: sizes and switches; hashable, so it can be static in a jit."""
 
 from dataclasses import dataclass
 

@@ -29,13 +29,13 @@ class Where(NamedTuple):
     Attributes:
       positions: int32.
       segment_ids: int32, or None when every row is one document.
-      slots: int32, cache slots to write to (out of range: none), or None.
+      slots: int32, cache slots to write to (out of range: none).
       cos, sin: float32 [B, T, H/2].
     """
 
     positions: jax.Array
     segment_ids: jax.Array | None
-    slots: jax.Array | None
+    slots: jax.Array
     cos: jax.Array
     sin: jax.Array
 
@@ -147,7 +147,9 @@ class Decoder(nn.Module):
         cache: kv.KVCache | None,
     ) -> tuple[jax.Array, kv.KVCache | None]:
         c = self.config
-        embed = Embedding(c.vocab_size, c.hidden_size, self.dtype, name="embed")
+        embed = Embedding(
+            c.vocab_size, c.hidden_size, self.dtype, mesh=self.mesh, name="embed"
+        )
         x = _constrain(embed(tokens), "batch", "time", "act_embed", mesh=self.mesh)
         # With a cache, tokens of segment 0 are padding and leave no trace in it.
         slots = positions
@@ -161,7 +163,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )(c, self.mesh, self.dtype, self.attention, name="layers")
         (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), where)

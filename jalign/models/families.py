@@ -95,7 +95,7 @@ TENSORS = (
 
 # Buffers that older exporters wrote; they hold nothing that is not in the config.
 IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-# Some exporters write this copy of the embedding although it is tied: allowed, if equal.
+# Some exporters write this copy of a tied embedding: allowed where it is equal.
 TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
 
 # ModelConfig field -> key in config.json, the same in every family.

@@ -72,7 +72,7 @@ def config_from_hf(
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
     if fields["head_dim"] is None:
-        fields["head_dim"] = fields["hidden_size"] // fields["num_heads"]
+        fields["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     theta, scaling = _read_rope(values)
     return ModelConfig(
         **fields,

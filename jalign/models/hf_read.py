@@ -192,7 +192,8 @@ class _LeafReader:
         self.dtype, self.problems = dtype, problems
         self.seen: dict[Any, np.ndarray] = {}
 
-    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def __call__(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         spans = tuple(
             range(*s.indices(n))[:] for s, n in zip(index, self.shape, strict=True)
         )

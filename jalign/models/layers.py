@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jalign import sharding
 from jalign.models.config import ModelConfig, RopeScaling
 
 INIT_STD = 0.02  # the initializer_range of every family here
@@ -39,19 +41,31 @@ class Projection(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token table [V, D]. A token id outside [0, V) embeds to NaN, to be noticed."""
+    """Token table [V, D]. A token id outside [0, V) embeds to NaN, to be noticed.
+
+    The table is cut over vocabulary and features, the rows over the batch: either the
+    table or the rows must be gathered first, so the smaller of them is.
+    """
 
     vocab_size: int
     features: int
     dtype: DTypeLike = jnp.float32
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.vocab_size, self.features)
         table = self.param("embedding", _kernel_init, shape, jnp.float32)
+        gather_table = self.mesh is not None and tokens.size >= self.vocab_size
+        if gather_table:
+            table = table.astype(self.dtype)
+            table = sharding.constrain(table, self.mesh, "act_vocab", None)
         rows = table.at[tokens].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
         )
+        if not gather_table:
+            rows = sharding.constrain(rows, self.mesh, None, None, "embed")
+            rows = sharding.constrain(rows, self.mesh, None, None, None)
         return rows.astype(self.dtype)
 
 

@@ -6,7 +6,9 @@ the compiler for the real training step, for a TPU slice even on a laptop (libtp
 """
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from jalign import sharding
@@ -54,11 +56,33 @@ def _plan(config: PlanConfig, model_config) -> Plan:
 
 
 def _model_config(model):
-    from jalign import models
+    """ModelConfig of what `plan` takes; of a hub model only config.json is fetched."""
+    from jalign.models import ModelConfig
+    from jalign.models.hf_config import config_from_hf
 
-    if isinstance(model, models.ModelConfig):
+    if isinstance(model, ModelConfig):
         return model
-    return models.load_config(model)
+    if isinstance(model, dict):
+        return config_from_hf(model)
+    path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
+    if not path.is_file():
+        path = _hub_file(model)
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return config_from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _hub_file(model: str) -> Path:
+    from transformers.utils import cached_file  # pyright: ignore
+
+    try:
+        return Path(str(cached_file(model, "config.json")))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model {model!r}: no config.json there or on the hub ({error})"
+        ) from error
 
 
 def _advice(config, model_config, current: Plan) -> str:

@@ -1,1 +1,83 @@
-"""Training: objectives, the step, optimizers, checkpoints, metrics and recipes."""
+"""Training: objectives, the step, optimizers, checkpoints, metrics, and the recipes.
+
+The recipes (`run_sft`, ...) read data and write reports, so they load when first used;
+the parts below them load with the package and need nothing but jax and optax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from jalign.train.checkpoint import Checkpointer
+from jalign.train.config import (
+    DPOConfig,
+    DPOOptions,
+    RewardConfig,
+    RewardOptions,
+    RunConfig,
+    SFTConfig,
+    SFTOptions,
+)
+from jalign.train.forward import make_reference_fn
+from jalign.train.loop import Diverged, Preempted, fit
+from jalign.train.metrics import MetricsWriter
+from jalign.train.objectives import (
+    make_dpo_objective,
+    make_ppo_objective,
+    make_reward_objective,
+    make_sft_objective,
+    make_value_objective,
+)
+from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.ppo_config import ComputeOptions, PPOConfig, PPOOptions
+from jalign.train.step import abstract_state, init_state, make_train_step
+
+if TYPE_CHECKING:
+    from jalign.train.offline import run_dpo, run_reward, run_sft
+    from jalign.train.online import run_ppo
+
+__all__ = [
+    "Checkpointer",
+    "ComputeOptions",
+    "DPOConfig",
+    "DPOOptions",
+    "Diverged",
+    "MetricsWriter",
+    "OptimConfig",
+    "PPOConfig",
+    "PPOOptions",
+    "Preempted",
+    "RewardConfig",
+    "RewardOptions",
+    "RunConfig",
+    "SFTConfig",
+    "SFTOptions",
+    "abstract_state",
+    "fit",
+    "init_state",
+    "make_dpo_objective",
+    "make_optimizer",
+    "make_ppo_objective",
+    "make_reference_fn",
+    "make_reward_objective",
+    "make_sft_objective",
+    "make_train_step",
+    "make_value_objective",
+    "run_dpo",
+    "run_ppo",
+    "run_reward",
+    "run_sft",
+]
+
+_RECIPES = {
+    "run_dpo": "offline",
+    "run_ppo": "online",
+    "run_reward": "offline",
+    "run_sft": "offline",
+}
+
+
+def __getattr__(name: str):
+    if name in _RECIPES:
+        module = importlib.import_module(f"jalign.train.{_RECIPES[name]}")
+        return getattr(module, name)
+    raise AttributeError(f"module 'jalign.train' has no attribute {name!r}")

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jalign import sharding
-from jalign.train.digest import tree_digest, tree_specs
+from jalign.train.digest import tree_digest, tree_specs, with_keys, without_keys
 
 PyTree = Any
 _log = logging.getLogger("jalign.train")
@@ -65,6 +64,7 @@ class Checkpointer:
         self._ocp = ocp
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._failure: Exception | None = None
+        self._closed = False
         if sharding.is_main_process():
             self.directory.mkdir(parents=True, exist_ok=True)
             for pattern in _LEFTOVERS:
@@ -89,7 +89,7 @@ class Checkpointer:
           meta: JSON values; finite numbers come back exactly.
         """
         self.wait()
-        arrays = _without_keys(tree)
+        arrays = without_keys(tree)
         record = _seal(
             {
                 "step": step,
@@ -107,14 +107,14 @@ class Checkpointer:
                 ),
                 force=True,
             )
-        except Exception as error:  # noqa: BLE001: any storage error
+        except Exception as error:
             self._failed(error)
 
     def wait(self) -> None:
         """Waits for the step being written, then removes steps beyond `keep`."""
         try:
             self._orbax.wait_until_finished()
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._failed(error)
             return
         if sharding.is_main_process():
@@ -132,10 +132,15 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits; raises OSError if the last save failed."""
+        if self._closed:
+            return
         self.wait()
         self._orbax.close()
+        self._closed = True
         if self._failure is not None:
-            raise OSError(f"checkpoint not written to {self.directory}: {self._failure}")
+            raise OSError(
+                f"checkpoint not written to {self.directory}: {self._failure}"
+            )
 
     def restore(self, abstract: PyTree) -> Restored | None:
         """The newest step that is as it was written; None if there is no step.
@@ -178,7 +183,7 @@ class Checkpointer:
 
     def _read(self, path: Path, abstract: PyTree) -> Restored:
         record = _agreed(lambda: self._read_record(path))
-        arrays = jax.tree.map(_target, _without_keys(abstract, shapes=True))
+        arrays = jax.tree.map(_target, without_keys(abstract, shapes=True))
         _check_specs(path, record["specs"], tree_specs(arrays))
 
         def read():
@@ -186,15 +191,17 @@ class Checkpointer:
             item = args.Composite(state=args.StandardRestore(arrays))
             try:
                 return self._orbax.restore(path, args=item)["state"]
-            except Exception as error:  # noqa: BLE001: orbax raises bare Exception
+            except Exception as error:
                 raise Damaged(_first_line(error)) from error
 
         tree = _agreed(read)
         digest = tree_digest(tree)
-        wrong = [name for name, value in record["digest"].items() if digest[name] != value]
+        wrong = [
+            name for name, value in record["digest"].items() if digest[name] != value
+        ]
         if wrong:
             raise Damaged(f"{len(wrong)} arrays differ from their digest: {wrong[0]}")
-        return Restored(record["step"], _with_keys(tree, abstract), record["meta"])
+        return Restored(record["step"], with_keys(tree, abstract), record["meta"])
 
     def _read_record(self, path: Path) -> dict[str, Any]:
         try:
@@ -247,35 +254,6 @@ def _check_specs(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> N
                 f"{path} is of another run: {name} is {old} there and {new} here "
                 "(another model or optimizer?)"
             )
-
-
-def _is_key(x) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _without_keys(tree: PyTree, shapes: bool = False) -> PyTree:
-    """Typed PRNG keys -> their uint32 data."""
-
-    def strip(x):
-        if not _is_key(x):
-            return x
-        if not shapes:
-            return jax.random.key_data(x)
-        data = jax.eval_shape(jax.random.key_data, x)
-        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
-
-    return jax.tree.map(strip, tree)
-
-
-def _with_keys(tree: PyTree, abstract: PyTree) -> PyTree:
-    def wrap(x, like):
-        return jax.random.wrap_key_data(x, impl=_impl(like)) if _is_key(like) else x
-
-    return jax.tree.map(wrap, tree, abstract)
-
-
-def _impl(like) -> str:
-    return str(jax.random.key_impl(jnp.empty((), like.dtype)))
 
 
 def _target(x) -> jax.ShapeDtypeStruct:

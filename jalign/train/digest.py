@@ -4,7 +4,6 @@ Orbax notices no flipped bit in the data it reads; this does. It guards against 
 and mixed-up files, not against an attacker.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -69,8 +68,32 @@ def tree_specs(tree: PyTree) -> dict[str, str]:
     }
 
 
-def tree_bytes(tree: PyTree) -> int:
-    """Bytes of all leaves together (globally)."""
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+def _is_key(x) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def without_keys(tree: PyTree, shapes: bool = False) -> PyTree:
+    """Typed PRNG keys -> their uint32 data."""
+
+    def strip(x):
+        if not _is_key(x):
+            return x
+        if not shapes:
+            return jax.random.key_data(x)
+        data = jax.eval_shape(jax.random.key_data, x)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+
+    return jax.tree.map(strip, tree)
+
+
+def with_keys(tree: PyTree, abstract: PyTree) -> PyTree:
+    """The inverse: key data -> keys where `abstract` has keys."""
+
+    def wrap(x, like):
+        return jax.random.wrap_key_data(x, impl=_impl(like)) if _is_key(like) else x
+
+    return jax.tree.map(wrap, tree, abstract)
+
+
+def _impl(like) -> str:
+    return str(jax.random.key_impl(jnp.empty((), like.dtype)))

@@ -78,9 +78,7 @@ class SkipGuard:
                 self.row_steps = []
             return
         self.row_steps.append(row["step"])
-        _log.warning(
-            "step %d skipped: its loss or gradient is not finite", row["step"]
-        )
+        _log.warning("step %d skipped: its loss or gradient is not finite", row["step"])
         if len(self.row_steps) >= self.limit:
             raise Diverged(
                 f"loss or gradient was not finite in {self.limit} steps in a row "
@@ -154,10 +152,10 @@ def fit(
 
 
 def raise_preempted(step: int, checkpointer: Checkpointer | None) -> None:
-    """Waits for the checkpoint being written, then raises Preempted."""
+    """Closes the checkpointer (OSError if it could not write), raises Preempted."""
     if checkpointer is None:
         raise Preempted(f"stopped at step {step}; nothing was saved")
-    checkpointer.wait()
+    checkpointer.close()
     raise Preempted(
         f"stopped at step {step}, saved in {checkpointer.directory}; the same command "
         "continues from there"
@@ -169,4 +167,6 @@ def _log_new_shape(batch, shapes: set) -> None:
     shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
     if shape not in shapes:
         shapes.add(shape)
-        _log.info("compiling the step for batches of %s", " x ".join(map(str, shape[0])))
+        _log.info(
+            "compiling the step for batches of %s", " x ".join(map(str, shape[0]))
+        )

@@ -5,32 +5,31 @@ report. A `Recipe` holds the four functions in which they differ.
 """
 
 import dataclasses
-import logging
-import time
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jalign import data, evaluate, models, report, sharding
 from jalign.models import Model
 from jalign.train import objectives, optim
-from jalign.train.checkpoint import Checkpointer
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
+from jalign.train.held_out import (
+    before_and_after,
+    measure,
+    sample_prompts,
+    sample_texts,
+)
 from jalign.train.loop import fit
 from jalign.train.metrics import MetricsWriter, training_flops_per_token
 from jalign.train.reference import reference_examples
-from jalign.train.run import Run, open_run, restore_state
-from jalign.train.step import init_state, make_train_step
+from jalign.train.run import Clock, Run, open_run, restore_state
+from jalign.train.step import abstract_state, init_state, make_train_step
 from jalign.types import TrainState
 
 PyTree = Any
-_log = logging.getLogger("jalign.train")
-
-# Held-out prompts continued before and after, for the report.
-_NUM_SAMPLES, _SAMPLE_TOKENS = 4, 64
 
 
 class Recipe(NamedTuple):
@@ -74,7 +73,8 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
             completion_only=options.completion_only,
             bad_rows=config.bad_rows,
         )
-        return (data.pack(found, config.max_length) if options.packing else found), counts
+        packed = data.pack(found, config.max_length) if options.packing else found
+        return packed, counts
 
     def objective(model):
         return objectives.make_sft_objective(
@@ -132,9 +132,6 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
             model, beta=options.beta, label_smoothing=options.label_smoothing
         )
 
-    def measure(model, params, batches):
-        return evaluate.preference_accuracy(model, params, batches, beta=options.beta)
-
     return _run(
         config,
         Recipe(
@@ -144,58 +141,69 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
             data.collate_preferences,
             _as_language_model,
             objective,
-            measure,
+            functools.partial(evaluate.preference_accuracy, beta=options.beta),
             reference=True,
         ),
     )
 
 
 def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
-    timings: dict[str, float] = {}
-    clock = _Clock(timings)
     with open_run(config, recipe.kind) as run:
+        clock = Clock()
         model, params, tokenizer = _load(config, recipe, run)
-        data.check_vocab(tokenizer, model.config.vocab_size)
         clock.lap("load model")
-        train = _examples(config, recipe, config.data, tokenizer)
-        held_out = None
+        rows = {"train": data.load_rows(config.data)}
         if config.eval_data:
-            held_out = _examples(config, recipe, config.eval_data, tokenizer)
+            rows["eval"] = data.load_rows(config.eval_data)
+        sets = {
+            name: recipe.examples(part, tokenizer)[0] for name, part in rows.items()
+        }
         clock.lap("read data")
         if recipe.reference:
-            sets = {"train": train} | ({"eval": held_out} if held_out else {})
-            sets = reference_examples(model, params, sets, config, run)
-            train, held_out = sets["train"], sets.get("eval")
+            sets = reference_examples(
+                model,
+                params,
+                sets,
+                batch_size=config.batch_size,
+                max_length=config.max_length,
+                cache=run.out / "reference.npz",
+            )
             clock.lap("reference log-probs")
-        steps = config.steps or data.num_steps(
-            len(train), config.batch_size, config.epochs
-        )
-        prompts = _sample_prompts(config, model)
-        before = _measure(config, recipe, model, params, held_out)
-        texts = _sample(config, model, params, tokenizer, prompts)
+        prompts = []
+        if not model.config.num_labels:
+            prompts = sample_prompts(rows.get("eval", rows["train"]), tokenizer)
+
+        def look(params):
+            figures = measure(
+                recipe.measure,
+                model,
+                params,
+                sets.get("eval"),
+                batch_size=config.batch_size,
+                collate=recipe.collate,
+                max_length=config.max_length,
+            )
+            return figures, sample_texts(model, params, tokenizer, prompts)
+
+        before = look(params)
         clock.lap("evaluate before")
-        state, tokens = _train(config, recipe, run, model, params, train, steps)
+        state, num_tokens = _train(config, recipe, run, model, params, sets["train"])
         clock.lap("train")
-        after = _measure(config, recipe, model, state.params, held_out)
-        new_texts = _sample(config, model, state.params, tokenizer, prompts)
+        after = look(state.params)
         clock.lap("evaluate after")
         models.save(run.out / "model", model, state.params, tokenizer)
         clock.lap("save model")
-        summary: dict[str, Any] = {"steps": int(state.step), "num_tokens": int(tokens)}
-        summary |= {f"eval_{name} before": value for name, value in before.items()}
-        summary |= {f"eval_{name} after": value for name, value in after.items()}
+        summary = {"steps": int(state.step), "num_tokens": int(num_tokens)}
+        summary |= before_and_after(before[0], after[0])
         if sharding.is_main_process():
-            samples = [
-                {"prompt": p, "before": b, "after": a}
-                for p, b, a in zip(prompts, texts, new_texts, strict=True)
-            ]
+            texts = zip(prompts, before[1], after[1], strict=True)
             report.write_report(
                 run.out,
                 title=f"{recipe.kind.upper()} of {Path(config.model).name}",
                 config=dataclasses.asdict(config),
-                samples=samples,
+                samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
                 summary=summary,
-                timings=timings,
+                timings=clock.seconds,
             )
         return summary | {"model": str(run.out / "model")}
 
@@ -206,7 +214,9 @@ def _load(config: RunConfig, recipe: Recipe, run: Run):
         config.model, mesh=run.mesh, dtype=compute.dtype, remat=compute.remat
     )
     model, params = recipe.prepare(model, params)
-    return model, params, data.load_tokenizer(config.model)
+    tokenizer = data.load_tokenizer(config.model)
+    data.check_vocab(tokenizer, model.config.vocab_size)
+    return model, params, tokenizer
 
 
 def _as_language_model(model: Model, params: PyTree) -> tuple[Model, PyTree]:
@@ -215,51 +225,23 @@ def _as_language_model(model: Model, params: PyTree) -> tuple[Model, PyTree]:
     return model, params
 
 
-def _examples(config: RunConfig, recipe: Recipe, source: str, tokenizer) -> list:
-    rows = data.load_rows(source)
-    examples, _ = recipe.examples(rows, tokenizer)
-    return examples
-
-
 def _preference_examples(config: RunConfig):
-    def examples(rows, tokenizer):
-        return data.preference_examples(
-            rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
-        )
-
-    return examples
-
-
-def _measure(config, recipe, model, params, held_out) -> dict[str, float]:
-    if held_out is None:
-        return {}
-    index, count = sharding.process_slice(model.mesh)
-    batches = data.make_eval_loader(
-        held_out,
-        batch_size=config.batch_size,
-        collate=recipe.collate,
+    return functools.partial(
+        data.preference_examples,
         max_length=config.max_length,
-        shard_index=index,
-        shard_count=count,
+        bad_rows=config.bad_rows,
     )
-    return recipe.measure(model, params, batches)
 
 
 def _train(
-    config: RunConfig, recipe: Recipe, run: Run, model, params, examples, steps: int
+    config: RunConfig, recipe: Recipe, run: Run, model, params, examples
 ) -> tuple[TrainState, float]:
-    """(state after the last step, tokens seen)."""
+    """(state after the last step, tokens seen); takes the parameters over."""
+    steps = config.steps or data.num_steps(
+        len(examples), config.batch_size, config.epochs
+    )
     tx, schedule = optim.make_optimizer(config.optim, steps)
-    state = init_state(params, tx, jax.random.key(config.seed), mesh=run.mesh)
-    restored = restore_state(run, {"state": state})
-    tokens = 0.0
-    if restored is not None:
-        state, tokens = restored.tree["state"], restored.meta["num_tokens"]
-        if restored.step > steps:
-            raise ValueError(
-                f"{run.out} has already taken {restored.step} steps, more than "
-                f"steps {steps}"
-            )
+    state, tokens = _first_state(config, run, params, tx, steps)
     start = int(state.step)
     pinned = None if run.mesh is None else sharding.state_shardings(run.mesh, state)
     step_fn = make_train_step(
@@ -292,6 +274,20 @@ def _train(
     finally:
         writer.close()
     return state, writer.num_tokens
+
+
+def _first_state(config: RunConfig, run: Run, params, tx, steps: int):
+    """(the newest checkpoint's state or a fresh one, tokens seen so far)."""
+    abstract = abstract_state(params, tx, mesh=run.mesh)
+    restored = restore_state(run, {"state": abstract})
+    if restored is None:
+        key = jax.random.key(config.seed)
+        return init_state(params, tx, key, mesh=run.mesh), 0.0
+    if restored.step > steps:
+        raise ValueError(
+            f"{run.out} has already taken {restored.step} steps, not just {steps}"
+        )
+    return restored.tree["state"], restored.meta["num_tokens"]
 
 
 def _batches(config, recipe, run, examples, start, steps):

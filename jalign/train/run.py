@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,20 @@ def make_run_mesh(spec: str | None) -> Mesh | None:
     if len(devices) == 1:
         return None
     return sharding.make_mesh(**sizes, devices=devices)
+
+
+class Clock:
+    """Seconds of each part of a run, for the report: `seconds`, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Books the time since the last lap under this name."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
 
 
 @contextlib.contextmanager

@@ -24,11 +24,15 @@ class HistoryModel:
     vocab_size: int = 11
     max_position: int = 64
     mesh: Any = None
+    num_labels: int = 0
 
     @property
     def config(self):
         return SimpleNamespace(
-            vocab_size=self.vocab_size, max_position=self.max_position, num_labels=0
+            vocab_size=self.vocab_size,
+            max_position=self.max_position,
+            num_labels=self.num_labels,
+            eos_token_ids=(),
         )
 
     def init(self, key):
@@ -61,6 +65,9 @@ class HistoryModel:
 
     def unembed(self, params):
         return params["table"]
+
+    def score(self, params, hidden):
+        return hidden[..., 0]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jalign.train.forward import TokenStats
 from jalign.train.ppo_config import RewardOptions
 from jalign.train.rollout import (
     Actors,
@@ -15,7 +16,6 @@ from jalign.train.rollout import (
     sample_and_score,
     shape_scores,
 )
-from jalign.train.forward import TokenStats
 from jalign.types import Completion, TokenBatch
 from tests.train.ppo_world import make_prompts
 

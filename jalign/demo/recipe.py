@@ -1,0 +1,297 @@
+"""`jalign demo`: load, SFT, reward model, PPO, DPO, and a judgement by the truth.
+
+It goes through the same functions as `jalign sft`, `reward`, `ppo` and `dpo`, on a
+model of 0.8M parameters, and ends with a table and OUT/report.html.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jalign import data, evaluate, models, report, train
+from jalign.demo import task
+from jalign.train.ppo_config import KLConfig, RewardOptions, SampleConfig
+
+_log = logging.getLogger("jalign.demo")
+
+ASSETS = Path(__file__).parent / "assets"
+"""model/, and {sft,preferences,prompts}_{train,heldout}.jsonl."""
+PROMPT_LENGTH, REPLY_LENGTH = 16, 48  # tokens; the data needs 10 and 38
+MAX_LENGTH = PROMPT_LENGTH + REPLY_LENGTH
+SHOWN = 6  # held-out prompts whose replies the report shows
+NOTE = (
+    "A LLaMA of 0.8M parameters learns to answer, then what to prefer: replies that "
+    "are about the person and the thing of the prompt and end well. Half of the "
+    "demonstrations it learns from are such. PPO follows the trained reward model, DPO "
+    "the same preference pairs; the shares below come from neither, but from the rule "
+    "that made the data, on held-out prompts at temperature 1."
+)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Aligns the embedded model with embedded preferences, and judges the outcome."""
+
+    out: str = "runs/demo"
+    """Directory for sft/, reward/, ppo/, dpo/, table.json and report.html."""
+    seed: int = 0
+    sft_steps: int = 128
+    reward_steps: int = 144
+    ppo_steps: int = 60
+    """Iterations: 64 completions and the updates on them."""
+    dpo_steps: int = 96
+    eval_prompts: int = 256
+    """Held-out prompts that every model answers; at most 256."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self)[2:]:
+            value = getattr(self, field.name)
+            if value < 1:
+                raise ValueError(f"{field.name} must be >= 1, got {value}")
+
+
+def run_demo(config: DemoConfig) -> str:
+    """Runs the demo; returns the table for the terminal."""
+    rows = run_stages(config)
+    return f"{format_table(rows)}\n\nreport: {Path(config.out) / 'report.html'}"
+
+
+def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
+    """Runs every stage, judges every model, writes OUT/table.json and report.html.
+
+    Returns: a row for each model, with "model"; "preferred", the share of held-out
+      prompts whose reply the judge prefers, and its parts "well formed", "on topic"
+      and "happy"; "KL to SFT" in nats a reply; "reward accuracy" on held-out pairs;
+      "seconds" of training. None where a figure does not apply.
+    """
+    out, configs = Path(config.out), stage_configs(config)
+    seconds: dict[str, float] = {}
+    accuracy: dict[str, float] = {}
+    for number, (name, (function, stage)) in enumerate(configs.items(), 1):
+        _log.info("%d/%d %s", number, len(configs) + 1, name)
+        start = time.perf_counter()
+        accuracy[name] = function(stage).get("eval_accuracy")
+        seconds[name] = time.perf_counter() - start
+    _log.info("%d/%d judging", len(configs) + 1, len(configs) + 1)
+    start = time.perf_counter()
+    rows, replies = judge_models(config, out)
+    for row in rows:
+        row["reward accuracy"] = accuracy.get(row["model"])
+        row["seconds"] = seconds.get(row["model"])
+    seconds["judging"] = time.perf_counter() - start
+    (out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_page(config, out, rows, replies, seconds)
+    return rows
+
+
+def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
+    """Name -> (recipe, its config), in the order they run."""
+    out = Path(config.out)
+    sft = str(out / "sft" / "model")
+
+    def common(name: str, files: str, learning_rate: float, **more: Any) -> dict:
+        optim = train.OptimConfig(learning_rate=learning_rate, **more)
+        return {
+            "data": str(ASSETS / f"{files}_train.jsonl"),
+            "eval_data": str(ASSETS / f"{files}_heldout.jsonl"),
+            "out": str(out / name),
+            "seed": config.seed,
+            "max_length": MAX_LENGTH,
+            "optim": optim,
+        }
+
+    pairs = partial(common, files="preferences", schedule="cosine")
+    return {
+        "SFT": (
+            train.run_sft,
+            train.SFTConfig(
+                model=str(ASSETS / "model"),
+                steps=config.sft_steps,
+                batch_size=32,
+                **common("sft", "sft", 1e-3, schedule="cosine"),
+            ),
+        ),
+        "reward model": (
+            train.run_reward,
+            train.RewardConfig(
+                model=sft,
+                steps=config.reward_steps,
+                batch_size=32,
+                reward=train.RewardOptions(center_coef=0.01),
+                **pairs("reward", learning_rate=1e-3),
+            ),
+        ),
+        "PPO": (
+            train.run_ppo,
+            train.PPOConfig(
+                model=sft,
+                reward=str(out / "reward" / "model"),
+                steps=config.ppo_steps,
+                batch_size=64,
+                ppo=ppo_options(),
+                **common("ppo", "prompts", 3e-4, schedule="constant"),
+            ),
+        ),
+        "DPO": (
+            train.run_dpo,
+            train.DPOConfig(
+                model=sft,
+                steps=config.dpo_steps,
+                batch_size=32,
+                dpo=train.DPOOptions(beta=0.1),
+                **pairs("dpo", learning_rate=2e-4),
+            ),
+        ),
+    }
+
+
+def ppo_options() -> train.PPOOptions:
+    """PPO's dials for a task of about thirty tokens a reply."""
+    return train.PPOOptions(
+        num_epochs=2,
+        num_minibatches=2,
+        gae_lambda=0.95,
+        critic_learning_rate=1e-3,
+        kl=KLConfig(kl_coef=0.05),
+        rewards=RewardOptions(missing_eos_penalty=1.0),
+        sampling=SampleConfig(max_new_tokens=REPLY_LENGTH),
+    )
+
+
+def judge_models(
+    config: DemoConfig, out: Path
+) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """(a row for each model, name -> replies to the held-out prompts)."""
+    folders = {
+        "base": ASSETS / "model",
+        "SFT": out / "sft" / "model",
+        "PPO": out / "ppo" / "model",
+        "DPO": out / "dpo" / "model",
+    }
+    prompts = held_out_prompts(config.eval_prompts)
+    reference = models.load(str(folders["SFT"]))
+    rows, replies = [], {}
+    for name, folder in folders.items():
+        figures, replies[name] = judge_model(folder, reference, prompts, config.seed)
+        rows.append({"model": name} | figures)
+    rows.insert(2, {"model": "reward model"} | dict.fromkeys(figures))
+    return rows, replies
+
+
+def held_out_prompts(count: int) -> list[str]:
+    """The first held-out prompts, as text."""
+    rows = data.load_rows(str(ASSETS / "prompts_heldout.jsonl"), limit=count)
+    return [row["prompt"] for row in rows]
+
+
+def judge_model(
+    folder: Path, reference: tuple[Any, Any], prompts: Sequence[str], seed: int
+) -> tuple[dict[str, float], list[str]]:
+    """Samples a reply to each prompt (temperature 1), judges it, measures the KL."""
+    model, params = models.load(str(folder))
+    tokenizer = data.load_tokenizer(folder)
+    key = jax.random.key(seed)
+    texts = evaluate.sample_texts(
+        model, params, tokenizer, prompts, key=key, max_new_tokens=REPLY_LENGTH
+    )
+    verdicts = [task.judge(p, t) for p, t in zip(prompts, texts, strict=True)]
+    kl = evaluate.kl_to_reference(
+        model,
+        params,
+        reference[1],
+        tokenizer(list(prompts))["input_ids"],
+        key=jax.random.fold_in(key, 1),
+        max_new_tokens=REPLY_LENGTH,
+        stop_tokens=(tokenizer.eos_token_id,),
+        ref_model=reference[0],
+    )
+
+    def share(of) -> float:
+        return sum(map(of, verdicts)) / len(verdicts)
+
+    return {
+        "preferred": share(lambda v: v.preferred),
+        "well formed": share(lambda v: v.well_formed),
+        "on topic": share(lambda v: v.on_topic),
+        "happy": share(lambda v: v.happy),
+        "KL to SFT": kl["kl_per_sequence"],
+    }, texts
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as an aligned table; shares as percentages."""
+    cells = [list(rows[0])] + [list(as_text(row).values()) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = zip(row, widths, strict=True)
+        return "  ".join([f"{first[0]:<{first[1]}}", *(f"{c:>{w}}" for c, w in rest)])
+
+    header, *body = map(line, cells)
+    return "\n".join([header, "─" * len(header), *body])
+
+
+def as_text(row: Mapping[str, Any]) -> dict[str, str]:
+    """The row's figures for a reader."""
+
+    def text(name: str, value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return value or "–"
+        if name == "seconds":
+            return f"{value:.0f}"
+        return f"{value:.2f}" if name == "KL to SFT" else f"{value:.1%}"
+
+    return {name: text(name, value) for name, value in row.items()}
+
+
+def write_page(
+    config: DemoConfig,
+    out: Path,
+    rows: Sequence[Mapping[str, Any]],
+    replies: Mapping[str, Sequence[str]],
+    seconds: Mapping[str, float],
+) -> Path:
+    """OUT/report.html of the whole demo."""
+    table = [as_text(row) for row in rows]
+    by_model = {row["model"]: row for row in table}
+    names = {"SFT": "sft", "reward model": "reward", "PPO": "ppo", "DPO": "dpo"}
+    stages = stage_configs(config)
+    samples = [
+        {"prompt": prompt}
+        | {name: _judged(prompt, replies[name][i]) for name in replies}
+        for i, prompt in enumerate(held_out_prompts(SHOWN))
+        if i < config.eval_prompts
+    ]
+    return report.write_report(
+        out,
+        title="jalign demo: one small model, aligned twice",
+        note=NOTE,
+        summary={
+            "preferred replies, SFT": by_model["SFT"]["preferred"],
+            "with PPO": by_model["PPO"]["preferred"],
+            "with DPO": by_model["DPO"]["preferred"],
+            "reward model's accuracy": by_model["reward model"]["reward accuracy"],
+            "seconds in all": f"{sum(seconds.values()):.0f}",
+        },
+        table=table,
+        samples=samples,
+        metrics_rows={
+            name: report.read_metrics(out / folder / "metrics.jsonl")
+            for name, folder in names.items()
+        },
+        timings=seconds,
+        config=dataclasses.asdict(config)
+        | {name: dataclasses.asdict(stage) for name, (_, stage) in stages.items()},
+    )
+
+
+def _judged(prompt: str, reply: str) -> dict[str, Any]:
+    return {"text": reply, "good": task.judge(prompt, reply).preferred}

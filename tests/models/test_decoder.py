@@ -1,0 +1,72 @@
+"""Tests for jalign/models/decoder.py: packing, padding, caching, remat."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jalign.models import Model
+from tests.models.rows import packed_rows
+from tests.models.tiny import CONFIGS, random_params, random_tokens
+
+
+@pytest.mark.parametrize("attention", ["plain", "blocked"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_packed_rows_equal_rows_alone_whatever_the_padding(name, attention):
+    model = Model(CONFIGS[name], attention=attention)
+    params, tokens = random_params(model), random_tokens((1, 14))
+    ids, positions = packed_rows([[7, 5]], 14)
+    packed, _ = model.apply(params, tokens, positions=positions, segment_ids=ids)
+    for start, stop in ((0, 7), (7, 12)):
+        alone, _ = model.apply(params, tokens[:, start:stop])
+        np.testing.assert_allclose(packed[:, start:stop], alone, atol=2e-5)
+    tokens = tokens.copy()
+    tokens[:, 12:] = 3
+    other, _ = model.apply(params, tokens, positions=positions, segment_ids=ids)
+    np.testing.assert_array_equal(packed[:, :12], other[:, :12])
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3"])
+def test_decoding_with_a_cache_equals_one_pass(name):
+    """Right-padded prompts of 5 and 3; then one token at a time, to 9 and 7."""
+    model = Model(CONFIGS[name])
+    params, tokens = random_params(model), random_tokens((2, 9))
+    want, _ = model.apply(params, tokens)
+    apply, cache = jax.jit(model.apply), model.init_cache(2, 10)
+    ids = np.array([[1] * 5, [1] * 3 + [0] * 2])
+    prompt = np.where(ids, tokens[:, :5], 0)
+    got, cache = apply(params, prompt, segment_ids=ids, cache=cache)
+    np.testing.assert_allclose(got[0], want[0, :5], atol=2e-5)
+    np.testing.assert_allclose(got[1, :3], want[1, :3], atol=2e-5)
+    assert not np.asarray(cache.k[:, 1, 3:]).any()
+    for i in range(4):
+        at = np.array([[5 + i], [3 + i]])
+        new = np.take_along_axis(tokens, at, 1)
+        got, cache = apply(params, new, positions=at, cache=cache)
+        for b in range(2):
+            np.testing.assert_allclose(got[b, 0], want[b, at[b, 0]], atol=2e-5)
+
+
+def test_remat_changes_no_gradient():
+    model = Model(CONFIGS["qwen3"])
+    params, tokens = random_params(model), random_tokens()
+
+    def grads(model):
+        loss = jax.jit(jax.grad(lambda p: (model.apply(p, tokens)[0] ** 2).sum()))
+        return loss(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        grads(model),
+        grads(model.replace(remat=True)),
+    )
+
+
+def test_bfloat16_activations_stay_near_float32():
+    model = Model(CONFIGS["llama"])
+    params = random_params(model)
+    want, _ = model.apply(params, random_tokens())
+    got, _ = model.replace(dtype=jnp.bfloat16).apply(params, random_tokens())
+    assert got.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(got, np.float32) - want).max() / np.abs(want).max()
+    assert error < 0.05

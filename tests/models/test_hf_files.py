@@ -1,0 +1,75 @@
+"""Tests for jalign/models/hf_files.py: which files are opened."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jalign.models.hf_files import INDEX, WeightFiles, model_folder
+
+A = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def write(folder, weight_map, **files):
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_reads_slices_across_files(tmp_path):
+    write(
+        tmp_path,
+        {"a": "x.safetensors", "b": "y.safetensors"},
+        x={"a": A},
+        y={"b": A + 1},
+    )
+    with WeightFiles(tmp_path) as files:
+        assert not files.problems and list(files) == ["a", "b"]
+        assert files.shape("a") == (2, 3) and files.dtype("a") == "F32"
+        part = files.read("b", (slice(1, 2), slice(0, 2)))
+    np.testing.assert_array_equal(part, (A + 1)[1:2, :2])
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.bin"])
+def test_files_outside_of_the_folder_are_never_opened(tmp_path, name):
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    save_file({"a": A}, tmp_path / "x.safetensors")
+    write(inner, {"a": name})
+    with WeightFiles(inner) as files:
+        assert "outside" in files.problems[0] and "a" not in files
+
+
+def test_link_that_leads_outside_is_refused_but_the_hub_cache_is_not(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"a": A}, blobs / "0123")
+    (snapshot / "model.safetensors").symlink_to(blobs / "0123")
+    with WeightFiles(snapshot) as files:
+        assert not files.problems and "a" in files
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.safetensors").symlink_to(blobs / "0123")
+    with WeightFiles(other) as files:
+        assert "outside" in files.problems[0]
+
+
+def test_damage_duplicates_and_index_errors_are_problems(tmp_path):
+    names = {"a": "x.safetensors", "c": "x.safetensors", "d": "z.safetensors"}
+    write(tmp_path, names | {"e": "w.safetensors"}, x={"a": A}, w={"a": A, "e": A})
+    (tmp_path / "z.safetensors").write_bytes(b"\xff" * 20)
+    with WeightFiles(tmp_path) as files:
+        text = "\n".join(files.problems)
+    assert "damaged" in text and "duplicate tensor a" in text
+
+
+def test_errors_name_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        model_folder(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="neither"), WeightFiles(tmp_path):
+        pass
+    (tmp_path / INDEX).write_text("[]")
+    with pytest.raises(ValueError, match="not a weight index"), WeightFiles(tmp_path):
+        pass

@@ -1,0 +1,27 @@
+"""The compiler's account of the real step, here on the virtual devices."""
+
+import importlib.util
+
+import pytest
+
+from jalign import plan
+
+from .test_estimate import TINY, _bytes
+
+
+def test_arguments_are_the_state_and_the_batch():
+    settings = dict(recipe="dpo", max_length=16, mesh="fsdp=8", dtype="float32")
+    result = plan.plan(TINY, **settings, compile=True)
+    rows = {row.name: row.bytes for row in result.compiled}
+    state = _bytes(result, "parameters") + _bytes(result, "optimizer state")
+    assert state <= rows["arguments"] <= state + 2048
+    assert rows["temporaries"] > 0
+    assert "peak (compiled)" in str(result)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+def test_a_tpu_slice_is_compiled_for_without_a_tpu():
+    settings = dict(topology="v5e:2x2", max_length=256, mesh="fsdp=4", compile=True)
+    assert plan.plan(TINY, **settings).fits

@@ -1,0 +1,111 @@
+"""The estimate: exact where it says so, strict, and monotone where it is a formula."""
+
+import jax
+import numpy as np
+import pytest
+
+from jalign import plan, sharding
+from jalign.models import Model, ModelConfig
+
+TINY = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+)
+# Llama 3 8B.
+LARGE = ModelConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+)
+ON_16 = dict(topology="v5e:4x4", mesh="fsdp=16", batch_size=16)
+
+
+def _bytes(result, name):
+    rows = [*result.resident, *(r for rows in result.transient.values() for r in rows)]
+    return {row.name: row.bytes for row in rows}[name]
+
+
+def test_parameters_are_the_bytes_that_a_device_really_holds():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    shapes = Model(TINY).param_shapes()
+    places = sharding.param_shardings(mesh, shapes)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    params = jax.tree.leaves(jax.device_put(zeros, places))
+    first = [x.addressable_shards[0].data.nbytes for x in params]
+    result = plan.plan(TINY, mesh="data=2,fsdp=2,tensor=2", max_length=16)
+    assert _bytes(result, "parameters") == sum(first)
+    assert _bytes(result, "gradients") == sum(first)
+    moments = _bytes(result, "optimizer state") - 2 * sum(first)
+    assert 0 < moments <= 16  # the step counts
+
+
+def test_adam_state_of_8b_on_16_chips():
+    result = plan.plan(LARGE, **ON_16)
+    assert result.num_parameters == 8_030_261_248
+    assert _bytes(result, "parameters") == pytest.approx(4 * 8.03e9 / 16, rel=1e-3)
+    assert _bytes(result, "optimizer state") == pytest.approx(8 * 8.03e9 / 16, rel=1e-3)
+    assert result.fits
+
+
+def test_adafactor_needs_less_than_adam():
+    adam, factored = (
+        plan.plan(LARGE, **ON_16, optimizer=name) for name in ("adamw", "adafactor")
+    )
+    name = "optimizer state"
+    assert _bytes(factored, name) < 0.1 * _bytes(adam, name)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "ppo"])
+def test_longer_rows_need_more(recipe):
+    short, long = (
+        plan.plan(LARGE, recipe=recipe, **ON_16, max_length=length).total
+        for length in (512, 4096)
+    )
+    assert long > short
+
+
+def test_ppo_keeps_four_models():
+    result = plan.plan(LARGE, recipe="ppo", **ON_16)
+    assert [row.name for row in result.resident] == [
+        "policy parameters",
+        "policy optimizer state",
+        "critic parameters",
+        "critic optimizer state",
+        "reference parameters",
+        "reward model",
+    ]
+    # bfloat16 keys and values of one row: 2 x 32 layers x 2048 x 8 heads x 128 x 2 B.
+    assert _bytes(result, "KV cache") == 2 * 32 * 2048 * 8 * 128 * 2
+    assert result.fits is False and "32 devices" in result.advice
+
+
+def test_microbatches_need_less_for_activations():
+    one, four = (
+        plan.plan(LARGE, topology="v5e:4x4", batch_size=64, microbatches=n)
+        for n in (1, 4)
+    )
+    assert _bytes(four, "layer inputs") == _bytes(one, "layer inputs") // 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(mesh="fsdp=3"), "3 is not the number of devices, 8"),
+        (dict(mesh="tensor=8", batch_size=8), "heads.*4.*tensor"),
+        (dict(batch_size=6), "batch_size 6 is not a multiple"),
+        (dict(microbatches=3), "microbatches 3 does not divide"),
+        (dict(topology="v9:4x4"), "not KIND:SHAPE"),
+    ],
+)
+def test_what_would_fail_in_training_fails_here(settings, message):
+    with pytest.raises(ValueError, match=message):
+        plan.plan(TINY, **settings)

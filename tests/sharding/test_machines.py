@@ -1,0 +1,41 @@
+"""Names of machines."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from jalign import sharding
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("v5e:4x4", ("v5e", 16, 16)),
+        ("v5p:4x4x4", ("v5p", 64, 95)),
+        ("v3:2x2", ("v3", 8, 16)),
+        ("h100:8", ("h100", 8, 80)),
+    ],
+)
+def test_machine(topology, expected):
+    kind, count, size = sharding.machine(topology)
+    assert (kind, count, size) == (*expected[:2], expected[2] * 2**30)
+
+
+def test_this_machine():
+    assert sharding.machine()[:2] == ("cpu", 8)
+    assert sharding.topology_devices(None) == jax.devices()
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:", "v5e:4x", "z80:4", "v5e:4x4 "])
+def test_unknown_machines_are_refused(topology):
+    with pytest.raises(ValueError, match="not KIND:SHAPE.*v5p"):
+        sharding.machine(topology)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed"
+)
+def test_without_libtpu_the_error_says_what_to_install():
+    with pytest.raises(ValueError, match="libtpu"):
+        sharding.topology_devices("v5e:4x4")

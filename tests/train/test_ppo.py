@@ -1,0 +1,137 @@
+"""Tests for jalign/train/ppo.py."""
+
+import jax
+import numpy as np
+import pytest
+
+from jalign import sharding
+from jalign.train.actors import make_actors
+from jalign.train.optim import OptimConfig
+from jalign.train.ppo import iterate, make_learner, next_kl_coef, start_state
+from jalign.train.ppo_config import KLConfig
+from tests.train.ppo_world import make_cast, make_config, make_prompts
+
+
+def start(config, mesh=None):
+    cast = make_cast(mesh=mesh)
+    learner = make_learner(cast, config, config.steps)
+    parts = {"actors": make_actors(cast, config), "learner": learner, "config": config}
+    return start_state(cast, learner, config), parts | {"mesh": mesh}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5}])
+def test_ratio_is_1_at_the_first_update(sampling):
+    state, parts = start(make_config(sampling=sampling))
+    _, metrics = iterate(state, make_prompts(), **parts)
+    assert metrics["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert metrics["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_every_token_of_an_update_has_ratio_1_before_any_step():
+    """With a learning rate of 0 nothing moves, so no update may see another policy."""
+    config = make_config(
+        optim=OptimConfig(learning_rate=0.0), ppo={"critic_learning_rate": 0.0}
+    )
+    state, parts = start(config)
+    before = jax.device_get(state.policy.params)
+    state, metrics = iterate(state, make_prompts(), **parts)
+    assert metrics["policy/approxkl_avg"] < 1e-10
+    assert metrics["policy/clipfrac_avg"] == 0 and metrics["val/clipfrac_avg"] == 0
+    assert metrics["val/ratio_var"] < 1e-10
+    jax.tree.map(np.testing.assert_array_equal, before, state.policy.params)
+
+
+def test_a_random_model_learns_to_say_a():
+    config = make_config(steps=25, ppo={"num_epochs": 4, "num_minibatches": 1})
+    state, parts = start(config)
+    rewards = []
+    for _ in range(config.steps):
+        state, metrics = iterate(state, make_prompts(), **parts)
+        rewards.append(metrics["reward"])
+    assert np.mean(rewards[:3]) < 0.15
+    assert np.mean(rewards[-3:]) > 0.5
+    assert metrics["objective/kl"] > 0.5 and metrics["skipped"] == 0
+
+
+def test_metrics_have_trls_names_and_the_common_ones():
+    state, parts = start(make_config())
+    state, metrics = iterate(state, make_prompts(), **parts)
+    names = """objective/kl objective/entropy objective/non_score_reward
+    objective/rlhf_reward objective/scores policy/approxkl_avg policy/clipfrac_avg
+    policy/entropy_avg loss/policy_avg loss/value_avg val/clipfrac_avg val/ratio
+    val/ratio_var val/num_eos_tokens lr episode eps loss learning_rate grad_norm
+    num_tokens critic/loss critic/grad_norm critic/learning_rate"""
+    assert set(names.split()) <= metrics.keys()
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["episode"] == 16 and state.iteration == 1
+    assert metrics["critic/learning_rate"] == pytest.approx(3e-3)
+    # Two epochs of two minibatches.
+    assert int(state.policy.step) == int(state.critic.step) == 4
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_mesh_changes_nothing(axes):
+    devices = jax.devices()[: int(np.prod(list(axes.values())))]
+    config = make_config()
+    expected, _ = (lambda s, p: iterate(s, make_prompts(), **p))(*start(config))
+    state, parts = start(config, sharding.make_mesh(**axes, devices=devices))
+    state, _ = iterate(state, make_prompts(), **parts)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4),
+        jax.device_get(expected.policy.params),
+        sharding.gather(state.policy.params),
+    )
+
+
+def test_microbatches_change_nothing():
+    import dataclasses
+
+    config = make_config()
+    options = dataclasses.replace(
+        config.ppo, compute=dataclasses.replace(config.ppo.compute, microbatches=4)
+    )
+    states = []
+    for each in (config, dataclasses.replace(config, ppo=options)):
+        state, parts = start(each)
+        states.append(iterate(state, make_prompts(), **parts)[0])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4),
+        states[0].policy.params,
+        states[1].policy.params,
+    )
+
+
+def test_the_kl_coefficient_follows_its_target():
+    fixed, adaptive = (
+        make_config(ppo={"kl": kl})
+        for kl in (KLConfig(), KLConfig(kl_target=2.0, kl_horizon=100))
+    )
+    assert next_kl_coef(0.05, 50.0, fixed) == 0.05
+    # Far above the target: + 20 % x 16 completions / 100; far below: as much less.
+    assert next_kl_coef(0.05, 50.0, adaptive) == pytest.approx(0.05 * 1.032)
+    assert next_kl_coef(0.05, 0.0, adaptive) == pytest.approx(0.05 * 0.968)
+    assert next_kl_coef(0.05, 2.0, adaptive) == pytest.approx(0.05)
+    state, parts = start(adaptive)
+    state, metrics = iterate(state, make_prompts(), **parts)
+    assert metrics["objective/kl_coef"] == 0.05
+    assert state.kl_coef == pytest.approx(0.05 * 0.968)
+
+
+def test_a_whole_iteration_repeats_bit_for_bit():
+    runs = []
+    for _ in range(2):
+        state, parts = start(make_config())
+        runs.append(iterate(state, make_prompts(), **parts)[0])
+    jax.tree.map(
+        np.testing.assert_array_equal, runs[0].policy.params, runs[1].policy.params
+    )
+
+
+def test_a_strong_kl_penalty_outweighs_the_reward():
+    """Against kl_coef 10 the gain of saying `a` is not worth leaving the reference."""
+    config = make_config(steps=8, ppo={"kl": KLConfig(kl_coef=10.0)})
+    state, parts = start(config)
+    for _ in range(config.steps):
+        state, metrics = iterate(state, make_prompts(), **parts)
+    assert abs(metrics["objective/kl"]) < 1.0

@@ -1,0 +1,57 @@
+"""Tests for jalign/train/ppo_config.py."""
+
+import dataclasses
+
+import pytest
+
+from jalign.train.ppo_config import (
+    KLConfig,
+    PPOConfig,
+    PPOOptions,
+    RewardOptions,
+    SampleConfig,
+)
+from tests.train.ppo_world import make_config
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KLConfig(kl_coef=-1), "kl_coef"),
+        (lambda: KLConfig(kl_coef=0, kl_target=6), "kl_target needs kl_coef"),
+        (lambda: RewardOptions(missing_eos_penalty=-1), "missing_eos_penalty"),
+        (lambda: RewardOptions(reward_clip=0), "reward_clip"),
+        (lambda: SampleConfig(temperature=0), "temperature"),
+        (lambda: SampleConfig(top_p=0), "top_p"),
+        (lambda: PPOOptions(num_epochs=0), "num_epochs"),
+        (lambda: PPOOptions(clip_eps=1.0), "clip_eps"),
+        (lambda: PPOOptions(gamma=1.1), "gamma"),
+        (lambda: make_config(batch_size=15), "batch_size 15 must be a multiple"),
+        (lambda: make_config(max_length=8), "max_length 8 leaves no room"),
+        (lambda: make_config(steps=0), "steps"),
+    ],
+)
+def test_contradictions_name_their_field(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def leaves(config_class, seen):
+    """Every dataclass of a config, with its fields' names."""
+    default = config_class("m", "d", "o", "r") if config_class is PPOConfig else None
+    config = default or config_class()
+    names = [field.name for field in dataclasses.fields(config)]
+    assert len(names) <= 15, config_class
+    for name in names:
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            leaves(type(value), seen)
+        else:
+            assert name not in seen, f"two flags would be --{name}"
+            seen.add(name)
+    return seen
+
+
+def test_flags_are_flat_unique_and_hashable():
+    assert {"kl_coef", "max_new_tokens", "learning_rate"} <= leaves(PPOConfig, set())
+    hash(make_config())

@@ -1,0 +1,112 @@
+"""Micro-batches, mesh and filler rows change nothing; a bad step changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jalign import data, sharding
+from jalign.train import objectives, optim, step
+from tests.train import tiny
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.model().init(jax.random.key(0))
+
+
+def take_step(params, batch, *, microbatches=1, mesh=None, objective=None):
+    model = tiny.model(mesh)
+    # A large eps: else Adam's first step is the sign of rounding where gradients vanish.
+    settings = optim.OptimConfig(learning_rate=1e-3, eps=1e-2)
+    tx, schedule = optim.make_optimizer(settings, 10)
+    params = jax.tree.map(jnp.copy, params)
+    state = step.init_state(params, tx, jax.random.key(1), mesh=mesh)
+    pinned = None if mesh is None else sharding.state_shardings(mesh, state)
+    fn = step.make_train_step(
+        objective or objectives.make_sft_objective(model),
+        tx,
+        microbatches=microbatches,
+        state_shardings=pinned,
+        schedule=schedule,
+    )
+    return fn(state, sharding.put_batch(batch, mesh))
+
+
+def assert_same_step(one, other, tolerance=1e-5):
+    for name, value in one[1].items():
+        np.testing.assert_allclose(value, other[1][name], rtol=tolerance, atol=1e-5)
+    for a, b in zip(
+        jax.tree.leaves(one[0].params), jax.tree.leaves(other[0].params), strict=True
+    ):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
+
+
+def test_microbatches_change_nothing(params):
+    batch = tiny.token_batch()
+    assert_same_step(take_step(params, batch), take_step(params, batch, microbatches=4))
+
+
+def test_mesh_changes_nothing(params):
+    batch = tiny.token_batch()
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert_same_step(take_step(params, batch), take_step(params, batch, mesh=mesh))
+
+
+def test_filler_rows_change_nothing():
+    model = tiny.model(num_labels=1)
+    params = model.init(jax.random.key(0))
+    objective = objectives.make_reward_objective(model)
+    pairs = tiny.pairs(4)
+    more = [*pairs, *[data.filler(pairs[0])] * 4]
+    short, long = (data.collate_preferences(p, 16) for p in (pairs, more))
+    a = take_step(params, short, objective=objective)
+    b = take_step(params, long, objective=objective, microbatches=2)
+    assert float(a[1].pop("num_tokens")) == float(b[1]["num_tokens"])
+    assert_same_step(a, b)
+    assert float(b[1]["min_reward"]) <= float(b[1]["mean_reward"])
+
+
+def test_rows_that_do_not_divide_raise(params):
+    with pytest.raises(ValueError, match="microbatches 3 does not divide"):
+        take_step(params, tiny.token_batch(), microbatches=3)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    def objective(params, batch, key):
+        del key
+        total = jnp.sum(params["layers"]["kernel"] * batch)
+        return objectives.Loss(total, jnp.float32(1), {})
+
+    tx, schedule = optim.make_optimizer(optim.OptimConfig(optimizer="adamw"), 5)
+    params = {"layers": {"kernel": jnp.ones(4)}}
+    state = step.init_state(params, tx, jax.random.key(0))
+    fn = step.make_train_step(objective, tx, schedule=schedule)
+    state, metrics = fn(state, jnp.ones(4))
+    before = jax.tree.map(np.array, (state.params, state.opt_state))
+    rate = float(metrics["learning_rate"])
+    for bad in (jnp.nan, jnp.inf):
+        state, metrics = fn(state, jnp.full(4, bad))
+        assert float(metrics["skipped"]) == 1
+        assert tiny.same(before, (state.params, state.opt_state))
+    assert int(state.step) == 3
+    # The schedule has moved by the one good step only.
+    assert float(metrics["learning_rate"]) == pytest.approx(rate * 4 / 5)
+    state, metrics = fn(state, jnp.ones(4))
+    assert float(metrics["skipped"]) == 0 and not tiny.same(before[0], state.params)
+
+
+def test_init_inside_the_jit_is_sharded(params):
+    mesh = sharding.make_mesh(fsdp=8)
+    tx = optax.adam(1e-3)
+    model = tiny.model(mesh)
+    state = step.init_state(model.init, tx, jax.random.key(0), mesh=mesh)
+    moments = state.opt_state[0].mu["embed"]["embedding"]
+    assert not moments.sharding.is_fully_replicated or tiny.VOCAB % 8
+    wanted = step.abstract_state(model.param_shapes(), tx, mesh=mesh)
+    for leaf, target in zip(
+        jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
+        assert (leaf.shape, leaf.dtype) == (target.shape, target.dtype)

@@ -1,0 +1,62 @@
+"""A tiny model, tokenizer-free batches and hand-made optimizers for these tests."""
+
+import jax
+import numpy as np
+
+from jalign import data
+from jalign.models import Model, ModelConfig
+
+VOCAB = 37
+
+
+def model(mesh=None, num_labels=0) -> Model:
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        tie_embeddings=True,
+        num_labels=num_labels,
+    )
+    return Model(config, mesh)
+
+
+def example(rng, low=4, high=14) -> data.Example:
+    n = int(rng.integers(low, high))
+    mask = np.arange(n) >= n // 2
+    return data.Example(rng.integers(1, VOCAB, n).astype(np.int32), mask)
+
+
+def examples(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [example(rng) for _ in range(n)]
+
+
+def pairs(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        data.PreferenceExample(example(rng), example(rng), 0.0, -20.0, -21.0)
+        for _ in range(n)
+    ]
+
+
+def token_batch(n=8, length=16, seed=0):
+    return data.collate_tokens(examples(n, seed), length)
+
+
+def pair_batch(n=8, length=16, seed=0):
+    return data.collate_preferences(pairs(n, seed), length)
+
+
+def same(a, b) -> bool:
+    def words(x):
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        return np.asarray(x)
+
+    return jax.tree.all(
+        jax.tree.map(lambda x, y: np.array_equal(words(x), words(y)), a, b)
+    )
