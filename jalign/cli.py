@@ -106,7 +106,10 @@ def run(name: str, args: list[str]) -> int:
     )
     start_jax(parsed.launch)
     result = getattr(module, function_name)(parsed.config)
-    if result is not None and importlib.import_module("jalign.sharding").is_main_process():
+    if (
+        result is not None
+        and importlib.import_module("jalign.sharding").is_main_process()
+    ):
         print(result if isinstance(result, str) else summary_lines(result))
     return EXIT_OK
 

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jalign import data, evaluate, models, rewards, sharding, train
+from jalign import data, evaluate, models, rewards, sharding
+from jalign.train.reference import reference_examples
+from jalign.train.run import make_run_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class GenerateConfig:
 
 def run_generate(config: GenerateConfig) -> str | None:
     """Samples one completion a prompt; returns the text to print, or None."""
-    mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh))
+    mesh = make_run_mesh(config.mesh)
     model, params = models.load(config.model, mesh=mesh, dtype=config.dtype)
     tokenizer = data.load_tokenizer(config.model)
     if config.prompts:
@@ -99,7 +101,7 @@ class EvalConfig:
     data: str
     """Rows: a file, a directory or a hub id."""
     task: Literal["auto", "sft", "preference", "reward"] = "auto"
-    """auto: preference if the rows have chosen/rejected, reward if --reward is given."""
+    """auto: preference if rows have chosen and rejected, reward if --reward is given."""
     ref_model: str | None = None
     """Reference checkpoint for implicit rewards and the KL."""
     reward: str | None = None
@@ -126,7 +128,7 @@ class EvalConfig:
 
 def run_eval(config: EvalConfig) -> str:
     """Measures the model on the rows; returns the JSON text."""
-    mesh = sharding.make_mesh(**sharding.parse_mesh(config.mesh))
+    mesh = make_run_mesh(config.mesh)
     model, params = models.load(config.model, mesh=mesh)
     tokenizer = data.load_tokenizer(config.model)
     rows = data.load_rows(config.data, limit=config.limit, bad_rows=config.bad_rows)
@@ -151,8 +153,8 @@ def _task_of(config: EvalConfig, rows: list[dict]) -> str:
     return "preference" if rows and "chosen" in rows[0] else "sft"
 
 
-def _loader(config: EvalConfig, examples, collate):
-    index, count = sharding.process_slice()
+def _loader(config: EvalConfig, model, examples, collate):
+    index, count = sharding.process_slice(model.mesh)
     return data.make_eval_loader(
         examples,
         batch_size=config.batch_size,
@@ -167,7 +169,7 @@ def _eval_sft(config, model, params, tokenizer, rows, reference) -> dict[str, An
     examples, counts = data.sft_examples(
         rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
     )
-    loader = _loader(config, examples, data.collate_tokens)
+    loader = _loader(config, model, examples, data.collate_tokens)
     result = evaluate.eval_loss(model, params, loader) | {"rows": counts}
     if reference is not None:
         prompts = [e.tokens[: int(np.argmax(e.completion_mask))] for e in examples]
@@ -180,10 +182,11 @@ def _eval_pairs(config, model, params, tokenizer, rows, reference) -> dict[str, 
         rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
     )
     if reference is not None:
-        pairs = train.with_reference_logps(
-            *reference, pairs, batch_size=config.batch_size, max_length=config.max_length
-        )
-    loader = _loader(config, pairs, data.collate_preferences)
+        size, length = config.batch_size, config.max_length
+        pairs = reference_examples(
+            *reference, {"rows": pairs}, batch_size=size, max_length=length
+        )["rows"]
+    loader = _loader(config, model, pairs, data.collate_preferences)
     return evaluate.preference_accuracy(model, params, loader) | {"rows": counts}
 
 

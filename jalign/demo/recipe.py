@@ -18,7 +18,7 @@ import jax
 
 from jalign import data, evaluate, models, report, train
 from jalign.demo import task
-from jalign.train.ppo_config import KLConfig, RewardOptions, SampleConfig
+from jalign.train.ppo_config import KLConfig, SampleConfig, ScoreOptions
 
 _log = logging.getLogger("jalign.demo")
 
@@ -161,7 +161,7 @@ def ppo_options() -> train.PPOOptions:
         gae_lambda=0.95,
         critic_learning_rate=1e-3,
         kl=KLConfig(kl_coef=0.05),
-        rewards=RewardOptions(missing_eos_penalty=1.0),
+        rewards=ScoreOptions(missing_eos_penalty=1.0),
         sampling=SampleConfig(max_new_tokens=REPLY_LENGTH),
     )
 

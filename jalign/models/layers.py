@@ -60,7 +60,7 @@ class Embedding(nn.Module):
         if gather_table:
             table = table.astype(self.dtype)
             table = sharding.constrain(table, self.mesh, "act_vocab", None)
-        rows = table.at[tokens].get(
+        rows = jnp.asarray(table).at[tokens].get(
             mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
         )
         if not gather_table:

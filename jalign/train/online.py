@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +12,14 @@ import numpy as np
 from jalign import data, losses, models, report, sharding
 from jalign.train.actors import Cast, load_cast, make_actors
 from jalign.train.checkpoint import Checkpointer
+from jalign.train.held_out import before_and_after
 from jalign.train.loop import SkipGuard, StopSignal, raise_preempted
 from jalign.train.metrics import MetricsWriter
 from jalign.train.ppo import Learner, PPOState, iterate, make_learner, start_state
 from jalign.train.ppo_config import PPOConfig
-from jalign.train.ppo_resume import fingerprint, restore
 from jalign.train.rollout import Actors, sample_and_score
+from jalign.train.run import Clock, Run, open_run, restore_state
+from jalign.train.step import abstract_state
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
@@ -43,19 +44,20 @@ def evaluate_prompts(
     actors: Actors,
     params: PyTree,
     prompts: Sequence[data.PromptExample],
-    *,
-    key: jax.Array,
-    batch_size: int,
+    config: PPOConfig,
 ) -> Evaluation:
-    """Samples one completion for each prompt; the same key gives the same draw.
+    """Samples one completion for each prompt, with the same draw every time.
 
     Args:
       actors: of make_actors.
       params: the policy's.
-      prompts: at least one.
-      key: typed PRNG key.
-      batch_size: prompts at once.
+      prompts: held-out ones; none gives no figures.
+      config: for the seed and the batch size.
     """
+    if not prompts:
+        return Evaluation({}, [])
+    key = jax.random.fold_in(jax.random.key(config.seed), _EVAL_STREAM)
+    batch_size = config.batch_size
     parts = []
     for number, start in enumerate(range(0, len(prompts), batch_size)):
         part = prompts[start : start + batch_size]
@@ -79,62 +81,58 @@ def run_ppo(config: PPOConfig) -> dict[str, Any]:
 
     The same command again continues from the last checkpoint, exactly.
 
-    Returns: what was measured before and after, and how long it took.
+    Returns: what was measured before and after: eval_reward_before, eval_reward,
+      eval_kl (to the reference, nats a completion), ...; iterations; kl_coef.
     Raises: ValueError for settings or data that do not fit; Preempted after a SIGTERM,
       when the state is saved; Diverged.
     """
-    began = time.perf_counter()
-    sharding.agree("the configuration", config)
-    mesh_sizes: dict[str, Any] = dict(sharding.parse_mesh(config.mesh))
-    mesh = sharding.make_mesh(**mesh_sizes)
-    cast = load_cast(config, mesh)
-    prompts = load_prompts(config.data, cast, config)
-    held_out = load_prompts(config.eval_data, cast, config) if config.eval_data else []
-    iterations = config.steps or data.num_steps(
-        len(prompts), config.batch_size, config.epochs
-    )
-    actors = make_actors(cast, config)
-    learner = make_learner(cast, config, iterations)
-    checkpointer = Checkpointer(Path(config.out) / "checkpoints")
-    key = jax.random.fold_in(jax.random.key(config.seed), _EVAL_STREAM)
-
-    def evaluate(params) -> Evaluation:
-        if not held_out:
-            return Evaluation({}, [])
-        size = config.batch_size
-        return evaluate_prompts(actors, params, held_out, key=key, batch_size=size)
-
-    state, meta = restore(checkpointer, cast, learner, config)
-    if state is None:
-        before = evaluate(cast.policy_params)
-        state = start_state(cast, learner, config)
-        meta = {"before": list(before), "num_tokens": 0.0}
-    before = Evaluation(*meta["before"])
-    loaded = time.perf_counter()
-    state = fit(
-        state,
-        prompts,
-        actors=actors,
-        learner=learner,
-        config=config,
-        iterations=iterations,
-        checkpointer=checkpointer,
-        meta=meta | {"fingerprint": fingerprint(config)},
-        mesh=mesh,
-    )
-    trained = time.perf_counter()
-    after = evaluate(state.policy.params)
-    save_models(state, cast, config)
-    checkpointer.close()
-    timings = {
-        "load and evaluate": loaded - began,
-        "train": trained - loaded,
-        "evaluate and save": time.perf_counter() - trained,
-    }
-    summary = summarize(before, after, state)
-    if sharding.is_main_process():
-        write_run_report(config, summary, before, after, held_out, timings)
-    return summary | {"out": config.out}
+    with open_run(config, "ppo") as run:
+        clock = Clock()
+        cast = load_cast(config, run.mesh)
+        prompts = load_prompts(config.data, cast, config)
+        held_out = load_prompts(config.eval_data, cast, config)
+        total = config.steps or data.num_steps(
+            len(prompts), config.batch_size, config.epochs
+        )
+        actors = make_actors(cast, config)
+        learner = make_learner(cast, config, total)
+        clock.lap("load")
+        state, meta = restore(run, cast, learner)
+        if state is None:
+            before = evaluate_prompts(actors, cast.policy_params, held_out, config)
+            state = start_state(cast, learner, config)
+            meta = {"before": list(before), "num_tokens": 0.0}
+            clock.lap("evaluate before")
+        before = Evaluation(*meta["before"])
+        state = fit(
+            state,
+            prompts,
+            actors=actors,
+            learner=learner,
+            config=config,
+            iterations=total,
+            checkpointer=run.checkpointer,
+            meta=meta | run.meta,
+            mesh=run.mesh,
+        )
+        clock.lap("train")
+        after = evaluate_prompts(actors, state.policy.params, held_out, config)
+        clock.lap("evaluate after")
+        save_models(state, cast, config)
+        clock.lap("save model")
+        summary = before_and_after(before.figures, after.figures)
+        summary |= {"iterations": state.iteration, "kl_coef": state.kl_coef}
+        if sharding.is_main_process():
+            texts = zip(held_out, before.texts, after.texts, strict=False)
+            report.write_report(
+                run.out,
+                title=f"PPO of {Path(config.model).name}",
+                config=dataclasses.asdict(config),
+                samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
+                summary=summary,
+                timings=clock.seconds,
+            )
+        return summary | {"model": str(run.out / "model")}
 
 
 def fit(
@@ -204,12 +202,14 @@ def fit(
 
 
 def load_prompts(
-    source: str, cast: Cast, config: PPOConfig
+    source: str | None, cast: Cast, config: PPOConfig
 ) -> list[data.PromptExample]:
-    """The prompts that leave room for a completion.
+    """The prompts that leave room for a completion; none without a source.
 
     Raises: ValueError if there are none, or for a bad row unless they are skipped.
     """
+    if source is None:
+        return []
     room = config.max_length - config.ppo.sampling.max_new_tokens
     prompts, counts = data.prompt_examples(
         data.load_rows(source, bad_rows=config.ppo.bad_rows),
@@ -229,38 +229,22 @@ def save_models(state: PPOState, cast: Cast, config: PPOConfig) -> None:
         models.save(out / "critic", cast.critic, state.critic.params, cast.tokenizer)
 
 
-def summarize(before: Evaluation, after: Evaluation, state: PPOState) -> dict[str, Any]:
-    """Flat figures: eval_reward_before, eval_reward_after, ..., iterations, kl_coef."""
-    pairs = {
-        f"eval_{name}_{when}": value
-        for name in after.figures
-        for when, value in (
-            ("before", before.figures.get(name)),
-            ("after", after.figures[name]),
-        )
-        if value is not None
-    }
-    return pairs | {"iterations": state.iteration, "kl_coef": state.kl_coef}
+def restore(
+    run: Run, cast: Cast, learner: Learner
+) -> tuple[PPOState | None, dict[str, Any]]:
+    """The newest good checkpoint's state and record, or (None, {})."""
 
+    def abstract(model, tx):
+        return abstract_state(model.param_shapes(), tx, mesh=run.mesh)
 
-def write_run_report(
-    config: PPOConfig,
-    summary: Mapping[str, Any],
-    before: Evaluation,
-    after: Evaluation,
-    held_out: Sequence[data.PromptExample],
-    timings: Mapping[str, float],
-) -> None:
-    """OUT/report.html, with the first held-out prompts' completions side by side."""
-    samples = [
-        {"prompt": prompt.text, "before": old, "after": new}
-        for prompt, old, new in zip(held_out, before.texts, after.texts, strict=False)
-    ]
-    report.write_report(
-        config.out,
-        title=f"PPO on {Path(config.data).stem}",
-        config=dataclasses.asdict(config),
-        samples=samples,
-        summary=summary,
-        timings=timings,
+    found = restore_state(
+        run,
+        {
+            "policy": abstract(cast.policy, learner.policy_tx),
+            "critic": abstract(cast.critic, learner.critic_tx),
+        },
     )
+    if found is None:
+        return None, {}
+    states, kl_coef = found.tree, found.meta["kl_coef"]
+    return PPOState(states["policy"], states["critic"], kl_coef, found.step), found.meta

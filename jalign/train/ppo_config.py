@@ -27,7 +27,7 @@ class KLConfig:
 
 
 @dataclass(frozen=True)
-class RewardOptions:
+class ScoreOptions:
     """What happens to a sequence's reward before it is spread over tokens."""
 
     reward_clip: float | None = None
@@ -117,7 +117,7 @@ class PPOOptions:
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with prompts that cannot be read: stop, or count and leave out."""
     kl: KLConfig = field(default_factory=KLConfig)
-    rewards: RewardOptions = field(default_factory=RewardOptions)
+    rewards: ScoreOptions = field(default_factory=ScoreOptions)
     sampling: SampleConfig = field(default_factory=SampleConfig)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
 

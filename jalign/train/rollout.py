@@ -16,7 +16,7 @@ import numpy as np
 from jalign import data, losses
 from jalign.rewards import RewardFn
 from jalign.train.forward import TokenStats
-from jalign.train.ppo_config import RewardOptions
+from jalign.train.ppo_config import ScoreOptions
 from jalign.types import Completion, PyTree, Rollout, TokenBatch
 
 
@@ -128,7 +128,7 @@ def sample_and_score(
 
 
 def shape_scores(
-    rewards: np.ndarray, stopped: np.ndarray, options: RewardOptions
+    rewards: np.ndarray, stopped: np.ndarray, options: ScoreOptions
 ) -> np.ndarray:
     """The rewards clipped, then less the penalty where the completion never stopped.
 

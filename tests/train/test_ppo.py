@@ -1,5 +1,8 @@
 """Tests for jalign/train/ppo.py."""
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -12,11 +15,17 @@ from jalign.train.ppo_config import KLConfig
 from tests.train.ppo_world import make_cast, make_config, make_prompts
 
 
-def start(config, mesh=None):
+@functools.cache
+def compiled(config, mesh):
     cast = make_cast(mesh=mesh)
     learner = make_learner(cast, config, config.steps)
-    parts = {"actors": make_actors(cast, config), "learner": learner, "config": config}
-    return start_state(cast, learner, config), parts | {"mesh": mesh}
+    return cast, learner, make_actors(cast, config)
+
+
+def start(config, mesh=None):
+    cast, learner, actors = compiled(config, mesh)
+    parts = {"actors": actors, "learner": learner, "config": config, "mesh": mesh}
+    return start_state(cast, learner, config), parts
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 5}])
@@ -85,8 +94,6 @@ def test_a_mesh_changes_nothing(axes):
 
 
 def test_microbatches_change_nothing():
-    import dataclasses
-
     config = make_config()
     options = dataclasses.replace(
         config.ppo, compute=dataclasses.replace(config.ppo.compute, microbatches=4)

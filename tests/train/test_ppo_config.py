@@ -8,8 +8,8 @@ from jalign.train.ppo_config import (
     KLConfig,
     PPOConfig,
     PPOOptions,
-    RewardOptions,
     SampleConfig,
+    ScoreOptions,
 )
 from tests.train.ppo_world import make_config
 
@@ -19,8 +19,8 @@ from tests.train.ppo_world import make_config
     [
         (lambda: KLConfig(kl_coef=-1), "kl_coef"),
         (lambda: KLConfig(kl_coef=0, kl_target=6), "kl_target needs kl_coef"),
-        (lambda: RewardOptions(missing_eos_penalty=-1), "missing_eos_penalty"),
-        (lambda: RewardOptions(reward_clip=0), "reward_clip"),
+        (lambda: ScoreOptions(missing_eos_penalty=-1), "missing_eos_penalty"),
+        (lambda: ScoreOptions(reward_clip=0), "reward_clip"),
         (lambda: SampleConfig(temperature=0), "temperature"),
         (lambda: SampleConfig(top_p=0), "top_p"),
         (lambda: PPOOptions(num_epochs=0), "num_epochs"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jalign.train.forward import TokenStats
-from jalign.train.ppo_config import RewardOptions
+from jalign.train.ppo_config import ScoreOptions
 from jalign.train.rollout import (
     Actors,
     Scored,
@@ -77,12 +77,12 @@ def test_ended_looks_at_generated_tokens_only():
 
 def test_scores_are_clipped_first_and_penalized_then():
     rewards, stopped = np.float32([5, -5, 0.5]), np.array([True, False, False])
-    options = RewardOptions(reward_clip=2.0, missing_eos_penalty=1.0)
+    options = ScoreOptions(reward_clip=2.0, missing_eos_penalty=1.0)
     np.testing.assert_array_equal(
         shape_scores(rewards, stopped, options), [2.0, -3.0, -0.5]
     )
     np.testing.assert_array_equal(
-        shape_scores(rewards, stopped, RewardOptions()), rewards
+        shape_scores(rewards, stopped, ScoreOptions()), rewards
     )
 
 

@@ -1,0 +1,55 @@
+"""Tests for jalign/train/actors.py."""
+
+import jax
+import numpy as np
+import pytest
+
+from jalign import models, sharding
+from jalign.train.actors import in_pieces, is_function, load_cast, stop_tokens
+from jalign.train.ppo_config import SampleConfig
+from tests.train.ppo_world import STOP, make_cast, make_config, write_world
+
+
+@pytest.mark.parametrize("mesh_size", [None, 4])
+@pytest.mark.parametrize("rows", [4, 8])
+def test_pieces_together_are_the_whole(mesh_size, rows):
+    mesh = mesh_size and sharding.make_mesh(fsdp=4, devices=jax.devices()[:4])
+    batch = {"x": np.arange(14.0, dtype=np.float32).reshape(7, 2)}
+    double = jax.jit(lambda b: (2 * b["x"], b["x"].sum(axis=1)))
+    twice, sums = in_pieces(double, batch, rows=rows, mesh=mesh)
+    np.testing.assert_array_equal(twice, 2 * batch["x"])
+    np.testing.assert_array_equal(sums, batch["x"].sum(axis=1))
+
+
+def test_stop_tokens_are_the_models_own_or_the_users():
+    cast = make_cast()
+    assert stop_tokens(cast, SampleConfig()) == (STOP,)
+    assert stop_tokens(cast, SampleConfig(stop_token_ids=(5,))) == (5,)
+    with pytest.raises(ValueError, match="stop_token_ids: 99"):
+        stop_tokens(cast, SampleConfig(stop_token_ids=(99,)))
+
+
+def test_a_reward_is_a_function_or_a_checkpoint():
+    assert is_function("some/reward.py:score") and is_function("C:/reward.py:score")
+    assert not is_function("org/reward-model") and not is_function("out/model")
+
+
+def test_the_critic_starts_from_the_reward_model(tmp_path):
+    fields = write_world(tmp_path)
+    cast = load_cast(make_config(tmp_path / "out", **fields), None)
+    assert cast.critic.config.num_labels == 1 and cast.policy.config.num_labels == 0
+    np.testing.assert_array_equal(
+        cast.critic_params["embed"]["embedding"],
+        cast.policy_params["embed"]["embedding"],
+    )
+    judge, params = models.add_scalar_head(
+        cast.policy, cast.policy_params, key=jax.random.key(7)
+    )
+    models.save(tmp_path / "judge", judge, params, cast.tokenizer)
+    fields["reward"] = str(tmp_path / "judge")
+    cast = load_cast(make_config(tmp_path / "out", **fields), None)
+    np.testing.assert_array_equal(
+        cast.critic_params["score"]["kernel"], params["score"]["kernel"]
+    )
+    scores = cast.reward(["a b", "c"], ["a a", "d"], [{}, {}])
+    assert scores.shape == (2,) and np.isfinite(scores).all()

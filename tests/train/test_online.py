@@ -1,0 +1,158 @@
+"""Tests for jalign/train/online.py: whole runs on disk, interrupted and continued."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from jalign import models
+from jalign.train import actors, online, ppo
+from jalign.train.loop import Preempted
+from jalign.train.ppo_config import KLConfig
+from tests.train.ppo_world import make_config, write_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+def config_of(world, out, **changes):
+    kl = KLConfig(kl_target=1.0, kl_horizon=100)
+    fields = {"checkpoint_every": 1, "ppo": {"kl": kl, "save_critic": True}}
+    return make_config(out, **world, **(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """An uninterrupted run: (OUT, summary)."""
+    out = tmp_path_factory.mktemp("finished")
+    return out, online.run_ppo(config_of(world, out))
+
+
+def weights(out):
+    _, policy = models.load(out / "model")
+    _, critic = models.load(out / "critic")
+    return jax.device_get((policy, critic))
+
+
+def rows(out):
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    clocks = ("time", "eps", "tokens_per_second", "mfu")
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(clocks)}
+        for line in lines
+    ]
+
+
+def without_times(row):
+    return {k: v for k, v in row.items() if k != "step_time"}
+
+
+def assert_same_run(one, other):
+    jax.tree.map(np.testing.assert_array_equal, weights(one), weights(other))
+    mine, theirs = ([without_times(r) for r in rows(out)] for out in (one, other))
+    assert mine == theirs
+
+
+def test_a_run_leaves_models_metrics_and_a_report(finished):
+    out, summary = finished
+    assert {"eval_reward", "eval_reward_before", "eval_kl", "kl_coef"} <= summary.keys()
+    assert abs(summary["eval_kl_before"]) < 1e-4
+    assert [row["step"] for row in rows(out)] == [1, 2, 3]
+    assert rows(out)[0]["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    assert "PPO" in (out / "report.html").read_text(encoding="utf-8")
+    policy, critic = models.load(out / "model")[0], models.load(out / "critic")[0]
+    assert (policy.config.num_labels, critic.config.num_labels) == (0, 1)
+
+
+def test_a_finished_run_trains_no_further(finished, world):
+    out, summary = finished
+    before = weights(out)
+    again = online.run_ppo(config_of(world, out))
+    jax.tree.map(np.testing.assert_array_equal, before, weights(out))
+    assert again["kl_coef"] == summary["kl_coef"]
+    assert again["eval_reward"] == pytest.approx(summary["eval_reward"])
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def kill_at_call(monkeypatch, module, name, number):
+    """The number-th call of module.name does not come back."""
+    real, calls = getattr(module, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, dying)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [
+        (ppo, "sample_and_score", 2),  # inside a rollout
+        (ppo, "local_rows", 6),  # inside the epochs of an update
+        (online, "save_models", 1),  # after the last iteration
+    ],
+)
+def test_a_killed_run_continues_to_identical_weights(
+    module, name, number, finished, world, tmp_path, monkeypatch
+):
+    config = config_of(world, tmp_path)
+    with monkeypatch.context() as patch:
+        kill_at_call(patch, module, name, number)
+        with pytest.raises(Killed):
+            online.run_ppo(config)
+    online.run_ppo(config)
+    assert_same_run(finished[0], tmp_path)
+
+
+def test_sigterm_saves_at_the_next_boundary(finished, world, tmp_path, monkeypatch):
+    config = config_of(world, tmp_path, checkpoint_every=0)
+    real = ppo.update
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "update", interrupted)
+        with pytest.raises(Preempted, match="step 1"):
+            online.run_ppo(config)
+    online.run_ppo(config)
+    assert_same_run(finished[0], tmp_path)
+
+
+def test_other_settings_do_not_continue_a_run(finished, world):
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        online.run_ppo(config_of(world, finished[0], seed=1))
+
+
+def test_prompts_that_leave_no_room_are_dropped_by_name(world, tmp_path):
+    with pytest.raises(ValueError, match="max_prompt_length=1"):
+        online.run_ppo(config_of(world, tmp_path, max_length=9))
+
+
+def test_a_failing_reward_names_itself(world, tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("def nan(p, c, r):\n    return [float('nan')] * len(p)\n")
+    config = config_of(world | {"reward": f"{bad}:nan"}, tmp_path / "out")
+    with pytest.raises(ValueError, match="nan for row 0"):
+        online.run_ppo(config)
+
+
+def test_the_rewards_of_other_processes_come_from_process_0(monkeypatch):
+    """One process: the function itself. (Two: tests/sharding runs real ones.)"""
+
+    def reward(prompts, completions, rows):
+        return np.zeros(len(prompts), np.float32)
+
+    assert actors.on_main_process(reward) is reward
