@@ -129,6 +129,7 @@ def halve(path: Path) -> None:
 
     tensors = {k: v.astype(np.float16) for k, v in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def main() -> None:

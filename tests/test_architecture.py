@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "evaluate": {"types", "models", "sharding", "data", "losses", "generate"}
     | {"rewards", "train"},
     "report": {"types"},
-    "plan": {"types", "models", "sharding", "losses", "train"},
+    "plan": {"types", "models", "sharding", "losses", "train", "plan"},
     "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
     | {"rewards", "evaluate", "report"},
     "demo": ANY,
+    "commands": ANY,
     "cli": ANY,
     "__main__": ANY,
 }

@@ -60,8 +60,10 @@ class Embedding(nn.Module):
         if gather_table:
             table = table.astype(self.dtype)
             table = sharding.constrain(table, self.mesh, "act_vocab", None)
-        rows = jnp.asarray(table).at[tokens].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        rows = (
+            jnp.asarray(table)
+            .at[tokens]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         )
         if not gather_table:
             rows = sharding.constrain(rows, self.mesh, None, None, "embed")
