@@ -99,22 +99,6 @@ def make_actors(cast: Cast, config: PPOConfig) -> Actors:
     rows = config.batch_size // config.ppo.num_minibatches
     stops = stop_tokens(cast, sampling)
 
-    @jax.jit
-    def stats(params, batch):
-        return forward.token_stats(
-            cast.policy, params, batch, temperature=sampling.temperature
-        )
-
-    @jax.jit
-    def logps(params, batch):
-        return forward.token_logps(
-            cast.policy, params, batch, temperature=sampling.temperature
-        )
-
-    @jax.jit
-    def values(params, batch):
-        return forward.token_values(cast.critic, params, batch)
-
     def sample(params, prompts, key):
         completion = generate.generate(
             cast.policy,
@@ -129,21 +113,33 @@ def make_actors(cast: Cast, config: PPOConfig) -> Actors:
         )
         return generate.to_host(completion)
 
-    def on_host(function: Callable) -> Callable[[PyTree, TokenBatch], Any]:
+    def on_host(function, model, **options) -> Callable[[PyTree, TokenBatch], Any]:
         return lambda params, batch: in_pieces(
-            functools.partial(function, params), batch, rows=rows, mesh=mesh
+            functools.partial(function, model, params, **options),
+            batch,
+            rows=rows,
+            mesh=mesh,
         )
+
+    stats = on_host(_stats, cast.policy, temperature=sampling.temperature)
+    logps = on_host(_logps, cast.policy, temperature=sampling.temperature)
 
     return Actors(
         sample=sample,
-        policy=on_host(stats),
-        reference=functools.partial(on_host(logps), cast.policy_params),
-        critic=on_host(values),
+        policy=stats,
+        reference=functools.partial(logps, cast.policy_params),
+        critic=on_host(_values, cast.critic),
         reward=cast.reward,
         decode=lambda ids: cast.tokenizer.batch_decode(ids, skip_special_tokens=True),
         stop_tokens=stops,
         max_length=config.max_length,
     )
+
+
+# At module level, so that a second run in one process compiles nothing anew.
+_stats = jax.jit(forward.token_stats, static_argnums=0, static_argnames="temperature")
+_logps = jax.jit(forward.token_logps, static_argnums=0, static_argnames="temperature")
+_values = jax.jit(forward.token_values, static_argnums=0)
 
 
 def stop_tokens(cast: Cast, sampling: SampleConfig) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """The offline recipes: SFT, reward models, DPO. From a checkpoint and rows to OUT.
 
-All three are one sequence, `_run`: load, make examples, measure, fit, measure, save,
-report. A `Recipe` holds the four functions in which they differ.
+All three are one sequence, `_run`; a `Recipe` holds the functions that differ.
 """
 
 import dataclasses
@@ -36,8 +35,7 @@ class Recipe(NamedTuple):
     """How an offline recipe differs from the others.
 
     Attributes:
-      kind: its name.
-      compute: its ComputeOptions.
+      kind, compute: its name and its ComputeOptions.
       examples: (rows, tokenizer) -> (examples, counts).
       collate: (examples, length) -> batch.
       prepare: (model, params) -> (model, params), for example adding a head.
@@ -243,12 +241,11 @@ def _train(
     tx, schedule = optim.make_optimizer(config.optim, steps)
     state, tokens = _first_state(config, run, params, tx, steps)
     start = int(state.step)
-    pinned = None if run.mesh is None else sharding.state_shardings(run.mesh, state)
     step_fn = make_train_step(
         recipe.objective(model),
         tx,
         microbatches=recipe.compute.microbatches,
-        state_shardings=pinned,
+        state_shardings=run.mesh and sharding.state_shardings(run.mesh, state),
         schedule=schedule,
     )
     writer = MetricsWriter(

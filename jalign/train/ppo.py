@@ -4,9 +4,10 @@ Separate models and optimizers, as in Ouyang et al. 2022 (arXiv:2203.02155); det
 after Huang et al. 2024 (arXiv:2403.17031).
 """
 
-import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jalign import data, losses, sharding
+from jalign.models import Model
 from jalign.train.actors import Cast, local_rows
 from jalign.train.objectives import make_ppo_objective, make_value_objective
-from jalign.train.optim import make_optimizer
-from jalign.train.ppo_config import PPOConfig
+from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.ppo_config import PPOConfig, PPOOptions
 from jalign.train.rollout import (
     Actors,
     make_rollout,
@@ -56,35 +58,42 @@ class Learner(NamedTuple):
 
 def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:
     """Optimizers and compiled steps; the schedules run over all updates."""
-    ppo, mesh = config.ppo, cast.policy.mesh
-    updates = iterations * ppo.num_epochs * ppo.num_minibatches
+    updates = iterations * config.ppo.num_epochs * config.ppo.num_minibatches
+    return _learner(cast.policy, cast.critic, config.optim, config.ppo, updates)
+
+
+@functools.lru_cache(maxsize=4)
+def _learner(
+    policy: Model, critic: Model, optim: OptimConfig, ppo: PPOOptions, updates: int
+) -> Learner:
+    """Kept, so that the same run again in one process (a notebook) is not recompiled."""
     rate = ppo.critic_learning_rate
-    critic_optim = dataclasses.replace(
-        config.optim,
-        learning_rate=config.optim.learning_rate if rate is None else rate,
-    )
-    policy = make_ppo_objective(
-        cast.policy,
+    critic_optim = optim if rate is None else replace(optim, learning_rate=rate)
+    policy_objective = make_ppo_objective(
+        policy,
         clip_eps=ppo.clip_eps,
         entropy_coef=ppo.entropy_coef,
         temperature=ppo.sampling.temperature,
     )
-    critic = make_value_objective(cast.critic, clip_eps=ppo.value_clip_eps)
+    critic_objective = make_value_objective(critic, clip_eps=ppo.value_clip_eps)
 
     def make(objective, model, optim):
         tx, schedule = make_optimizer(optim, updates)
-        shapes = abstract_state(model.param_shapes(), tx, mesh=mesh)
+        shapes = abstract_state(model.param_shapes(), tx, mesh=model.mesh)
+        shardings = None
+        if model.mesh is not None:
+            shardings = sharding.state_shardings(model.mesh, shapes)
         step = make_train_step(
             objective,
             tx,
             microbatches=ppo.compute.microbatches,
-            state_shardings=sharding.state_shardings(mesh, shapes) if mesh else None,
+            state_shardings=shardings,
             schedule=schedule,
         )
         return step, tx
 
-    policy_step, policy_tx = make(policy, cast.policy, config.optim)
-    critic_step, critic_tx = make(critic, cast.critic, critic_optim)
+    policy_step, policy_tx = make(policy_objective, policy, optim)
+    critic_step, critic_tx = make(critic_objective, critic, critic_optim)
     return Learner(policy_step, critic_step, policy_tx, critic_tx)
 
 

@@ -224,6 +224,6 @@ def num_tokens(batch) -> jax.Array:
     counts = [
         jnp.sum(leaf > 0)
         for path, leaf in leaves
-        if getattr(path[-1], "name", "") == "segment_ids"
+        if path and getattr(path[-1], "name", "") == "segment_ids"
     ]
     return jnp.asarray(sum(counts), jnp.float32)

@@ -103,7 +103,7 @@ def test_init_inside_the_jit_is_sharded(params):
     model = tiny.model(mesh)
     state = step.init_state(model.init, tx, jax.random.key(0), mesh=mesh)
     moments = state.opt_state[0].mu["embed"]["embedding"]
-    assert not moments.sharding.is_fully_replicated or tiny.VOCAB % 8
+    assert not moments.sharding.is_fully_replicated
     wanted = step.abstract_state(model.param_shapes(), tx, mesh=mesh)
     for leaf, target in zip(
         jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True

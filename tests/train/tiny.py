@@ -6,7 +6,7 @@ import numpy as np
 from jalign import data
 from jalign.models import Model, ModelConfig
 
-VOCAB = 37
+VOCAB = 40
 
 
 def model(mesh=None, num_labels=0) -> Model:
