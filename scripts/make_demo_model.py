@@ -93,17 +93,23 @@ def pretrain(args: argparse.Namespace, tokenizer) -> None:
     )
     model = models.Model(config)
     optim = OptimConfig(
-        learning_rate=3e-3, schedule="cosine", warmup_steps=100, weight_decay=0.05
+        learning_rate=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.05
     )
     tx, schedule = make_optimizer(optim, args.steps)
     step = make_train_step(make_sft_objective(model), tx, schedule=schedule)
-    state = init_state(model.init, tx, jax.random.key(SEED))
-    start = time.perf_counter()
-    for i, batch in enumerate(batches(args, tokenizer)):
+    # Matrices of width 128 learn sooner from a wider start than large models' 0.02.
+    params = jax.tree.map(
+        lambda x: x if (x == 1).all() else 3 * x, model.init(jax.random.key(SEED))
+    )
+    state = init_state(params, tx, jax.random.key(SEED))
+    start, recent = time.perf_counter(), []
+    for i, batch in enumerate(batches(args, tokenizer), 1):
         state, metrics = step(state, jax.tree.map(jnp.asarray, batch))
-        if i % 100 == 99:
-            seconds = time.perf_counter() - start
-            print(f"step {i + 1}: loss {metrics['loss']:.4f}, {seconds:.0f} s")
+        recent.append(metrics["loss"])
+        if i % 50 == 0:
+            loss, seconds = float(np.mean(recent)), time.perf_counter() - start
+            print(f"step {i}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
+            recent = []
     models.save(args.out / "model", model, state.params, tokenizer)
     halve(args.out / "model" / "model.safetensors")
 
@@ -138,7 +144,7 @@ def main() -> None:
     parser.add_argument("--data-only", action="store_true")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--documents", type=int, default=60_000)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     write_data(args.out)

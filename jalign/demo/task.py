@@ -222,15 +222,14 @@ def base_documents(seed: int) -> Iterator[str]:
     rng = random.Random(f"base-{seed}")
     while True:
         topic, parts = _topic(rng), []
-        short = {slot: topic[slot] for slot in ("name", "thing")}
         if rng.random() < 0.5:
             parts.append(_fill(rng, (*PROMPTS, FACTS[-1]), **topic))
         for _ in range(rng.randint(2, 8)):
-            if rng.random() < 0.25:
-                topic = topic | {"thing": rng.choice(WORDS["thing"])}
-                short["thing"] = topic["thing"]
-            kind = rng.choices((OPENINGS, EVENTS, HAPPY, SAD, FACTS), (3, 4, 1, 1, 1))
-            chosen = kind[0]
-            about = {HAPPY: short, SAD: short, OPENINGS: topic}.get(chosen, {})
-            parts.append(_fill(rng, chosen, **about))
+            if rng.random() < 0.08:
+                topic = _topic(rng)
+            short = {slot: topic[slot] for slot in ("name", "thing")}
+            kinds = (OPENINGS, EVENTS, HAPPY, SAD, FACTS)
+            (kind,) = rng.choices(kinds, (3, 2, 1, 1, 1))
+            about = short if kind in (HAPPY, SAD) else {} if kind is EVENTS else topic
+            parts.append(_fill(rng, kind, **about))
         yield " ".join(parts)

@@ -81,7 +81,7 @@ def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
         if sharding.is_main_process():
             try:
                 values = reward(prompts, completions, rows)
-            except Exception as error:  # noqa: BLE001: told to all, then raised here
+            except Exception as error:  # told to all, then raised here
                 fault = error
         values = np.asarray(multihost_utils.broadcast_one_to_all(values))
         if fault is not None:

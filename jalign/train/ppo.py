@@ -66,7 +66,7 @@ def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:
 def _learner(
     policy: Model, critic: Model, optim: OptimConfig, ppo: PPOOptions, updates: int
 ) -> Learner:
-    """Kept, so that the same run again in one process (a notebook) is not recompiled."""
+    """Kept, so that a second run in one process (a notebook) compiles nothing."""
     rate = ppo.critic_learning_rate
     critic_optim = optim if rate is None else replace(optim, learning_rate=rate)
     policy_objective = make_ppo_objective(

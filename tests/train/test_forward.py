@@ -24,7 +24,9 @@ def test_logps_and_entropies_are_those_of_the_shifted_logits():
     stats = forward.token_stats(model, params, batch, temperature=0.7)
     for b, t in zip(*np.nonzero(batch.completion_mask), strict=True):
         row = logs[b, t - 1]
-        np.testing.assert_allclose(stats.logps[b, t], row[batch.tokens[b, t]], rtol=1e-4)
+        np.testing.assert_allclose(
+            stats.logps[b, t], row[batch.tokens[b, t]], rtol=1e-4
+        )
         np.testing.assert_allclose(
             stats.entropy[b, t], -(np.exp(row) * row).sum(), rtol=1e-4
         )

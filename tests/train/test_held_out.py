@@ -1,0 +1,23 @@
+from jalign import data
+from jalign.train import held_out
+from tests.train import tiny
+
+
+def test_every_example_is_measured_once():
+    def count(model, params, batches):
+        del model, params
+        return {"rows": sum(int((b.segment_ids[:, 0] > 0).sum()) for b in batches)}
+
+    how = dict(batch_size=4, collate=data.collate_tokens, max_length=16)
+    found = held_out.measure(count, tiny.model(), {}, tiny.examples(7), **how)
+    assert found == {"rows": 7}
+    assert held_out.measure(count, tiny.model(), {}, None, **how) == {}
+
+
+def test_before_is_shown_where_it_differs():
+    shown = held_out.before_and_after({"loss": 2.0, "n": 5}, {"loss": 1.0, "n": 5})
+    assert shown == {"eval_loss_before": 2.0, "eval_loss": 1.0, "eval_n": 5}
+
+
+def test_reward_models_write_no_text():
+    assert held_out.sample_texts(tiny.model(num_labels=1), {}, None, [object()]) == []

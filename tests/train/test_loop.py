@@ -1,0 +1,137 @@
+"""Stopped and continued equals not stopped, bit for bit; signals save; NaN ends."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jalign import data, sharding
+from jalign.train import objectives, optim, step
+from jalign.train.checkpoint import Checkpointer
+from jalign.train.loop import Diverged, Preempted, SkipGuard, fit
+from jalign.train.metrics import MetricsWriter
+from tests.train import tiny
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module", params=[None, dict(fsdp=2, devices=2)], ids=str)
+def trainer(request):
+    mesh = None
+    if request.param:
+        mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
+    model = tiny.model(mesh)
+    tx, schedule = optim.make_optimizer(optim.OptimConfig(learning_rate=1e-2), STEPS)
+    abstract = step.abstract_state(model.param_shapes(), tx, mesh=mesh)
+    pinned = mesh and sharding.state_shardings(mesh, abstract)
+    step_fn = step.make_train_step(
+        objectives.make_sft_objective(model),
+        tx,
+        microbatches=2,
+        state_shardings=pinned,
+        schedule=schedule,
+    )
+
+    def run(out, on_step=None, every=2):
+        checkpointer = Checkpointer(out / "checkpoints")
+        restored = checkpointer.restore({"state": abstract})
+        if restored is None:
+            state = step.init_state(model.init, tx, jax.random.key(3), mesh=mesh)
+        else:
+            state = restored.tree["state"]
+        start = int(state.step)
+        batches = data.make_loader(
+            tiny.examples(30),
+            batch_size=4,
+            seed=1,
+            collate=data.collate_tokens,
+            max_length=16,
+            start_step=start,
+            steps=STEPS,
+        )
+        writer = MetricsWriter(out, total_steps=STEPS, start_step=start)
+        try:
+            return fit(
+                state,
+                step_fn,
+                batches,
+                steps=STEPS,
+                writer=writer,
+                checkpointer=checkpointer,
+                checkpoint_every=every,
+                mesh=mesh,
+                on_step=on_step,
+            )
+        finally:
+            writer.close()
+            checkpointer.close()
+
+    return run
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(number, action):
+    def on_step(done, state):
+        del state
+        if done == number:
+            action()
+
+    return on_step
+
+
+def die():
+    raise Killed
+
+
+def test_continued_equals_uninterrupted(trainer, tmp_path):
+    whole = trainer(tmp_path / "whole")
+    assert int(whole.step) == STEPS
+    # Dies without a word after step 3: the checkpoint of step 2 is the newest.
+    with pytest.raises(Killed):
+        trainer(tmp_path / "killed", kill_at(3, die))
+    assert tiny.same(whole, trainer(tmp_path / "killed"))
+    # Asked to stop: saves at the very step, whatever checkpoint_every is.
+    stop = kill_at(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted, match="stopped at step 1"):
+        trainer(tmp_path / "stopped", stop, every=0)
+    assert Checkpointer(tmp_path / "stopped/checkpoints").steps() == [1]
+    assert tiny.same(whole, trainer(tmp_path / "stopped"))
+    # And once more, with nothing left to do.
+    assert tiny.same(whole, trainer(tmp_path / "stopped"))
+    lines = (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS
+
+
+def test_signals_are_put_back(trainer, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_guard_stops_after_skips_in_a_row_only():
+    guard = SkipGuard(limit=3)
+    for number, skipped in enumerate([1, 1, 0, 1, 1]):
+        guard.check({"step": number, "skipped": float(skipped)})
+    guard.check(None)
+    with pytest.raises(Diverged, match="3 to 5"):
+        guard.check({"step": 5, "skipped": 1.0})
+
+
+def test_fit_ends_when_nothing_is_finite(tmp_path):
+    def objective(params, batch, key):
+        del key
+        return objectives.Loss(jnp.sum(params["kernel"] * batch), jnp.float32(1), {})
+
+    tx, _ = optim.make_optimizer(optim.OptimConfig(), 100)
+    state = step.init_state({"kernel": jnp.ones(2)}, tx, jax.random.key(0))
+    step_fn = step.make_train_step(objective, tx)
+    writer = MetricsWriter(tmp_path, total_steps=100)
+    bad = iter(lambda: jnp.full(2, jnp.nan), None)
+    with pytest.raises(Diverged, match="1 to 10"):
+        fit(state, step_fn, bad, steps=100, writer=writer)
+    writer.close()

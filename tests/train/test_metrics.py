@@ -1,0 +1,70 @@
+"""Rows come one step late, in order, whole; a continued run cuts what came after."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from jalign.train import metrics
+from jalign.train.metrics import MetricsWriter, truncate_rows
+from tests.train import tiny
+
+
+def device(loss, tokens=10.0, skipped=0.0):
+    values = dict(
+        zeta=1.0,
+        loss=loss,
+        grad_norm=2.0,
+        learning_rate=0.1,
+        num_tokens=tokens,
+        skipped=skipped,
+    )
+    return {name: jnp.float32(value) for name, value in values.items()}
+
+
+def rows(path):
+    return [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_step_late_then_flushed(tmp_path):
+    writer = MetricsWriter(tmp_path, total_steps=3)
+    assert writer.log(1, device(3.0)) is None
+    assert writer.log(2, device(2.0))["step"] == 1
+    assert len(rows(tmp_path)) == 1
+    assert writer.flush()["num_tokens"] == 20
+    assert writer.flush() is None
+    writer.log(3, device(np.nan))
+    writer.close()
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    assert [row["loss"] for row in found] == [3.0, 2.0, None]
+    first = "step loss learning_rate grad_norm num_tokens step_time tokens_per_second"
+    assert list(found[0])[:7] == first.split()
+    assert found[1]["tokens_per_second"] > 0
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_continued_run_cuts_later_rows(tmp_path):
+    writer = MetricsWriter(tmp_path, total_steps=9)
+    for step in range(1, 6):
+        writer.log(step, device(float(step)))
+    writer.close()
+    writer = MetricsWriter(tmp_path, total_steps=9, start_step=3, num_tokens=30.0)
+    writer.log(4, device(40.0))
+    writer.close()
+    assert [row["loss"] for row in rows(tmp_path)] == [1, 2, 3, 40]
+    assert rows(tmp_path)[-1]["num_tokens"] == 40
+
+
+def test_a_torn_line_is_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    truncate_rows(path, 5)
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
+def test_flops_count_matrices_once():
+    shapes = tiny.model().param_shapes()
+    per_layer = 32 * (4 + 2 + 2 + 4) * 8 + 3 * 32 * 48
+    tied = tiny.VOCAB * 32
+    assert metrics.training_flops_per_token(shapes) == 6 * (2 * per_layer + tied)

@@ -1,0 +1,35 @@
+import jax
+import numpy as np
+
+from jalign.train import forward, reference
+from tests.train import tiny
+
+
+def test_logps_in_the_examples_order_and_cached(tmp_path, monkeypatch):
+    model = tiny.model()
+    params = model.init(jax.random.key(0))
+    pairs, cache = tiny.pairs(5), tmp_path / "reference.npz"
+
+    def fill(params=params):
+        return reference.reference_examples(
+            model,
+            params,
+            {"train": pairs},
+            batch_size=2,
+            max_length=16,
+            cache=cache,
+        )["train"]
+
+    found = fill()
+    batch = tiny.pair_batch(5)
+    fn = forward.make_reference_fn(model)
+    for name, side in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+        got = [getattr(pair, f"ref_{name}_logp") for pair in found]
+        np.testing.assert_allclose(got, fn(params, side), rtol=1e-4)
+    monkeypatch.setattr(reference, "reference_logps", None)  # may not be called again
+    assert [p.ref_chosen_logp for p in fill()] == [p.ref_chosen_logp for p in found]
+    monkeypatch.undo()
+    other = fill(model.init(jax.random.key(1)))
+    assert other[0].ref_chosen_logp != found[0].ref_chosen_logp
+    cache.write_bytes(b"torn")
+    assert fill()[0].ref_chosen_logp == found[0].ref_chosen_logp

@@ -1,0 +1,74 @@
+"""OUT belongs to one run at a time, and to one set of settings."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jalign.train.config import SFTConfig
+from jalign.train.optim import OptimConfig
+from jalign.train.run import lock_directory, make_run_mesh, open_run, restore_state
+
+
+def config(out, **changes):
+    fields = dict(model="m", data="d", mesh="fsdp=1") | changes
+    return SFTConfig(out=str(out), **fields)
+
+
+def save(out, **changes):
+    with open_run(config(out, **changes), "sft") as run:
+        run.checkpointer.save(1, {"x": jnp.ones(2)}, run.meta)
+
+
+def test_same_settings_continue_others_are_refused(tmp_path):
+    save(tmp_path)
+    with open_run(config(tmp_path, steps=7, checkpoint_every=1), "sft") as run:
+        assert restore_state(run, {"x": jnp.ones(2)}).step == 1
+    other = dict(optim=OptimConfig(learning_rate=0.5))
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="learning_rate was 1e-05 and is 0.5"):
+            save(tmp_path, resume=resume, **other)
+    with (
+        pytest.raises(ValueError, match="kind was 'sft' and is 'dpo'"),
+        open_run(config(tmp_path), "dpo"),
+    ):
+        pass
+
+
+def test_no_resume_sets_the_old_checkpoints_aside(tmp_path):
+    save(tmp_path)
+    with open_run(config(tmp_path, resume=False), "sft") as run:
+        assert restore_state(run, {"x": jnp.ones(2)}) is None
+    assert (tmp_path / "checkpoints.old1" / "1").is_dir()
+
+
+def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
+    code = (
+        "import sys, pathlib; from jalign.train.run import lock_directory\n"
+        "lock = lock_directory(pathlib.Path(sys.argv[1])); lock.__enter__()\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    match = f"another run is working here .process {other.pid}"
+    with pytest.raises(ValueError, match=match), lock_directory(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    with lock_directory(tmp_path):
+        pass
+
+
+def test_mesh_of_a_flag():
+    assert make_run_mesh("fsdp=1") is None
+    assert make_run_mesh("fsdp=2,tensor=2").size == 4
+    assert make_run_mesh(None).size == len(jax.devices())
+    assert dataclasses.is_dataclass(config("o"))
