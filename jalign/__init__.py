@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_SUBMODULES = (
+__all__ = [
+    "__version__",
     "data",
     "evaluate",
     "generate",
@@ -17,8 +18,7 @@ _SUBMODULES = (
     "sharding",
     "train",
     "types",
-)
-__all__ = ["__version__", *_SUBMODULES]
+]
 
 if TYPE_CHECKING:
     from jalign import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     # Lazy (PEP 562), so that `import jalign` starts no backend and reads no file.
-    if name in _SUBMODULES:
+    if name in __all__ and name != "__version__":
         return importlib.import_module(f"jalign.{name}")
     raise AttributeError(f"module 'jalign' has no attribute {name!r}")
 

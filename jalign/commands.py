@@ -101,7 +101,7 @@ class EvalConfig:
     data: str
     """Rows: a file, a directory or a hub id."""
     task: Literal["auto", "sft", "preference", "reward"] = "auto"
-    """auto: preference if rows have chosen and rejected, reward if --reward is given."""
+    """auto: preference if rows have chosen and rejected, reward with --reward."""
     ref_model: str | None = None
     """Reference checkpoint for implicit rewards and the KL."""
     reward: str | None = None
@@ -183,8 +183,9 @@ def _eval_pairs(config, model, params, tokenizer, rows, reference) -> dict[str, 
     )
     if reference is not None:
         size, length = config.batch_size, config.max_length
+        ref_model, ref_params = reference
         pairs = reference_examples(
-            *reference, {"rows": pairs}, batch_size=size, max_length=length
+            ref_model, ref_params, {"rows": pairs}, batch_size=size, max_length=length
         )["rows"]
     loader = _loader(config, model, pairs, data.collate_preferences)
     return evaluate.preference_accuracy(model, params, loader) | {"rows": counts}

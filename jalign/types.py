@@ -4,6 +4,7 @@ Shape letters: B batch, T time, V vocab, D model, F mlp, N query heads, K kv hea
 H head dim, L layers, G group. Masks are True where a position counts.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -100,7 +101,7 @@ class Loss(NamedTuple):
 
     sum: Array
     count: Array
-    metrics: dict[str, tuple[Array, Array]]
+    metrics: Mapping[str, tuple[Array, Array]]
 
 
 class TrainState(NamedTuple):

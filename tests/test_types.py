@@ -1,4 +1,4 @@
-"""Tests for jalign/types.py: the contracts are pytrees, and every field is explained."""
+"""Tests for jalign/types.py: pytrees whose every field is explained."""
 
 import inspect
 

@@ -11,7 +11,7 @@ def bradley_terry_loss(
     chosen_rewards: Array,
     rejected_rewards: Array,
     *,
-    margin: Scalar = 0.0,
+    margin: Scalar | Array = 0.0,
 ) -> jax.Array:
     """-log σ(r_chosen - r_rejected - margin), one per pair.
 

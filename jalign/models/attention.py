@@ -62,7 +62,7 @@ def attend(
     if in_order is None:
         in_order = q.shape[1] == k.shape[1]
     if implementation == "auto":
-        implementation = _choose(q, k, q_segment_ids, in_order, _platform(mesh))
+        implementation = _choose(q, k, q_segment_ids, in_order, platform_of(mesh))
     elif not in_order:
         implementation = "plain"  # decoding: a kernel for training has no say here
     if implementation == "plain":
@@ -75,14 +75,15 @@ def attend(
     if implementation == "cudnn":
         return cudnn_attention(q, k, v, q_segment_ids, sliding_window)
     if implementation == "splash":
-        interpret = _platform(mesh) != "tpu"
+        interpret = platform_of(mesh) != "tpu"
         return splash_attention(
             q, k, v, q_segment_ids, sliding_window, mesh=mesh, interpret=interpret
         )
     raise ValueError(f"implementation={implementation!r} is not in {IMPLEMENTATIONS}")
 
 
-def _platform(mesh: Mesh | None) -> str:
+def platform_of(mesh: Mesh | None) -> str:
+    """Where arrays of this mesh live: "cpu", "gpu" or "tpu"."""
     # A mesh may stand for a machine that is not here, as `jalign plan` has it.
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,7 +230,7 @@ def _seal(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _agreed(read):
+def _agreed(read: Callable[[], Any]) -> Any:
     """read() on every process; Damaged on all of them where one fails."""
     result, error = None, None
     try:

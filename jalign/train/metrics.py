@@ -192,8 +192,8 @@ def _tensorboard(log_dir: Path, start_step: int):
     except ImportError:
         _log.info("tensorboardX is not installed: no curves in %s", log_dir)
         return None
-    purge = {"purge_step": start_step + 1} if start_step else {}
-    return SummaryWriter(str(log_dir), **purge)
+    purge = start_step + 1 if start_step else None
+    return SummaryWriter(str(log_dir), purge_step=purge)
 
 
 class _Progress:

@@ -224,11 +224,8 @@ def _as_language_model(model: Model, params: PyTree) -> tuple[Model, PyTree]:
 
 
 def _preference_examples(config: RunConfig):
-    return functools.partial(
-        data.preference_examples,
-        max_length=config.max_length,
-        bad_rows=config.bad_rows,
-    )
+    limits = dict(max_length=config.max_length, bad_rows=config.bad_rows)
+    return functools.partial(data.preference_examples, **limits)  # pyright: ignore
 
 
 def _train(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 PyTree = Any
@@ -135,7 +136,7 @@ def current_learning_rate(opt_state: PyTree, schedule: optax.Schedule) -> jax.Ar
     )
     if not counts:
         raise ValueError("this optimizer holds no schedule: pass schedule=None")
-    return schedule(counts[0][1])
+    return jnp.asarray(schedule(counts[0][1]))
 
 
 def _names(path) -> list[str]:

@@ -178,7 +178,7 @@ class PPOConfig:
         )
         new = self.ppo.sampling.max_new_tokens
         _check(
-            self.max_length > new,
+            self.max_length >= new + 2,
             f"max_length {self.max_length} leaves no room for a prompt before "
             f"max_new_tokens {new}",
         )

@@ -124,5 +124,6 @@ def _read(cache: Path, mark: str) -> dict[str, np.ndarray] | None:
 def _write(cache: Path, mark: str, logps: Mapping[str, np.ndarray]) -> None:
     partial = cache.with_suffix(".tmp")
     with open(partial, "wb") as file:
-        np.savez(file, mark=np.array(mark), **logps)
+        arrays: dict[str, Any] = {"mark": np.array(mark), **logps}
+        np.savez(file, **arrays)
     os.replace(partial, cache)

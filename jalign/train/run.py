@@ -126,7 +126,7 @@ def restore_state(run: Run, abstract: PyTree) -> Restored | None:
 def fixed_settings(config: Any) -> dict[str, Any]:
     """The settings of a config dataclass that a continued run must not change."""
 
-    def keep(value):
+    def keep(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: keep(v) for k, v in value.items() if k not in MAY_CHANGE}
         return list(value) if isinstance(value, tuple) else value

@@ -36,7 +36,7 @@ def init_state(
       mesh: None leaves everything where it is.
     """
 
-    def make(params, key):
+    def make(params: Any, key):
         params = params if init is None else init(key)
         step = jnp.zeros((), jnp.int32)
         return TrainState(step, params, tx.init(params), key)
@@ -105,7 +105,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.global_norm(grads)
         ok = jnp.isfinite(loss.sum) & jnp.isfinite(grad_norm)
-        metrics = {
+        metrics: dict[str, Any] = {
             "loss": loss.sum / count,
             "grad_norm": grad_norm,
             "skipped": 1.0 - ok.astype(jnp.float32),

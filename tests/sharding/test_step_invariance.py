@@ -9,6 +9,8 @@ from jalign import sharding
 
 from . import processes, steps
 
+pytestmark = pytest.mark.slow  # eight devices on few cores: mostly compilation
+
 
 @functools.cache
 def _alone(recipe):

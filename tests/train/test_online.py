@@ -137,8 +137,11 @@ def test_other_settings_do_not_continue_a_run(finished, world):
 
 
 def test_prompts_that_leave_no_room_are_dropped_by_name(world, tmp_path):
-    with pytest.raises(ValueError, match="max_prompt_length=1"):
-        online.run_ppo(config_of(world, tmp_path, max_length=9))
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "a b c d e f g h i"}) + "\n")
+    config = config_of(world | {"data": str(path)}, tmp_path / "out")
+    with pytest.raises(ValueError, match="max_prompt_length=8"):
+        online.run_ppo(config)
 
 
 def test_a_failing_reward_names_itself(world, tmp_path):

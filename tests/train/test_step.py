@@ -18,7 +18,7 @@ def params():
 
 def take_step(params, batch, *, microbatches=1, mesh=None, objective=None):
     model = tiny.model(mesh)
-    # A large eps: else Adam's first step is the sign of rounding where gradients vanish.
+    # A large eps: else Adam's first step is the sign of rounding errors.
     settings = optim.OptimConfig(learning_rate=1e-3, eps=1e-2)
     tx, schedule = optim.make_optimizer(settings, 10)
     params = jax.tree.map(jnp.copy, params)
