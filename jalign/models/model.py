@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -69,8 +70,9 @@ class Model:
           deviation 0.02, norms 1, biases 0. Equal on every mesh.
         """
         options, shardings = None, None
-        if platform_of(self.mesh) == "cpu":
-            # LLVM takes 7 s over the random bits otherwise, to save milliseconds.
+        if platform_of(self.mesh) == "cpu" and not isinstance(key, jax.core.Tracer):
+            # LLVM otherwise spends 7 s on optimizing the random bits. (Inside of
+            # another jit the outer one's options hold.)
             options = {"xla_backend_optimization_level": 0}
         if self.mesh is not None:
             shardings = sharding.param_shardings(self.mesh, self.param_shapes())

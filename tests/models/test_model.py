@@ -7,14 +7,17 @@ import pytest
 
 from jalign import sharding
 from jalign.models import Model, add_scalar_head
-from tests.models.tiny import CONFIGS, random_tokens
+from tests.models.tiny import CONFIGS, random_params, random_tokens
 
 
 def test_is_hashable_and_static():
     a, b = Model(CONFIGS["llama"]), Model(CONFIGS["llama"], dtype=jnp.dtype("float32"))
     assert a == b and hash(a) == hash(b)
-    params = jax.jit(Model.init, static_argnums=0)(a, jax.random.key(0))
-    assert params["embed"]["embedding"].shape == (48, 24)
+    shapes = jax.eval_shape(lambda key: b.init(key), jax.random.key(0))
+    assert shapes["embed"]["embedding"].shape == (48, 24)
+    apply = jax.jit(Model.apply, static_argnums=0)
+    hidden, _ = apply(a, random_params(a), random_tokens())
+    assert hidden.shape == (2, 12, 24)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -52,7 +52,8 @@ def train(recipe: str, mesh, microbatches: int = 1) -> dict[str, list[float]]:
     # eps well above the rounding error of gradients, which Adam would else magnify.
     settings = OptimConfig(learning_rate=1e-3, weight_decay=0.1, eps=1e-5)
     tx, _ = make_optimizer(settings, STEPS)
-    state = init_state(model.init, tx, jax.random.key(0), mesh=mesh)
+    params = model.init(jax.random.key(0))
+    state = init_state(params, tx, jax.random.key(1), mesh=mesh)
     pinned = None if mesh is None else sharding.state_shardings(mesh, state)
     step = make_train_step(
         make(model), tx, microbatches=microbatches, state_shardings=pinned
