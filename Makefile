@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/jalign demo --out runs/demo
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -26,6 +26,13 @@ ASSETS = Path(__file__).parent / "assets"
 """model/, and {sft,preferences,prompts}_{train,heldout}.jsonl."""
 PROMPT_LENGTH, REPLY_LENGTH = 16, 48  # tokens; the data needs 10 and 38
 MAX_LENGTH = PROMPT_LENGTH + REPLY_LENGTH
+FOLDERS = {
+    "base": "",
+    "SFT": "sft",
+    "reward model": "reward",
+    "PPO": "ppo",
+    "DPO": "dpo",
+}
 SHOWN = 6  # held-out prompts whose replies the report shows
 NOTE = (
     "A LLaMA of 0.8M parameters learns to answer, then what to prefer: replies that "
@@ -170,19 +177,16 @@ def judge_models(
     config: DemoConfig, out: Path
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
     """(a row for each model, name -> replies to the held-out prompts)."""
-    folders = {
-        "base": ASSETS / "model",
-        "SFT": out / "sft" / "model",
-        "PPO": out / "ppo" / "model",
-        "DPO": out / "dpo" / "model",
-    }
     prompts = held_out_prompts(config.eval_prompts)
-    reference = models.load(str(folders["SFT"]))
-    rows, replies = [], {}
-    for name, folder in folders.items():
-        figures, replies[name] = judge_model(folder, reference, prompts, config.seed)
+    reference = models.load(str(out / FOLDERS["SFT"] / "model"))
+    rows, replies, figures = [], {}, {}
+    for name, folder in FOLDERS.items():
+        if name == "reward model":  # it answers nothing
+            rows.append({"model": name} | dict.fromkeys(figures))
+            continue
+        path = (out / folder if folder else ASSETS) / "model"
+        figures, replies[name] = judge_model(path, reference, prompts, config.seed)
         rows.append({"model": name} | figures)
-    rows.insert(2, {"model": "reward model"} | dict.fromkeys(figures))
     return rows, replies
 
 
@@ -262,13 +266,11 @@ def write_page(
     """OUT/report.html of the whole demo."""
     table = [as_text(row) for row in rows]
     by_model = {row["model"]: row for row in table}
-    names = {"SFT": "sft", "reward model": "reward", "PPO": "ppo", "DPO": "dpo"}
     stages = stage_configs(config)
     samples = [
         {"prompt": prompt}
         | {name: _judged(prompt, replies[name][i]) for name in replies}
-        for i, prompt in enumerate(held_out_prompts(SHOWN))
-        if i < config.eval_prompts
+        for i, prompt in enumerate(held_out_prompts(min(SHOWN, config.eval_prompts)))
     ]
     return report.write_report(
         out,
@@ -285,7 +287,8 @@ def write_page(
         samples=samples,
         metrics_rows={
             name: report.read_metrics(out / folder / "metrics.jsonl")
-            for name, folder in names.items()
+            for name, folder in FOLDERS.items()
+            if folder
         },
         timings=seconds,
         config=dataclasses.asdict(config)

@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from jalign import data, models
-from jalign.demo import ASSETS, DemoConfig, recipe, run_stages, task
+from jalign.demo import ASSETS, DemoConfig, recipe, task
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = {"model": "DPO", "preferred": 0.953, "KL to SFT": 1.234, "seconds": 12.3}
@@ -78,18 +81,29 @@ def test_wrong_settings_are_errors():
         DemoConfig(ppo_steps=0)
 
 
+@pytest.mark.slow
 def test_the_demo_runs_through(tmp_path):
-    """A few steps a stage: every file appears, and the figures are in range."""
-    steps = {f"{name}_steps": 2 for name in ("sft", "reward", "ppo", "dpo")}
-    rows = run_stages(DemoConfig(out=str(tmp_path), eval_prompts=8, **steps))
-    names = ["base", "SFT", "reward model", "PPO", "DPO"]
-    assert [row["model"] for row in rows] == names
+    """The command on one device, a few steps a stage: files, table and figures."""
+    out = tmp_path / "demo"
+    flags = [f"--{stage}-steps=2" for stage in ("sft", "reward", "ppo", "dpo")]
+    run = subprocess.run(
+        [sys.executable, "-m", "jalign", "demo", f"--out={out}", "--eval-prompts=8"]
+        + flags,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((out / "table.json").read_text("utf-8"))
+    assert recipe.format_table(rows) in run.stdout
+    assert [row["model"] for row in rows] == list(recipe.FOLDERS)
     by_name = {row["model"]: row for row in rows}
     assert abs(by_name["SFT"]["KL to SFT"]) < 1e-4
     for name in ("reward model", "DPO"):
         assert 0 <= by_name[name]["reward accuracy"] <= 1
     for row in rows:
         assert row["preferred"] is None or 0 <= row["preferred"] <= row["happy"] <= 1
-    assert json.loads((tmp_path / "table.json").read_text("utf-8")) == rows
-    page = (tmp_path / "report.html").read_text("utf-8")
+    page = (out / "report.html").read_text("utf-8")
     assert "Tell a story about" in page and "objective/kl" in page
