@@ -167,9 +167,10 @@ def make_reply(
     rng: random.Random, topic: dict[str, str], *, on_topic: bool, happy: bool
 ) -> str:
     """A well-formed reply to a topic, with a leading space, on or off the topic."""
-    if not on_topic:
-        others = [thing for thing in WORDS["thing"] if thing != topic["thing"]]
-        topic = topic | {"thing": rng.choice(others)}
+    if not on_topic:  # somebody else, and another thing
+        for slot in ("name", "thing"):
+            others = [word for word in WORDS[slot] if word != topic[slot]]
+            topic = topic | {slot: rng.choice(others)}
     topic = {slot: topic[slot] for slot in ("name", "colour", "thing")}
     ending = {slot: topic[slot] for slot in ("name", "thing")}
     events = list(dict.fromkeys(_fill(rng, EVENTS) for _ in range(rng.choice((1, 2)))))
@@ -190,10 +191,11 @@ def sft_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
 def preference_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
     """A wanted reply for each prompt, and one that fails by ending, topic or both."""
     rng = random.Random(f"preferences-{seed}")
-    failures = ((True, False), (False, True), (False, False))
+    # Topic is harder to see than mood: most pairs differ by topic alone.
+    failures, weights = ((True, False), (False, True), (False, False)), (3, 6, 1)
     for prompt in prompts:
         topic = parse(prompt, "prompt") or {}
-        on_topic, happy = rng.choice(failures)
+        ((on_topic, happy),) = rng.choices(failures, weights)
         yield {
             "prompt": prompt,
             "chosen": make_reply(rng, topic, on_topic=True, happy=True),

@@ -172,11 +172,11 @@ def fit(
     )
 
     def save() -> None:
-        guard.check(writer.flush())
         if checkpointer is not None:
             record = {"kl_coef": state.kl_coef, "num_tokens": writer.num_tokens}
             tree = {"policy": state.policy, "critic": state.critic}
             checkpointer.save(state.iteration, tree, meta | record)
+        writer.restart_clock()
 
     every = config.checkpoint_every
     with StopSignal() as stop:
@@ -190,7 +190,9 @@ def fit(
                 mesh=mesh,
             )
             number = state.iteration
-            guard.check(writer.log(number, metrics))
+            # The metrics are on the host already: written now, with their own time.
+            writer.log(number, metrics)
+            guard.check(writer.flush())
             stopping = number < iterations and stop.requested(number)
             if stopping or number == iterations or (every and number % every == 0):
                 save()

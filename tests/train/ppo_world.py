@@ -99,7 +99,9 @@ def write_world(folder: Path) -> dict[str, str]:
     (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "held_out.jsonl").write_text("".join(lines[:10]), encoding="utf-8")
     (folder / "reward.py").write_text(
+        "import jax\n"
         "def share_of_a(prompts, completions, rows):\n"
+        "    assert jax.process_index() == 0, 'process 0 alone is asked'\n"
         "    return [text.split().count('a') / 8 for text in completions]\n",
         encoding="utf-8",
     )

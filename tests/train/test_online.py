@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jalign import models
-from jalign.train import actors, online, ppo
+from jalign.train import online, ppo
 from jalign.train.loop import Preempted
 from jalign.train.ppo_config import KLConfig
+from tests.sharding import processes
 from tests.train.ppo_world import make_config, write_world
 
 
@@ -41,21 +42,16 @@ def weights(out):
 
 def rows(out):
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    clocks = ("time", "eps", "tokens_per_second", "mfu")
+    clocks = ("time", "step_time", "eps", "tokens_per_second", "mfu")
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(clocks)}
         for line in lines
     ]
 
 
-def without_times(row):
-    return {k: v for k, v in row.items() if k != "step_time"}
-
-
 def assert_same_run(one, other):
     jax.tree.map(np.testing.assert_array_equal, weights(one), weights(other))
-    mine, theirs = ([without_times(r) for r in rows(out)] for out in (one, other))
-    assert mine == theirs
+    assert rows(one) == rows(other)
 
 
 def test_a_run_leaves_models_metrics_and_a_report(finished):
@@ -152,10 +148,25 @@ def test_a_failing_reward_names_itself(world, tmp_path):
         online.run_ppo(config)
 
 
-def test_the_rewards_of_other_processes_come_from_process_0(monkeypatch):
-    """One process: the function itself. (Two: tests/sharding runs real ones.)"""
+def two_process_body():
+    import json
+    import os
+    from pathlib import Path
 
-    def reward(prompts, completions, rows):
-        return np.zeros(len(prompts), np.float32)
+    from jalign.train import online
+    from tests.train.ppo_world import make_config
 
-    assert actors.on_main_process(reward) is reward
+    out, world = Path(os.environ["PPO_OUT"]), json.loads(os.environ["PPO_WORLD"])
+    return online.run_ppo(make_config(out, **(world | {"mesh": "fsdp=2", "steps": 2})))
+
+
+def test_two_processes_learn_from_the_rewards_of_process_0(
+    finished, world, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PPO_OUT", str(tmp_path))
+    monkeypatch.setenv("PPO_WORLD", json.dumps(world))
+    one, two = processes.run(two_process_body, devices=1)
+    assert one == two and one["iterations"] == 2
+    alone = rows(finished[0])[0]
+    for name, value in rows(tmp_path)[0].items():
+        assert value == pytest.approx(alone[name], abs=1e-3), name
