@@ -96,7 +96,7 @@ class MetricsWriter:
         self.num_tokens = num_tokens
         self._flops = flops_per_token
         self._peak = peak_flops() if flops_per_token else None
-        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._pending: tuple[int, Mapping[str, Any], float] | None = None
         self._last_time = time.perf_counter()
         self._file = self._board = self._bar = None
         if not sharding.is_main_process():
@@ -117,12 +117,22 @@ class MetricsWriter:
 
         Returns: the row written, if any; its `num_tokens` counts from the run's start.
         """
-        before, self._pending = self._pending, (step, metrics)
-        return self._write(before)
+        row, now = self._write(self._pending), time.perf_counter()
+        # From one call to the next, each after a fetch: a step's time, whether or not
+        # the device runs ahead of the host.
+        self._pending = (step, metrics, now - self._last_time)
+        self._last_time = now
+        return row
 
     def flush(self) -> dict[str, Any] | None:
         """Fetches and writes the step that is still pending, if any."""
         before, self._pending = self._pending, None
+        if before is not None:
+            step, metrics, seconds = before
+            start = time.perf_counter()
+            jax.block_until_ready(dict(metrics))
+            # The device had run ahead: the wait is the step's time.
+            before = (step, metrics, max(seconds, time.perf_counter() - start))
         return self._write(before)
 
     def restart_clock(self) -> None:
@@ -140,10 +150,8 @@ class MetricsWriter:
     def _write(self, pending) -> dict[str, Any] | None:
         if pending is None:
             return None
-        step, metrics = pending
+        step, metrics, seconds = pending
         values = {name: float(x) for name, x in jax.device_get(dict(metrics)).items()}
-        now = time.perf_counter()
-        seconds, self._last_time = now - self._last_time, now
         row = self._row(step, values, seconds)
         if self._file is not None:
             # Not finite is null: NaN is no JSON, and 0 would be a lie.

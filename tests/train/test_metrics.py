@@ -1,6 +1,7 @@
 """Rows come one step late, in order, whole; a continued run cuts what came after."""
 
 import json
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +43,17 @@ def test_one_step_late_then_flushed(tmp_path):
     assert list(found[0])[:7] == first.split()
     assert found[1]["tokens_per_second"] > 0
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_flushed_row_has_the_time_of_its_own_step(tmp_path):
+    """The row before a checkpoint was once written with the time of its flush."""
+    writer = MetricsWriter(tmp_path, total_steps=2)
+    for step in (1, 2):
+        time.sleep(0.2)
+        writer.log(step, device(1.0))
+    writer.flush()
+    writer.close()
+    assert all(0.15 < row["step_time"] < 10 for row in rows(tmp_path))
 
 
 def test_continued_run_cuts_later_rows(tmp_path):
