@@ -50,9 +50,9 @@ class DemoConfig:
     out: str = "runs/demo"
     """Directory for sft/, reward/, ppo/, dpo/, table.json and report.html."""
     seed: int = 0
-    sft_steps: int = 128
-    reward_steps: int = 144
-    ppo_steps: int = 60
+    sft_steps: int = 96
+    reward_steps: int = 192
+    ppo_steps: int = 40
     """Iterations: 64 completions and the updates on them."""
     dpo_steps: int = 96
     eval_prompts: int = 256
@@ -144,7 +144,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 steps=config.ppo_steps,
                 batch_size=64,
                 ppo=ppo_options(),
-                **common("ppo", "prompts", 3e-4, schedule="constant"),
+                **common("ppo", "prompts", 2e-4, schedule="constant"),
             ),
         ),
         "DPO": (
