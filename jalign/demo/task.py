@@ -188,19 +188,30 @@ def sft_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
         yield {"prompt": prompt, "completion": reply}
 
 
+def make_malformed(rng: random.Random, topic: dict[str, str]) -> str:
+    """A reply that is wanted but for its form: unfinished, repetitive or rambling."""
+    reply = make_reply(rng, topic, on_topic=True, happy=True)
+    opening, *events, ending = re.findall(r" [^.]+\.", reply)
+    fact = " " + _fill(rng, FACTS, **topic)
+    middle = rng.choice(([*events, events[0]], [fact, *events], [*events, ending]))
+    broken = rng.choice(([opening, *events], [opening, *middle, ending]))
+    return "".join(broken)
+
+
 def preference_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
-    """A wanted reply for each prompt, and one that fails by ending, topic or both."""
+    """A wanted reply for each prompt, and one that fails by topic, ending or form."""
     rng = random.Random(f"preferences-{seed}")
-    # Topic is harder to see than mood: most pairs differ by topic alone.
-    failures, weights = ((True, False), (False, True), (False, False)), (3, 6, 1)
     for prompt in prompts:
         topic = parse(prompt, "prompt") or {}
-        ((on_topic, happy),) = rng.choices(failures, weights)
-        yield {
-            "prompt": prompt,
-            "chosen": make_reply(rng, topic, on_topic=True, happy=True),
-            "rejected": make_reply(rng, topic, on_topic=on_topic, happy=happy),
-        }
+        chosen = make_reply(rng, topic, on_topic=True, happy=True)
+        # Topic is harder to see than mood and form: most pairs differ by topic.
+        (failure,) = rng.choices(("topic", "mood", "form"), (5, 3, 2))
+        if failure == "form":
+            rejected = make_malformed(rng, topic)
+        else:
+            on_topic, happy = failure != "topic", failure != "mood"
+            rejected = make_reply(rng, topic, on_topic=on_topic, happy=happy)
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def make_prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
@@ -227,7 +238,7 @@ def base_documents(seed: int) -> Iterator[str]:
         if rng.random() < 0.5:
             parts.append(_fill(rng, (*PROMPTS, FACTS[-1]), **topic))
         for _ in range(rng.randint(2, 8)):
-            if rng.random() < 0.08:
+            if rng.random() < 0.03:
                 topic = _topic(rng)
             short = {slot: topic[slot] for slot in ("name", "thing")}
             kinds = (OPENINGS, EVENTS, HAPPY, SAD, FACTS)

@@ -1,51 +1,22 @@
 """One entry for every name in losses.__all__: how to call it in the property tests."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jalign import losses
-
-SIZES = {"B": 8, "T": 4, "D": 3, "V": 5}
-
-
-class Case(NamedTuple):
-    """A function with its arguments described by the letters of their axes.
-
-    Attributes:
-      args: name -> axes of each positional array. `mask` is bool, `targets` int32,
-        all others are float32.
-      out: axes of the output.
-      grads: names through which gradients flow; through all other floats none does.
-      scalars: keyword-only arguments.
-      any_float: names that may be of any float dtype, not only float32.
-      reads_mask: the function itself leaves masked entries out.
-      pad: what may lie at masked places; NaN unless the mask comes only after a
-        matrix product or a softmax.
-    """
-
-    args: dict[str, str]
-    out: str
-    grads: tuple[str, ...] = ()
-    scalars: dict[str, Any] = {}
-    any_float: tuple[str, ...] = ()
-    reads_mask: bool = False
-    pad: float = np.nan
-
-
-def _like(axes: str, *names: str) -> dict[str, str]:
-    return dict.fromkeys(names, axes)
+from tests.losses.case import SIZES, Case, like
 
 
 def _row_logps(logits, targets, consts):
     return losses.logps_from_logits(logits, targets)
 
 
-_PAIR = _like("B", "chosen", "rejected")
-_DPO = _like("B", "chosen", "rejected", "ref_chosen", "ref_rejected")
-_PPO = _like("BT", "logps", "old_logps", "advantages")
-_KL = _like("BT", "logps", "ref_logps")
-_X = _like("BT", "x", "mask")
+_PAIR = like("B", "chosen", "rejected")
+_DPO = like("B", "chosen", "rejected", "ref_chosen", "ref_rejected")
+_PPO = like("BT", "logps", "old_logps", "advantages")
+_KL = like("BT", "logps", "ref_logps")
+_X = like("BT", "x", "mask")
 _HEAD = {"hidden": "BTD", "unembed": "DV", "targets": "BT"}
 _HEAD_OPTIONS: dict[str, Any] = {
     "grads": ("hidden", "unembed"),
@@ -61,7 +32,7 @@ CASES = {
         scalars={"target": 6.0, "horizon": 100.0, "num_samples": 8},
         any_float=("kl_coef", "kl"),
     ),
-    "approx_kl": Case(_like("BT", "logps", "old_logps"), "BT"),
+    "approx_kl": Case(like("BT", "logps", "old_logps"), "BT"),
     "bradley_terry_loss": Case(
         _PAIR, "B", ("chosen", "rejected"), scalars={"margin": 0.5}
     ),
@@ -82,12 +53,12 @@ CASES = {
     "entropy_from_logits": Case({"logits": "BTV"}, "BT", ("logits",), pad=7.0),
     "fixed_length_mean": Case(_X, "", ("x",), scalars={"length": 4.0}, reads_mask=True),
     "gae": Case(
-        _like("BT", "rewards", "values", "mask"),
+        like("BT", "rewards", "values", "mask"),
         "BT",
         scalars={"gamma": 0.9, "gae_lambda": 0.8},
         reads_mask=True,
     ),
-    "implicit_rewards": Case(_like("B", "x", "ref"), "B", scalars={"beta": 0.1}),
+    "implicit_rewards": Case(like("B", "x", "ref"), "B", scalars={"beta": 0.1}),
     "kl_k1": Case(_KL, "BT", ("logps",)),
     "kl_k2": Case(_KL, "BT", ("logps",)),
     "kl_k3": Case(_KL, "BT", ("logps",)),
@@ -104,14 +75,14 @@ CASES = {
     "masked_whiten": Case(_X, "BT", ("x",), reads_mask=True),
     "ppo_policy_loss": Case(_PPO, "BT", ("logps",), scalars={"clip_eps": 0.2}),
     "ppo_value_loss": Case(
-        _like("BT", "values", "old_values", "returns"),
+        like("BT", "values", "old_values", "returns"),
         "BT",
         ("values",),
         scalars={"clip_eps": 0.2},
     ),
     "reward_center_loss": Case(_PAIR, "B", ("chosen", "rejected")),
     "sequence_logps": Case(
-        _like("BT", "logps", "mask"), "B", ("logps",), reads_mask=True
+        like("BT", "logps", "mask"), "B", ("logps",), reads_mask=True
     ),
     "sequence_mean": Case(_X, "", ("x",), reads_mask=True),
     "token_cross_entropy": Case(
