@@ -264,7 +264,8 @@ def sample_texts(
     Returns: B texts, without special tokens.
     """
     if stop_tokens is None:
-        stop_tokens = sorted({tokenizer.eos_token_id, *model.config.eos_token_ids})
+        known = {tokenizer.eos_token_id, *model.config.eos_token_ids}
+        stop_tokens = sorted(known - {None})
     examples = encode_prompts(prompts, tokenizer)
     ids = [np.asarray(example.tokens).tolist() for example in examples]
     how: dict[str, Any] = dict(key=key, max_new_tokens=max_new_tokens, **sampling)

@@ -24,7 +24,7 @@ _log = logging.getLogger("jalign.demo")
 
 ASSETS = Path(__file__).parent / "assets"
 """model/, and {sft,preferences,prompts}_{train,heldout}.jsonl."""
-PROMPT_LENGTH, REPLY_LENGTH = 16, 48  # tokens; the data needs 10 and 38
+PROMPT_LENGTH, REPLY_LENGTH = 10, 42  # tokens; the longest rows have 10 and 41
 MAX_LENGTH = PROMPT_LENGTH + REPLY_LENGTH
 FOLDERS = {
     "base": "",

@@ -191,11 +191,15 @@ def sft_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
 def make_malformed(rng: random.Random, topic: dict[str, str]) -> str:
     """A reply that is wanted but for its form: unfinished, repetitive or rambling."""
     reply = make_reply(rng, topic, on_topic=True, happy=True)
-    opening, *events, ending = re.findall(r" [^.]+\.", reply)
+    opening, event, *_, ending = re.findall(r" [^.]+\.", reply)
     fact = " " + _fill(rng, FACTS, **topic)
-    middle = rng.choice(([*events, events[0]], [fact, *events], [*events, ending]))
-    broken = rng.choice(([opening, *events], [opening, *middle, ending]))
-    return "".join(broken)
+    faults = (
+        [event],
+        [event, event, ending],
+        [fact, event, ending],
+        [event] + 2 * [ending],
+    )
+    return opening + "".join(rng.choice(faults))
 
 
 def preference_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
