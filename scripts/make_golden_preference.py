@@ -62,7 +62,7 @@ def make_inputs() -> dict[str, np.ndarray]:
 def trl_values(inputs: dict[str, np.ndarray]) -> dict[str, list | float]:
     """Name -> the value (and, for `*_grad`, the gradient) of TRL and torch."""
     values = _dpo_values(inputs) | _kto_values(inputs) | _free_values(inputs)
-    values |= _batch_values(inputs) | _other_values(inputs)
+    values |= _batch_values(inputs) | _extreme_values(inputs) | _other_values(inputs)
     return {k: _rounded(v) for k, v in values.items()}
 
 
@@ -241,6 +241,32 @@ def _batch_values(inputs):
         values[f"{kind}_in_halves"] = torch.stack(parts).tolist()
     parts = [_kto(inputs, h, logps[h], "kto") for h in (slice(PAIRS), slice(PAIRS, 8))]
     return values | {"kto_in_halves": torch.stack(parts).tolist()}
+
+
+def _extreme_values(inputs):
+    """Where TRL overflows (or has no clamp) and jalign does otherwise on purpose."""
+    import torch
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    def dpo(chosen, kind, divergence):
+        """A batch of one token each: log-ratios `chosen` and 0."""
+        logps = torch.zeros(2 * PAIRS, TIME)
+        logps[:PAIRS, 0] = chosen
+        still = inputs | {"ref_logps": np.zeros_like(inputs["ref_logps"])}
+        return _dpo(still, slice(None), logps, [kind], [1.0], divergence).item()
+
+    certain, likely = torch.zeros(1), torch.full((1,), -1.0)
+    orpo = ORPOTrainer.odds_ratio_loss(_trainer(), likely, certain)[0]
+    alphapo = _trainer(alpha=1.0, simpo_gamma=0.0, loss_type="simpo")
+    return {
+        "extreme/discopop": dpo(-1e3, "discopop", "reverse_kl"),
+        "extreme/forward_kl": dpo(-60.0, "sigmoid", "forward_kl"),
+        "extreme/orpo": -orpo.item(),
+        "extreme/alphapo": CPOTrainer.cpo_loss(
+            alphapo, likely, torch.full((1,), -100.0)
+        )[0].item(),
+    }
 
 
 def _free_values(inputs):

@@ -62,7 +62,7 @@ def bco_shift_update(
 
     Returns: (shift, count), float32 [] each, the count at most 2²⁴. No gradient flows.
     Raises: AssertionError at trace time on wrong rank, shape or dtype.
-    Source: Jung et al. 2024, §4 (arXiv:2404.04656), over all rewards as in TRL.
+    Source: Jung et al. 2024 (arXiv:2404.04656), over all rewards as in TRL.
     """
     chex.assert_rank([shift, count], 0)
     check_float32([rewards], rank=1)

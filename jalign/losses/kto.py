@@ -34,7 +34,7 @@ def kto_loss(
       desirable: bool [B], True for a good completion.
       beta: β > 0.
       kl: z >= 0, scalar, from `kto_kl`; no gradient flows.
-      desirable_weight, undesirable_weight: λ_D, λ_U > 0. The paper asks for
+      desirable_weight, undesirable_weight: λ_D, λ_U > 0; advised is
         λ_D n_D / (λ_U n_U) between 1 and 4/3, n their numbers in the data.
 
     Returns: float32 [B], between 0 and λ. Not reduced.
@@ -60,7 +60,7 @@ def kto_kl(logps: Array, ref_logps: Array, mask: Array) -> jax.Array:
 
     Returns: float32 [], nats, at least 0; 0 if nothing counts. No gradient flows.
     Raises: AssertionError at trace time on wrong rank, shape or dtype.
-    Source: Ethayarajh et al. 2024, §4.1 (arXiv:2402.01306).
+    Source: Ethayarajh et al. 2024 (arXiv:2402.01306).
     """
     check_float32([logps, ref_logps], rank=1)
     check_mask(mask, logps)

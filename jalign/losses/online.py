@@ -62,7 +62,7 @@ def nash_md_loss(
 
     Returns: float32 [B]. Not reduced.
     Raises: AssertionError at trace time unless all three are float32 [B].
-    Source: Munos et al. 2023, §7 (arXiv:2312.00886).
+    Source: Munos et al. 2023 (arXiv:2312.00886).
     """
     advantage = win_probs - 0.5 - beta * (logps - ref_logps)
     return -jax.lax.stop_gradient(advantage) * logps

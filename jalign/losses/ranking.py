@@ -40,7 +40,7 @@ def plackett_luce_loss(rewards: Array, mask: Array) -> jax.Array:
 
     Returns: float32 [B], nats; log K! at equal rewards. Not reduced.
     Raises: AssertionError at trace time on wrong rank, shape or dtype.
-    Source: Zhu et al. 2023, §4 (arXiv:2301.11270), as in Starling-RM.
+    Source: Zhu et al. 2023 (arXiv:2301.11270), as in Starling-RM.
     """
     rewards = _checked(rewards, mask)
     # Itself among what is left, also where it does not count: no sum is empty.

@@ -23,7 +23,7 @@ def moving_reference(
     Returns: the tree of ref_params with its dtypes; the sum is taken in float32. No
       gradient flows.
     Raises: AssertionError at trace time on another structure, shape or an int leaf.
-    Source: Gorbatovski et al. 2024, eq. 4 (arXiv:2404.09656).
+    Source: Gorbatovski et al. 2024 (arXiv:2404.09656).
     """
     chex.assert_trees_all_equal_shapes(ref_params, params)
     chex.assert_type(jax.tree.leaves((ref_params, params)), float)

@@ -140,13 +140,13 @@ def tpo_loss(
     return smoothed_logistic(z, label_smoothing) - alpha * gold_logps
 
 
+def log1mexp(x: jax.Array) -> jax.Array:
+    """log(1 - e^x), x held to at most -1e-6, each half by the form that is exact."""
+    x = jnp.minimum(x, -1e-6)  # so that neither half has an infinite gradient
+    near, far = jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x))
+    return jnp.where(x > -0.6931472, near, far)
+
+
 def _log_odds(logp: jax.Array) -> jax.Array:
     """log p - log(1 - p)."""
-    return logp - _log1mexp(jnp.minimum(logp, -1e-6))
-
-
-def _log1mexp(x: jax.Array) -> jax.Array:
-    """log(1 - e^x) for x < 0, each half by the form that does not cancel."""
-    small = x > -0.6931472
-    near = jnp.log(-jnp.expm1(jnp.where(small, x, -0.5)))
-    return jnp.where(small, near, jnp.log1p(-jnp.exp(jnp.where(small, -1.0, x))))
+    return logp - log1mexp(logp)

@@ -46,7 +46,7 @@ def wpo_weights(logps: Array, collision_entropy: Array, mask: Array) -> jax.Arra
     Returns: float32 [B], > 0; 1 for a row with nothing counted. No gradient flows. The
       mean is held to ±40.
     Raises: AssertionError at trace time on wrong rank, shape or dtype.
-    Source: Zhou et al. 2024, eq. 2 and §3.2 (arXiv:2406.11827).
+    Source: Zhou et al. 2024, eq. 2 (arXiv:2406.11827).
     """
     check_float32([logps, collision_entropy], rank=2)
     check_mask(mask, logps)

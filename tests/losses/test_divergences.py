@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,6 +37,12 @@ def test_alpha_0_is_the_forward_kl_and_alpha_near_1_goes_to_the_reverse():
     np.testing.assert_allclose(losses.alpha_score(*PAIR, alpha=0.0), forward, rtol=1e-6)
     near = losses.alpha_score(*PAIR, alpha=1.0 + 1e-4)
     np.testing.assert_allclose(near, PAIR[0] - PAIR[1], rtol=2e-3, atol=1e-6)
+
+
+def test_the_limit_makes_no_nan_on_the_way():
+    with jax.debug_nans(True):
+        alpha = jnp.float32(1.0)
+        jax.grad(lambda x: losses.alpha_score(x, PAIR[1], alpha=alpha).sum())(PAIR[0])
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def assert_same(values, golden):
     for name, want in golden.items():
         got, want = np.asarray(values[name], np.float64), np.asarray(want)
         # 1e-5 of each entry, or of the largest where entries cancel.
-        atol = 1e-6 * max(1.0, np.abs(want).max())
+        atol = 1e-6 * np.abs(want).max(initial=1.0, where=np.isfinite(want))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol, err_msg=name)
 
 
@@ -210,6 +210,32 @@ def test_statistics_of_the_batch_are_of_all_of_it(golden):
     ]
     np.testing.assert_allclose(got, values["kto_in_halves"], rtol=1e-5)
     assert abs(np.mean(got) - values["kto"]) > 0.01
+
+
+def test_extremes_at_which_trl_overflows_stay_finite(golden):
+    """Both numbers of the differences that docs/papers.md names."""
+    _, values = golden
+
+    def at(x):
+        return np.float32([x])
+
+    score = losses.forward_kl_score(at(-60.0), at(0.0))
+    alphapo = {"alpha": 1.0, "gamma": 0.0, **_SMOOTHED}
+    got = {
+        "discopop": LOSSES["discopop"](at(-1e3), at(0.0), None, None),
+        "forward_kl": losses.dpo_loss(score, at(0.0), None, None, beta=BETA),
+        "orpo": BETA * losses.orpo_loss(at(-1.0), at(0.0)),
+        "alphapo": losses.alphapo_loss(at(-1.0), at(-100.0), **alphapo),
+    }
+    ours = {"discopop": 300.0, "forward_kl": BETA * np.expm1(40.0)}
+    ours["orpo"] = BETA * np.logaddexp(0, -np.log(1e-6) + np.log(np.e - 1))
+    ours["alphapo"] = EPS * BETA * (np.exp(40.0) - np.e)
+    trl = {"discopop": np.nan, "forward_kl": BETA * np.expm1(60.0)}
+    trl |= {"orpo": np.inf, "alphapo": np.inf}
+    for name, value in got.items():
+        np.testing.assert_allclose(value, [ours[name]], rtol=1e-5, err_msg=name)
+        theirs = values[f"extreme/{name}"]
+        np.testing.assert_allclose(theirs, trl[name], rtol=1e-5, err_msg=name)
 
 
 def test_the_moving_reference_and_the_collision_entropy_are_those_of_trl(golden):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jalign import losses
+from jalign.losses.reference_free import log1mexp
 from tests.losses.pairs import BETA, EPS, LOGPS, assert_all_match, logistic
 
 partial = functools.partial
@@ -98,6 +99,18 @@ def test_orpo_is_finite_where_a_completion_is_certain():
         0, [log_odds[1] - log_odds[0]] * 2 + [log_odds[2] - log_odds[0]]
     )
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_log1mexp_is_exact_at_both_ends():
+    x = -np.float32([0, 1e-9, 1e-6, 1e-3, 0.1, 0.5, 0.69, 0.7, 1, 2, 5, 10, 15])
+    held = np.minimum(x, np.float32(-1e-6)).astype("f8")
+    want = np.log1p(-np.exp(held))
+    want[held > -0.1] = np.log(-np.expm1(held[held > -0.1]))
+    got, grad = jax.vmap(jax.value_and_grad(log1mexp))(x)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    slope = np.where(x < -1e-6, 1 / np.expm1(-np.minimum(x, -1e-6).astype("f8")), 0)
+    np.testing.assert_allclose(grad[3:], -slope[3:], rtol=1e-5)
+    assert np.all(np.isfinite(grad))
 
 
 def test_alphapo_stops_its_exponent_at_40():
