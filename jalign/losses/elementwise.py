@@ -36,31 +36,38 @@ def check_mask(mask: Array, x: Array) -> None:
 
 
 def elementwise(
-    *, rank: int
+    *, rank: int, bools: Sequence[str] = ()
 ) -> Callable[[Callable[P, jax.Array]], Callable[P, jax.Array]]:
     """Decorates a loss that maps equal float32 arrays to one array, entry by entry.
 
     The function's positional parameters are its arrays, the keyword-only ones its
     scalars. An entry with a NaN in any array comes out NaN but has gradient 0: a
     caller who masks it away is not poisoned by 0 * NaN, one who does not sees it.
+    A None goes through as it is, to the functions that know what it means.
 
     Args:
       rank: of every array; 1 for [B], 2 for [B, T].
+      bools: names of the positional parameters that are bool rather than float32.
 
     Returns: a decorator; the decorated function raises AssertionError at trace time
-      unless all its arrays are float32, of this rank and of one shape.
+      unless all its arrays are float32 (or bool), of this rank and of one shape.
     """
 
     def decorate(function: Callable[P, jax.Array]) -> Callable[P, jax.Array]:
         signature = inspect.signature(function)
+        is_bool = [name in bools for name in signature.parameters]
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> jax.Array:
             bound = signature.bind(*args, **kwargs)
-            check_float32(bound.args, rank=rank)
+            kinds = list(zip(bound.args, is_bool, strict=False))
+            floats = [x for x, b in kinds if not b and x is not None]
+            check_float32(floats, rank=rank)
+            for x in [x for x, b in kinds if b]:
+                check_mask(x, floats[0])
             # Cleaned before the formula: `where` after it would still give 0 * NaN.
-            bad = functools.reduce(operator.or_, map(jnp.isnan, bound.args))
-            clean = [jnp.where(bad, 0.0, x) for x in bound.args]
+            bad = functools.reduce(operator.or_, map(jnp.isnan, floats))
+            clean = [x if b or x is None else jnp.where(bad, 0.0, x) for x, b in kinds]
             out = function(*clean, **bound.kwargs)  # pyright: ignore[reportCallIssue]
             return jnp.where(bad, jnp.nan, out)
 

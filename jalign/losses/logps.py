@@ -123,6 +123,23 @@ def sequence_logps(logps: Array, mask: Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, logps, 0.0), axis=-1)
 
 
+def average_logps(logps: Array, mask: Array) -> jax.Array:
+    """Mean of a completion's token log-probabilities.
+
+    Losses with length normalisation take it for `sequence_logps`: SimPO, ORPO, TRL's
+    ipo and sigmoid_norm.
+
+    Args:
+      logps: float32 [B, T], nats.
+      mask: bool [B, T], True on the completion's tokens; the rest may hold anything.
+
+    Returns: float32 [B], nats; 0 for a row with nothing counted.
+    Raises: AssertionError at trace time on wrong rank, shape or dtype.
+    """
+    length = jnp.sum(mask, axis=-1, dtype=jnp.float32)
+    return sequence_logps(logps, mask) / jnp.maximum(length, 1.0)
+
+
 def cap_logits(logits: jax.Array, softcap: float | None) -> jax.Array:
     """c tanh(z / c), or the logits as they are. Source: Gemma 2, arXiv:2408.00118."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

@@ -1,4 +1,4 @@
-"""Reward models from pairs (Bradley–Terry)."""
+"""Reward models: from pairs (Bradley–Terry), attribute scores, labelled steps."""
 
 import jax
 import jax.numpy as jnp
@@ -43,3 +43,43 @@ def reward_center_loss(chosen_rewards: Array, rejected_rewards: Array) -> jax.Ar
     Source: Eisenstein et al. 2023, §3.2 (arXiv:2312.09244).
     """
     return jnp.square(chosen_rewards + rejected_rewards)
+
+
+@elementwise(rank=2)
+def attribute_regression_loss(scores: Array, ratings: Array) -> jax.Array:
+    """(score - rating)² of each attribute (helpfulness, correctness, ...).
+
+    Attributes that were not rated are left to the reduction: `sequence_mean` gives each
+    row the mean of those it has.
+
+    Args:
+      scores: float32 [B, A], the model's, one head for each attribute.
+      ratings: float32 [B, A], the annotators'; no gradient flows.
+
+    Returns: float32 [B, A]. Not reduced.
+    Raises: AssertionError at trace time unless both are float32 [B, A].
+    Source: Wang et al. 2023, HelpSteer (arXiv:2311.09528), SteerLM: Dong et al. 2023
+      (arXiv:2310.05344).
+    """
+    return jnp.square(scores - jax.lax.stop_gradient(ratings))
+
+
+@elementwise(rank=2)
+def process_reward_loss(logits: Array, labels: Array) -> jax.Array:
+    """-y log σ(z) - (1-y) log σ(-z), per token: is the step right that ends here.
+
+    Args:
+      logits: float32 [B, T], z. Of a head with two outputs their difference: it is
+        then the two-way cross-entropy.
+      labels: float32 [B, T], y in [0, 1], 1 for a right step; shares of successful
+        roll-outs are welcome. No gradient flows. The reduction's mask picks the
+        last token of each step.
+
+    Returns: float32 [B, T], nats. Not reduced.
+    Raises: AssertionError at trace time unless both are float32 [B, T].
+    Source: Lightman et al. 2023 (arXiv:2305.20050); soft labels: Wang et al. 2023
+      (arXiv:2312.08935).
+    """
+    labels = jax.lax.stop_gradient(labels)
+    right, wrong = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -labels * right - (1 - labels) * wrong

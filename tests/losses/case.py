@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+BOOLS = ("mask", "other_mask", "desirable")
 SIZES = {"B": 8, "T": 4, "D": 3, "V": 5}
 
 
@@ -11,8 +12,8 @@ class Case(NamedTuple):
     """A function with its arguments described by the letters of their axes.
 
     Attributes:
-      args: name -> axes of each positional array. `mask` is bool, `targets` int32,
-        all others are float32.
+      args: name -> axes of each positional array. Those in BOOLS are bool, `targets`
+        is int32, all others are float32.
       out: axes of the output.
       grads: names through which gradients flow; through all other floats none does.
       scalars: keyword-only arguments.

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from jalign import losses
-from tests.losses.case import SIZES, Case, like
+from tests.losses import cases_preference
+from tests.losses.case import BOOLS, SIZES, Case, like
 
 
 def _row_logps(logits, targets, consts):
@@ -99,6 +100,7 @@ CASES = {
     ),
     "token_mean": Case(_X, "", ("x",), reads_mask=True),
 }
+CASES |= cases_preference.CASES
 
 
 def call(name: str, *arrays):
@@ -126,6 +128,8 @@ def make_arrays(case: Case) -> list[np.ndarray]:
         shape = [SIZES[a] for a in axes]
         if name == "mask":
             arrays.append(make_mask(case))
+        elif name in BOOLS:
+            arrays.append(rng.random(shape) < 0.5)
         elif name == "targets":
             arrays.append(rng.integers(0, SIZES["V"], shape, dtype=np.int32))
         else:

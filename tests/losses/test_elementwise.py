@@ -21,6 +21,24 @@ def test_nan_stays_visible_but_has_no_gradient():
     np.testing.assert_array_equal(grads, [[1, 0, 0, 4], [2, 0, 0, 16]])
 
 
+@elementwise(rank=1, bools=("keep",))
+def kept(x, keep, y):
+    """x or 0, plus y where there is one."""
+    x = jnp.where(keep, x, 0.0)
+    return x if y is None else x + y
+
+
+def test_bools_are_checked_but_not_cleaned_and_none_goes_through():
+    x, keep = np.float32([1, np.nan, 3]), np.array([True, True, False])
+    np.testing.assert_array_equal(kept(x, keep, None), [1, np.nan, 0])
+    np.testing.assert_array_equal(kept(x, keep, x), [2, np.nan, 3])
+    for bad in (keep[:1], keep.astype("f4"), keep[:, None]):
+        with pytest.raises(AssertionError):
+            kept(x, bad, None)
+    with pytest.raises(AssertionError):
+        kept(x, keep, x[:1])
+
+
 def test_infinite_inputs_are_not_hidden():
     got = power(np.float32([np.inf]), np.float32([1]))
     np.testing.assert_array_equal(got, [np.inf])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jalign.losses import (
+    average_logps,
     entropy_from_logits,
     logps_from_logits,
     sequence_logps,
@@ -143,3 +144,11 @@ def test_sequence_logps_sum_the_counted_tokens():
     assert value == -15
     np.testing.assert_array_equal(sequence_logps(logps, mask), [-3, -12, 0])
     np.testing.assert_array_equal(grad, mask.astype("f4"))
+
+
+def test_average_logps_divide_by_the_number_of_counted_tokens():
+    logps = np.float32([[-1, -2, np.nan], [-np.inf, -4, -8], [np.nan] * 3])
+    mask = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]], bool)
+    np.testing.assert_array_equal(average_logps(logps, mask), [-1.5, -6, 0])
+    grad = jax.grad(lambda x: average_logps(x, mask).sum())(logps)
+    np.testing.assert_array_equal(grad, mask / np.float32(2))

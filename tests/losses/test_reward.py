@@ -4,7 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from jalign.losses import bradley_terry_loss, reward_center_loss
+from jalign.losses import (
+    attribute_regression_loss,
+    bradley_terry_loss,
+    cross_entropy,
+    process_reward_loss,
+    reward_center_loss,
+    sequence_mean,
+)
 from tests.losses.oracle import assert_matches
 
 REWARDS = np.array([[0.5, 3.0, -90.0, 2.0], [0.5, -1.0, 90.0, 2.5]], np.float32)
@@ -42,3 +49,35 @@ def test_extreme_differences_have_exact_values_and_gradients(difference, sign):
 def test_rejects_a_margin_of_another_shape_or_dtype(bad):
     with pytest.raises(AssertionError):
         bradley_terry_loss(*REWARDS, margin=bad)
+
+
+def test_attribute_regression_matches_float64_closed_form():
+    scores, ratings = np.float32([[[1, 2], [3.5, -1]], [[0, 4], [2, -1.5]]])
+    assert_matches(
+        attribute_regression_loss, lambda s, r: (s - r) ** 2, [scores, ratings], (0,)
+    )
+
+
+def test_attributes_that_were_not_rated_do_not_count():
+    scores, ratings = np.float32([[[1, 2, 3]], [[0, np.nan, 1]]])
+    loss = attribute_regression_loss(scores, ratings)
+    total, rows = sequence_mean(loss, ~np.isnan(ratings))
+    assert (total, rows) == ((1 + 4) / 2, 1)
+
+
+def test_process_reward_loss_matches_float64_closed_form():
+    logits = np.float32([[0.5, -3, 30], [2, -200, 90]])
+    labels = np.float32([[1, 0, 0.5], [0.25, 1, 0]])
+    assert_matches(
+        process_reward_loss,
+        lambda z, y: y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z),
+        [logits, labels],
+        argnums=(0,),
+    )
+
+
+def test_process_reward_of_two_outputs_is_their_cross_entropy():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 2)).astype(np.float32)
+    labels = np.int32([[0, 1, 1], [1, 0, 1]])
+    got = process_reward_loss(logits[..., 1] - logits[..., 0], labels.astype("f4"))
+    np.testing.assert_allclose(got, cross_entropy(logits, labels), rtol=1e-5)

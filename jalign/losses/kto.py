@@ -1,0 +1,68 @@
+"""Kahneman–Tversky optimization (KTO): single completions, each good or bad."""
+
+import jax
+import jax.numpy as jnp
+
+from jalign.losses.elementwise import (
+    Array,
+    Scalar,
+    check_float32,
+    check_mask,
+    elementwise,
+)
+from jalign.losses.reduce import masked_mean
+
+
+@elementwise(rank=1, bools=("desirable",))
+def kto_loss(
+    logps: Array,
+    ref_logps: Array,
+    desirable: Array,
+    *,
+    beta: Scalar,
+    kl: Scalar,
+    desirable_weight: Scalar = 1.0,
+    undesirable_weight: Scalar = 1.0,
+) -> jax.Array:
+    """λ_D [1 - σ(β(ρ - z))] if desirable, else λ_U [1 - σ(β(z - ρ))], ρ = log π/π_ref.
+
+    With kl = 0 it is APO-zero for single completions (TRL's apo_zero_unpaired).
+
+    Args:
+      logps: float32 [B], log π(y|x) in nats, summed over completion tokens.
+      ref_logps: float32 [B], the same under π_ref; no gradient flows.
+      desirable: bool [B], True for a good completion.
+      beta: β > 0.
+      kl: z >= 0, scalar, from `kto_kl`; no gradient flows.
+      desirable_weight, undesirable_weight: λ_D, λ_U > 0; advised is
+        λ_D n_D / (λ_U n_U) between 1 and 4/3, n their numbers in the data.
+
+    Returns: float32 [B], between 0 and λ. Not reduced.
+    Raises: AssertionError at trace time unless arrays are float32 and bool [B].
+    Source: Ethayarajh et al. 2024, eq. 7 (arXiv:2402.01306).
+    """
+    gain = beta * (logps - jax.lax.stop_gradient(ref_logps) - jax.lax.stop_gradient(kl))
+    good = desirable_weight * jax.nn.sigmoid(-gain)
+    return jnp.where(desirable, good, undesirable_weight * jax.nn.sigmoid(gain))
+
+
+def kto_kl(logps: Array, ref_logps: Array, mask: Array) -> jax.Array:
+    """max(0, mean of log π(y'|x)/π_ref(y'|x)) over the batch: KTO's z, its zero point.
+
+    y' is a completion of *another* prompt, such as the next row's (y rotated by one):
+    of random pairs it is an estimate of KL(π‖π_ref). The mean is over all counted rows
+    of the global batch: take it before the batch is cut into micro-batches.
+
+    Args:
+      logps: float32 [B], log π(y'|x) in nats, summed over completion tokens.
+      ref_logps: float32 [B], the same under π_ref.
+      mask: bool [B], True for the rows that count; the rest may hold anything.
+
+    Returns: float32 [], nats, at least 0; 0 if nothing counts. No gradient flows.
+    Raises: AssertionError at trace time on wrong rank, shape or dtype.
+    Source: Ethayarajh et al. 2024 (arXiv:2402.01306).
+    """
+    check_float32([logps, ref_logps], rank=1)
+    check_mask(mask, logps)
+    mean = masked_mean(logps - ref_logps, mask)
+    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
