@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, map_logits
-from jalign.losses.elementwise import Array
+from jalign.losses.elementwise import Array, elementwise
 from jalign.losses.logps import cap_logits, check_logits, check_targets, target_logit
 
 
@@ -75,6 +75,22 @@ def token_cross_entropy(
         _row_loss, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss
     )
     return map_logits(row_fn, hidden, unembed, targets, chunk_size=chunk_size)
+
+
+@elementwise(rank=2)
+def dft_loss(logps: Array) -> jax.Array:
+    """-sg[p] log p with p = exp(logps): cross-entropy that lets unlikely tokens be.
+
+    Args:
+      logps: float32 [B, T], nats, of the target tokens (token_logps).
+
+    Returns: float32 [B, T], nats. Not reduced.
+    Raises: AssertionError at trace time unless logps are float32 [B, T].
+    Source: Wu et al. 2025, "On the Generalization of SFT" (DFT, arXiv:2508.05629).
+    """
+    # min: a log-probability is at most 0, and anything else must not overflow.
+    probs = jnp.exp(jnp.minimum(jax.lax.stop_gradient(logps), 0.0))
+    return -probs * logps
 
 
 def _row_loss(logits, targets, _, *, softcap, label_smoothing, z_loss):

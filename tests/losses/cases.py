@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from jalign import losses
-from tests.losses.case import SIZES, Case, like
+from tests.losses.case import INTEGERS, SIZES, Case, like
+from tests.losses.cases_policy import POLICY_CASES
 
 
 def _row_logps(logits, targets, consts):
@@ -99,6 +100,7 @@ CASES = {
     ),
     "token_mean": Case(_X, "", ("x",), reads_mask=True),
 }
+CASES |= POLICY_CASES
 
 
 def call(name: str, *arrays):
@@ -126,8 +128,8 @@ def make_arrays(case: Case) -> list[np.ndarray]:
         shape = [SIZES[a] for a in axes]
         if name == "mask":
             arrays.append(make_mask(case))
-        elif name == "targets":
-            arrays.append(rng.integers(0, SIZES["V"], shape, dtype=np.int32))
+        elif name in INTEGERS:
+            arrays.append(rng.integers(0, INTEGERS[name], shape, dtype=np.int32))
         else:
             arrays.append(np.asarray(rng.normal(size=shape), np.float32))
     return arrays

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jalign import losses
+from tests.losses.case import INTEGERS
 from tests.losses.cases import CASES, call, make_arrays, make_mask
 
 every = pytest.mark.parametrize("name", sorted(CASES))
@@ -28,7 +29,8 @@ def total(name, mask, *arrays):
 
 
 def float_args(name):
-    return [i for i, a in enumerate(CASES[name].args) if a not in ("mask", "targets")]
+    not_floats = {"mask", *INTEGERS}
+    return [i for i, a in enumerate(CASES[name].args) if a not in not_floats]
 
 
 def value_and_grads(name, mask, arrays):
