@@ -37,7 +37,7 @@ def mean_returns_to_go(
 
     Returns: float32 [B, T], 0 where not counted. No gradient flows.
     Raises: AssertionError at trace time on wrong rank, shape or dtype.
-    Source: Gu et al. 2023, eq. 6 (arXiv:2306.08543), from t on as in its code.
+    Source: Gu et al. 2023, §2.2 (arXiv:2306.08543), from t on as in its code.
     """
     lengths = returns_to_go(jnp.ones_like(token_rewards), mask, gamma=gamma)
     return returns_to_go(token_rewards, mask, gamma=gamma) / jnp.maximum(lengths, 1.0)
