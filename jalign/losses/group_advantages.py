@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jalign.losses.elementwise import Array, check_float32, check_mask
-from jalign.losses.reduce import masked_mean, masked_var
+from jalign.losses.reduce import masked_var
 
 EPS = 1e-4
 """Added to the standard deviation, not to the variance, as in TRL."""
@@ -87,9 +87,9 @@ def gdpo_advantages(
     total = jnp.sum(jax.vmap(normalised, (1, 1, 0))(rewards, mask, weights), axis=0)
     total = jax.lax.stop_gradient(total)
     rows = jnp.any(mask, axis=1)
-    centered = total - masked_mean(total, rows)
+    # Its mean is 0: that of each reward is, within each group.
     std = jnp.sqrt(masked_var(total, rows))
-    return jnp.where(rows, centered / (std + EPS), 0.0)
+    return jnp.where(rows, total / (std + EPS), 0.0)
 
 
 def _group_statistics(rewards, group_ids, mask):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, map_logits
-from jalign.losses.elementwise import Array, elementwise
+from jalign.losses.elementwise import Array, Scalar, elementwise
 from jalign.losses.logps import cap_logits, check_logits, check_targets, target_logit
 
 
@@ -14,8 +14,8 @@ def cross_entropy(
     logits: Array,
     targets: Array,
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
 ) -> jax.Array:
     """(1-ε)(-log p(target)) + ε mean_v(-log p(v)) + z_loss (log Z)².
 
@@ -35,11 +35,11 @@ def cross_entropy(
     log_z = jax.nn.logsumexp(logits, axis=-1)
     loss = log_z - target_logit(logits, targets)
     # Left out where off, and not multiplied by 0: 0 * inf is NaN.
-    if label_smoothing:
+    if not _is_off(label_smoothing):
         # Divided before the sum, which could overflow.
         uniform = jnp.sum((log_z[..., None] - logits) / logits.shape[-1], axis=-1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
-    if z_loss:
+    if not _is_off(z_loss):
         loss = loss + z_loss * jnp.square(log_z)
     return loss
 
@@ -49,8 +49,8 @@ def token_cross_entropy(
     unembed: Array,
     targets: Array,
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     softcap: float | None = None,
 ) -> jax.Array:
@@ -71,10 +71,10 @@ def token_cross_entropy(
     Source: as cross_entropy.
     """
     check_targets(targets, hidden)
-    row_fn = functools.partial(
-        _row_loss, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss
-    )
-    return map_logits(row_fn, hidden, unembed, targets, chunk_size=chunk_size)
+    weights = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    weights = {k: jnp.asarray(v) for k, v in weights.items() if not _is_off(v)}
+    row_fn = functools.partial(_row_loss, softcap=softcap)
+    return map_logits(row_fn, hidden, unembed, targets, weights, chunk_size=chunk_size)
 
 
 @elementwise(rank=2)
@@ -93,8 +93,10 @@ def dft_loss(logps: Array) -> jax.Array:
     return -probs * logps
 
 
-def _row_loss(logits, targets, _, *, softcap, label_smoothing, z_loss):
-    logits = cap_logits(logits, softcap)
-    return cross_entropy(
-        logits, targets, label_smoothing=label_smoothing, z_loss=z_loss
-    )
+def _row_loss(logits, targets, weights, *, softcap):
+    return cross_entropy(cap_logits(logits, softcap), targets, **weights)
+
+
+def _is_off(weight: Scalar) -> bool:
+    """Known to be 0 while tracing; a traced weight is not."""
+    return isinstance(weight, (int, float)) and weight == 0

@@ -54,6 +54,18 @@ def test_jsd_matches_float64_closed_form_and_ends_in_the_two_kls(beta):
     )
 
 
+def test_a_sweep_over_beta_includes_both_ends():
+    def loss(logits, beta):
+        return jsd_from_logits(logits, REF_LOGITS, beta=beta).sum()
+
+    betas = np.float32([0.0, 0.3, 1.0])
+    sweep = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))(LOGITS, betas)
+    for i, beta in enumerate(betas):
+        value, grad = jax.value_and_grad(loss)(LOGITS, float(beta))
+        np.testing.assert_allclose(sweep[0][i], value, rtol=1e-5)
+        np.testing.assert_allclose(sweep[1][i], grad, rtol=1e-5, atol=1e-6)
+
+
 def test_half_is_the_symmetric_divergence_by_default():
     got = jsd_from_logits(LOGITS, REF_LOGITS)
     np.testing.assert_allclose(got, jsd_from_logits(REF_LOGITS, LOGITS), rtol=1e-5)

@@ -50,10 +50,21 @@ def test_reinforce_plus_plus_whitens_the_returns():
 
 
 def test_the_baseline_variant_takes_off_the_mean_of_the_group():
-    rewards, ids = np.float32([1.0, 3.0, 7.0, np.nan]), np.int32([0, 0, 1, 1])
-    centered = np.array([-1.0, 1.0, 0.0, 0.0])[:, None] * np.ones(MASK.shape)
-    got = reinforce_plus_plus_baseline_advantages(rewards, ids, MASK)
-    np.testing.assert_allclose(got, whitened(centered), rtol=1e-5, atol=1e-6)
+    for rewards, ids, centered in [
+        ([1.0, 3.0, 7.0, np.nan], [0, 0, 1, 1], [-1.0, 1.0, 0.0, 0.0]),
+        ([1.0, 3.0, 8.0, np.nan], [0, 0, 0, 0], [-3.0, -1.0, 4.0, 0.0]),
+    ]:
+        args = np.float32(rewards), np.int32(ids), MASK
+        want = whitened(np.array(centered)[:, None] * np.ones(MASK.shape))
+        got = reinforce_plus_plus_baseline_advantages(*args)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_of_different_spread_keep_it():
+    mask = np.ones((4, 2), bool)
+    rewards, ids = np.float32([1.0, 3.0, 0.0, 20.0]), np.int32([0, 0, 1, 1])
+    got = reinforce_plus_plus_baseline_advantages(rewards, ids, mask)
+    np.testing.assert_allclose(got[3], 10 * got[1], rtol=1e-5)
 
 
 def test_remax_takes_off_the_greedy_reward():

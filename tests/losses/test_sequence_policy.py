@@ -107,6 +107,20 @@ def test_vespo_matches_float64_closed_form_with_frozen_weights():
     assert_matches(with_mask(vespo_loss), oracle, ARRAYS, (0,))
 
 
+def test_nothing_but_zero_stands_at_places_that_do_not_count():
+    dirty = [np.where(MASK, x, np.nan).astype("f4") for x in ARRAYS]
+    clipped = {"clip_eps": 0.2}
+    for function, options in [
+        (gspo_loss, clipped),
+        (gspo_token_loss, clipped),
+        (gmpo_loss, clipped),
+        (vespo_loss, {}),
+    ]:
+        got = function(*dirty, MASK, **options)
+        want = MASK * np.asarray(function(*ARRAYS, MASK, **options))
+        np.testing.assert_array_equal(got, want)
+
+
 def test_vespo_weights_fade_out_but_are_held_far_below():
     ones, mask = np.ones((2, 2), "f4"), np.ones((2, 2), bool)
     shift = np.float32([[5.0, 5.0], [-30.0, -30.0]])
