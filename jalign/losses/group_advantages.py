@@ -77,7 +77,8 @@ def gdpo_advantages(
       (arXiv:2601.05242); 1e-4 and unbiased deviations as in TRL.
     """
     check_float32([rewards], rank=2)
-    check_float32([weights, rewards[0]], rank=1)
+    check_float32([weights], rank=1)
+    chex.assert_shape(weights, rewards.shape[1:])
     check_mask(mask, rewards)
 
     def normalised(rewards, mask, weight):
@@ -98,18 +99,31 @@ def _group_statistics(rewards, group_ids, mask):
     check_mask(mask, rewards)
     chex.assert_type(group_ids, int)
     chex.assert_equal_shape([group_ids, rewards])
-    group_ids = jnp.asarray(group_ids)
-    same = (group_ids[:, None] == group_ids[None, :]) & jnp.asarray(mask)[None, :]
+    group_ids, mask = jnp.asarray(group_ids), jnp.asarray(mask)
     rewards = jax.lax.stop_gradient(jnp.where(mask, rewards, 0.0))
+    same = group_ids[:, None] == _everywhere(group_ids)[None, :]
+    same &= _everywhere(mask.astype(jnp.int32))[None, :] > 0
 
     # A sum, not a product of matrices, which accelerators would take in bfloat16.
     def over_group(x, reduce=jnp.sum):
-        return reduce(jnp.where(same, x[None, :], 0.0), axis=1)
+        return reduce(jnp.where(same, _everywhere(x)[None, :], 0.0), axis=1)
 
     size = over_group(jnp.ones_like(rewards))
     mean = over_group(rewards) / jnp.maximum(size, 1.0)
     centered = rewards - mean
     var = over_group(jnp.square(centered)) / jnp.maximum(size - 1.0, 1.0)
     noise = jnp.square(1e-6 * over_group(jnp.abs(rewards), jnp.max))
-    signal = jnp.asarray(mask) & (var > noise)
+    signal = mask & (var > noise)
     return jnp.where(signal, centered, 0.0), jnp.sqrt(var), size
+
+
+def _everywhere(x: jax.Array) -> jax.Array:
+    """x [B] as each device has it all, so that [B, B] is split along one axis only.
+
+    By a sum over the split axis, and so without naming an axis of the mesh; of one
+    entry each, so that nothing is rounded.
+    """
+    row, column = (
+        jax.lax.broadcasted_iota(jnp.int32, (x.size, x.size), i) for i in (0, 1)
+    )
+    return jnp.sum(jnp.where(row == column, x[None, :], jnp.zeros((), x.dtype)), axis=1)
