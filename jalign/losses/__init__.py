@@ -77,11 +77,11 @@ from jalign.losses.reward import (
     bradley_terry_loss,
     reward_center_loss,
 )
+from jalign.losses.rloo import rloo_loss
 from jalign.losses.sequence_policy import (
     gmpo_loss,
     gspo_loss,
     gspo_token_loss,
-    rloo_loss,
     vespo_loss,
 )
 from jalign.losses.sft import (
