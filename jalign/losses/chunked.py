@@ -107,9 +107,12 @@ def _backward(row_fn, chunk_size, residuals, cotangents):
         _, vjp = jax.vjp(lambda z: row_fn(z, r, consts), _logits(x, weights))
         d_logits = vjp(g)[0].astype(x.dtype)
         d_hidden = _product("bsv,dv->bsd", d_logits, weights).astype(x.dtype)
-        return d_unembed + _product("bsd,bsv->dv", x, d_logits), d_hidden
+        # As split as the weights are: on a mesh of explicit axes it has to be said.
+        sharding = jax.typeof(weights).sharding
+        d_weights = _product("bsd,bsv->dv", x, d_logits, out_sharding=sharding)
+        return d_unembed + d_weights, d_hidden
 
-    zeros = jnp.zeros(unembed.shape, jnp.float32)
+    zeros = jnp.zeros_like(unembed, jnp.float32)
     chunks = _split((hidden, rows, cotangents), grid)
     d_unembed, d_hidden = jax.lax.scan(one_chunk, zeros, chunks)
     d_hidden = _join(d_hidden, grid, batch, time)
@@ -119,8 +122,8 @@ def _backward(row_fn, chunk_size, residuals, cotangents):
 _map_logits.defvjp(_forward, _backward)
 
 
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+def _product(spec: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, **options)
 
 
 def _logits(hidden: jax.Array, weights: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ def clamped_ratio(logps: Array, old_logps: Array) -> jax.Array:
 
     Beyond ±20 the gradient is 0: a policy so far off is to be reported, not trained.
     """
-    return jnp.exp(_clamp(logps - jax.lax.stop_gradient(old_logps)))
+    return jnp.exp(hold(logps - jax.lax.stop_gradient(old_logps)))
 
 
 @elementwise(rank=2)
@@ -58,9 +58,10 @@ def kl_k3(logps: Array, ref_logps: Array) -> jax.Array:
     Source: Schulman 2020, joschu.net/blog/kl-approx.html.
     """
     # Held before the exp: after it the gradient would be 0 * inf = NaN.
-    d = _clamp(jax.lax.stop_gradient(ref_logps) - logps)
+    d = hold(jax.lax.stop_gradient(ref_logps) - logps)
     return jnp.expm1(d) - d
 
 
-def _clamp(log_ratio: jax.Array) -> jax.Array:
+def hold(log_ratio: jax.Array) -> jax.Array:
+    """The log-ratio held to ±20, with gradient 0 beyond."""
     return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)

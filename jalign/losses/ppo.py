@@ -15,8 +15,12 @@ def ppo_policy_loss(
     *,
     clip_eps: Scalar,
     clip_eps_high: Scalar | None = None,
+    dual_clip: Scalar | None = None,
 ) -> jax.Array:
     """-min(ρ A, clip(ρ, 1 - ε, 1 + ε_high) A) with ρ = π/π_old, per token.
+
+    This is also the loss of GRPO, Dr. GRPO, DAPO and BNPO, which differ in their
+    advantages and reductions (docs/policy_gradients.md).
 
     Args:
       logps: float32 [B, T], nats.
@@ -24,15 +28,20 @@ def ppo_policy_loss(
       advantages: float32 [B, T]; no gradient flows.
       clip_eps: ε in (0, 1).
       clip_eps_high: ε_high; None means ε.
+      dual_clip: c > 1 + ε_high (3 in the paper) bounds the loss by -c A where A < 0:
+        a token that has become c times likelier pulls no more. None means no bound.
 
     Returns: float32 [B, T]; -A where π = π_old. Not reduced. log ρ is held to ±20.
     Raises: AssertionError at trace time unless all three are float32 [B, T].
     Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347); ε_high: Yu et al. 2025,
-      eq. 10 (arXiv:2503.14476).
+      eq. 10 (arXiv:2503.14476); c: Ye et al. 2020 (arXiv:1912.09729); the `delta`
+      of INTELLECT-2 (arXiv:2505.07291).
     """
-    unclipped, clipped = _surrogates(
-        logps, old_logps, advantages, clip_eps, clip_eps_high
-    )
+    advantages = jax.lax.stop_gradient(advantages)
+    ratio = clamped_ratio(logps, old_logps)
+    if dual_clip is not None:
+        ratio = jnp.minimum(ratio, dual_clip)
+    unclipped, clipped = clipped_objective(ratio, advantages, clip_eps, clip_eps_high)
     return -jnp.minimum(unclipped, clipped)
 
 
@@ -79,9 +88,8 @@ def clip_frac(
     Returns: float32 [B, T], 0 or 1. Not reduced. No gradient flows.
     Raises: AssertionError at trace time unless all three are float32 [B, T].
     """
-    unclipped, clipped = _surrogates(
-        logps, old_logps, advantages, clip_eps, clip_eps_high
-    )
+    ratio = jax.lax.stop_gradient(clamped_ratio(logps, old_logps))
+    unclipped, clipped = clipped_objective(ratio, advantages, clip_eps, clip_eps_high)
     return (clipped < unclipped).astype(jnp.float32)
 
 
@@ -99,9 +107,12 @@ def approx_kl(logps: Array, old_logps: Array) -> jax.Array:
     return jax.lax.stop_gradient(kl_k2(logps, old_logps))
 
 
-def _surrogates(logps, old_logps, advantages, clip_eps, clip_eps_high):
-    """The unclipped and the clipped objective, ρA and clip(ρ)A, each [B, T]."""
+def clipped_objective(
+    ratio: jax.Array,
+    advantages: jax.Array,
+    clip_eps: Scalar,
+    clip_eps_high: Scalar | None,
+) -> tuple[jax.Array, jax.Array]:
+    """ρ A and clip(ρ, 1 - ε, 1 + ε_high) A, of which PPO takes the smaller."""
     high = clip_eps if clip_eps_high is None else clip_eps_high
-    advantages = jax.lax.stop_gradient(advantages)
-    ratio = clamped_ratio(logps, old_logps)
     return ratio * advantages, jnp.clip(ratio, 1 - clip_eps, 1 + high) * advantages

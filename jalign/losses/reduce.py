@@ -100,6 +100,22 @@ def sequence_mean(x: Array, mask: Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(means), jnp.sum(lengths > 0, dtype=jnp.float32)
 
 
+def sequence_sum_mean(x: Array, mask: Array) -> tuple[jax.Array, jax.Array]:
+    """The mean over sequences of their sums: a sequence weighs as its length.
+
+    Args:
+      x: float32 [B, T].
+      mask: bool [B, T].
+
+    Returns: (sum, number of rows with a counted token), float32 [] each.
+    Raises: AssertionError at trace time on wrong rank, shape or dtype.
+    Source: "LUSPO" (arXiv:2602.05261), of gspo_loss; verl's seq-mean-token-sum.
+    """
+    check_float32([x], rank=2)
+    total, _ = token_mean(x, mask)
+    return total, jnp.sum(jnp.any(mask, axis=1), dtype=jnp.float32)
+
+
 def fixed_length_mean(
     x: Array, mask: Array, *, length: Scalar
 ) -> tuple[jax.Array, jax.Array]:

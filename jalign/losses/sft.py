@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, map_logits
-from jalign.losses.elementwise import Array
+from jalign.losses.elementwise import Array, Scalar, elementwise
 from jalign.losses.logps import cap_logits, check_logits, check_targets, target_logit
 
 
@@ -14,8 +14,8 @@ def cross_entropy(
     logits: Array,
     targets: Array,
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
 ) -> jax.Array:
     """(1-ε)(-log p(target)) + ε mean_v(-log p(v)) + z_loss (log Z)².
 
@@ -35,11 +35,11 @@ def cross_entropy(
     log_z = jax.nn.logsumexp(logits, axis=-1)
     loss = log_z - target_logit(logits, targets)
     # Left out where off, and not multiplied by 0: 0 * inf is NaN.
-    if label_smoothing:
+    if not _is_off(label_smoothing):
         # Divided before the sum, which could overflow.
         uniform = jnp.sum((log_z[..., None] - logits) / logits.shape[-1], axis=-1)
         loss = (1 - label_smoothing) * loss + label_smoothing * uniform
-    if z_loss:
+    if not _is_off(z_loss):
         loss = loss + z_loss * jnp.square(log_z)
     return loss
 
@@ -49,8 +49,8 @@ def token_cross_entropy(
     unembed: Array,
     targets: Array,
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     softcap: float | None = None,
 ) -> jax.Array:
@@ -71,14 +71,32 @@ def token_cross_entropy(
     Source: as cross_entropy.
     """
     check_targets(targets, hidden)
-    row_fn = functools.partial(
-        _row_loss, softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss
-    )
-    return map_logits(row_fn, hidden, unembed, targets, chunk_size=chunk_size)
+    weights = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    weights = {k: jnp.asarray(v) for k, v in weights.items() if not _is_off(v)}
+    row_fn = functools.partial(_row_loss, softcap=softcap)
+    return map_logits(row_fn, hidden, unembed, targets, weights, chunk_size=chunk_size)
 
 
-def _row_loss(logits, targets, _, *, softcap, label_smoothing, z_loss):
-    logits = cap_logits(logits, softcap)
-    return cross_entropy(
-        logits, targets, label_smoothing=label_smoothing, z_loss=z_loss
-    )
+@elementwise(rank=2)
+def dft_loss(logps: Array) -> jax.Array:
+    """-sg[p] log p with p = exp(logps): cross-entropy that lets unlikely tokens be.
+
+    Args:
+      logps: float32 [B, T], nats, of the target tokens (token_logps).
+
+    Returns: float32 [B, T], nats. Not reduced.
+    Raises: AssertionError at trace time unless logps are float32 [B, T].
+    Source: Wu et al. 2025, "On the Generalization of SFT" (DFT, arXiv:2508.05629).
+    """
+    # min: a log-probability is at most 0, and anything else must not overflow.
+    probs = jnp.exp(jnp.minimum(jax.lax.stop_gradient(logps), 0.0))
+    return -probs * logps
+
+
+def _row_loss(logits, targets, weights, *, softcap):
+    return cross_entropy(cap_logits(logits, softcap), targets, **weights)
+
+
+def _is_off(weight: Scalar) -> bool:
+    """Known to be 0 while tracing; a traced weight is not."""
+    return isinstance(weight, (int, float)) and weight == 0

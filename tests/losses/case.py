@@ -7,13 +7,16 @@ import numpy as np
 BOOLS = ("mask", "other_mask", "desirable")
 SIZES = {"B": 8, "T": 4, "D": 3, "V": 5}
 
+INTEGERS = {"targets": SIZES["V"], "group_ids": 3}
+"""Arguments that are int32, and how many different values they have."""
+
 
 class Case(NamedTuple):
     """A function with its arguments described by the letters of their axes.
 
     Attributes:
-      args: name -> axes of each positional array. Those in BOOLS are bool, `targets`
-        is int32, all others are float32.
+      args: name -> axes of each positional array. Those in BOOLS are bool, those in
+        INTEGERS int32, all others are float32.
       out: axes of the output.
       grads: names through which gradients flow; through all other floats none does.
       scalars: keyword-only arguments.

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from jalign import losses
-from tests.losses import cases_preference
-from tests.losses.case import BOOLS, SIZES, Case, like
+from tests.losses.case import BOOLS, INTEGERS, SIZES, Case, like
+from tests.losses.cases_policy import POLICY_CASES
+from tests.losses.cases_preference import PREFERENCE_CASES
 
 
 def _row_logps(logits, targets, consts):
@@ -74,7 +75,12 @@ CASES = {
     "masked_mean": Case(_X, "", ("x",), reads_mask=True),
     "masked_var": Case(_X, "", ("x",), reads_mask=True),
     "masked_whiten": Case(_X, "BT", ("x",), reads_mask=True),
-    "ppo_policy_loss": Case(_PPO, "BT", ("logps",), scalars={"clip_eps": 0.2}),
+    "ppo_policy_loss": Case(
+        _PPO,
+        "BT",
+        ("logps",),
+        scalars={"clip_eps": 0.2, "clip_eps_high": 0.28, "dual_clip": 3.0},
+    ),
     "ppo_value_loss": Case(
         like("BT", "values", "old_values", "returns"),
         "BT",
@@ -100,7 +106,7 @@ CASES = {
     ),
     "token_mean": Case(_X, "", ("x",), reads_mask=True),
 }
-CASES |= cases_preference.CASES
+CASES |= PREFERENCE_CASES | POLICY_CASES
 
 
 def call(name: str, *arrays):
@@ -130,8 +136,8 @@ def make_arrays(case: Case) -> list[np.ndarray]:
             arrays.append(make_mask(case))
         elif name in BOOLS:
             arrays.append(rng.random(shape) < 0.5)
-        elif name == "targets":
-            arrays.append(rng.integers(0, SIZES["V"], shape, dtype=np.int32))
+        elif name in INTEGERS:
+            arrays.append(rng.integers(0, INTEGERS[name], shape, dtype=np.int32))
         else:
             arrays.append(np.asarray(rng.normal(size=shape), np.float32))
     return arrays

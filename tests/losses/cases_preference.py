@@ -22,7 +22,7 @@ def _free(scalars: dict[str, Any]) -> Case:
     return Case(_PAIR, "B", _SIDES, scalars)
 
 
-CASES = {
+PREFERENCE_CASES = {
     "alpha_score": _SCORE._replace(scalars={"alpha": 0.3}),
     "alphapo_loss": _free({**_SMOOTHED, "alpha": 0.25, "gamma": 0.5}),
     "aot_loss": Case(

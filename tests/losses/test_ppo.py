@@ -31,6 +31,22 @@ def test_policy_loss_matches_float64_closed_form(high):
     )
 
 
+def test_dual_clip_bounds_the_loss_of_negative_advantages():
+    logps = np.float32(OLD_LOGPS + np.log([[0.5, 1.0, 1.25, 2.0, 4.0]] * 2))
+
+    def oracle(logps, old, adv):
+        ratio = np.exp(logps - old)
+        objective = np.minimum(ratio * adv, np.clip(ratio, 0.8, 1.28) * adv)
+        return -np.where(adv < 0, np.maximum(objective, 3.0 * adv), objective)
+
+    options = {"clip_eps": 0.2, "clip_eps_high": 0.28, "dual_clip": 3.0}
+    loss = lambda *x: ppo_policy_loss(*x, **options)  # noqa: E731
+    assert_matches(loss, oracle, [logps, OLD_LOGPS, ADVANTAGES], argnums=(0,))
+    grad = jax.grad(lambda x: loss(x, OLD_LOGPS, ADVANTAGES).sum())(logps)
+    want = [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0]]
+    np.testing.assert_array_equal(np.asarray(grad) != 0, want)
+
+
 def test_gradient_is_zero_exactly_where_clipped():
     args = LOGPS, OLD_LOGPS, ADVANTAGES
     grad = jax.grad(lambda *x: ppo_policy_loss(*x, clip_eps=0.2).sum())(*args)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jalign import losses
-from tests.losses.case import BOOLS
+from tests.losses.case import BOOLS, INTEGERS
 from tests.losses.cases import CASES, call, make_arrays, make_mask
 
 every = pytest.mark.parametrize("name", sorted(CASES))
@@ -29,7 +29,8 @@ def total(name, mask, *arrays):
 
 
 def float_args(name):
-    return [i for i, a in enumerate(CASES[name].args) if a not in (*BOOLS, "targets")]
+    not_floats = {*BOOLS, *INTEGERS}
+    return [i for i, a in enumerate(CASES[name].args) if a not in not_floats]
 
 
 def value_and_grads(name, mask, arrays):
@@ -178,7 +179,8 @@ def wrong_arguments(case):
     for i, (arg, axes) in enumerate(case.args.items()):
         x = arrays[i]
         bad = {"rank": x[..., None]}
-        if axes and len(arrays) > 1:
+        others = [a for other, a in case.args.items() if other != arg]
+        if axes and any(axes[0] in other for other in others):
             bad["broadcasts"] = x[:1]
         if x.dtype.kind == "f" and arg not in case.any_float:
             bad |= {"bfloat16": jnp.bfloat16(x), "float16": x.astype("f2")}

@@ -12,6 +12,7 @@ from jalign.losses import (
     masked_var,
     masked_whiten,
     sequence_mean,
+    sequence_sum_mean,
     token_mean,
 )
 
@@ -62,20 +63,31 @@ def test_reductions_return_their_sum_and_what_to_divide_it_by():
     np.testing.assert_allclose(token_mean(X, MASK), (total, 10), rtol=1e-6)
     means = sum(row.mean() for row in rows)
     np.testing.assert_allclose(sequence_mean(X, MASK), (means, 3), rtol=1e-5)
+    sums = sequence_sum_mean(X, MASK)
+    np.testing.assert_allclose(sums, (total, 3), rtol=1e-6)
     fixed = fixed_length_mean(X, MASK, length=5)
     np.testing.assert_allclose(fixed, (total, 15), rtol=1e-6)
 
 
-REDUCTIONS = [token_mean, sequence_mean, functools.partial(fixed_length_mean, length=5)]
+REDUCTIONS = [
+    token_mean,
+    sequence_mean,
+    sequence_sum_mean,
+    functools.partial(fixed_length_mean, length=5),
+]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS, ids=["token", "sequence", "fixed"])
+@pytest.mark.parametrize(
+    "reduction", REDUCTIONS, ids=["token", "sequence", "sum", "fixed"]
+)
 def test_microbatches_add_up_to_the_batch(reduction):
     parts = [reduction(X[i : i + 1], MASK[i : i + 1]) for i in range(4)]
     np.testing.assert_allclose(np.sum(parts, axis=0), reduction(X, MASK), rtol=1e-5)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS, ids=["token", "sequence", "fixed"])
+@pytest.mark.parametrize(
+    "reduction", REDUCTIONS, ids=["token", "sequence", "sum", "fixed"]
+)
 def test_nothing_counted_is_zero_over_zero_with_zero_gradient(reduction):
     x, mask = np.full((2, 3), np.nan, "f4"), np.zeros((2, 3), bool)
     assert reduction(x, mask) == (0, 0)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jalign.losses import cross_entropy, token_cross_entropy
+from jalign.losses import cross_entropy, dft_loss, token_cross_entropy, token_mean
 from tests.losses.oracle import assert_matches, log_softmax
 
 RNG = np.random.default_rng(0)
@@ -60,3 +60,26 @@ def test_label_smoothing_does_not_overflow_on_the_way():
         np.float32([[3e38, 0, 0, 0]]), np.int32([0]), label_smoothing=0.1
     )
     np.testing.assert_allclose(loss, [0.1 * 0.75 * 3e38], rtol=1e-5)
+
+
+LOGPS = np.float32([[-0.1, -2.0, -9.0], [0.0, -0.7, -30.0]])
+
+
+def test_dft_matches_float64_closed_form_with_frozen_weights():
+    weights = np.exp(LOGPS.astype("f8"))
+    assert_matches(dft_loss, lambda x: -weights * x, [LOGPS], (0,))
+
+
+def test_token_weights_are_a_product_before_the_reduction():
+    weights = np.float32(RNG.random(TARGETS.shape))
+    mask = np.array([[1, 1, 0], [0, 1, 1]], bool)
+
+    def weighted(logits):
+        total, count = token_mean(weights * cross_entropy(logits, TARGETS), mask)
+        return total / count
+
+    def by_hand(logits):
+        loss = (mask * weights.astype("f8") * oracle(logits, 0.0, 0.0)).sum()
+        return loss / mask.sum()
+
+    assert_matches(weighted, lambda x: np.asarray(by_hand(x)), [LOGITS], (0,))
