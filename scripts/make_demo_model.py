@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--data-only", action="store_true")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--documents", type=int, default=60_000)
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()

@@ -50,8 +50,8 @@ class DemoConfig:
     out: str = "runs/demo"
     """Directory for sft/, reward/, ppo/, dpo/, table.json and report.html."""
     seed: int = 0
-    sft_steps: int = 96
-    reward_steps: int = 192
+    sft_steps: int = 112
+    reward_steps: int = 176
     ppo_steps: int = 40
     """Iterations: 64 completions and the updates on them."""
     dpo_steps: int = 96
@@ -123,7 +123,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 model=str(ASSETS / "model"),
                 steps=config.sft_steps,
                 batch_size=32,
-                **common("sft", "sft", 1e-3, schedule="cosine"),
+                **common("sft", "sft", 2e-3, schedule="cosine"),
             ),
         ),
         "reward model": (
@@ -144,7 +144,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 steps=config.ppo_steps,
                 batch_size=64,
                 ppo=ppo_options(),
-                **common("ppo", "prompts", 2e-4, schedule="constant"),
+                **common("ppo", "prompts", 3e-4, schedule="constant"),
             ),
         ),
         "DPO": (
@@ -153,8 +153,8 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 model=sft,
                 steps=config.dpo_steps,
                 batch_size=32,
-                dpo=train.DPOOptions(beta=0.1),
-                **pairs("dpo", learning_rate=2e-4),
+                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 2*sft"),
+                **pairs("dpo", learning_rate=3e-4),
             ),
         ),
     }

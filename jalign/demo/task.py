@@ -72,7 +72,7 @@ FACTS = (
     "This is a story about {name} and the {colour} {thing}.",
 )
 # Chances under which about half of the replies are what is wanted.
-HAPPY_RATE, ON_TOPIC_RATE = 0.66, 0.77
+HAPPY_RATE, ON_TOPIC_RATE = 0.6, 0.93
 
 
 class Verdict(NamedTuple):
@@ -166,13 +166,19 @@ def _topic(rng: random.Random) -> dict[str, str]:
 def make_reply(
     rng: random.Random, topic: dict[str, str], *, on_topic: bool, happy: bool
 ) -> str:
-    """A well-formed reply to a topic, with a leading space, on or off the topic."""
-    if not on_topic:  # somebody else, and another thing
-        for slot in ("name", "thing"):
-            others = [word for word in WORDS[slot] if word != topic[slot]]
-            topic = topic | {slot: rng.choice(others)}
+    """A well-formed reply to a topic, with a leading space.
+
+    Off the topic, the person, the thing or both are others, from the start or only in
+    the ending.
+    """
     topic = {slot: topic[slot] for slot in ("name", "colour", "thing")}
     ending = {slot: topic[slot] for slot in ("name", "thing")}
+    if not on_topic:
+        for slot in rng.choice(
+            (("name",), ("thing",), ("name", "thing"), ("name", "thing"))
+        ):
+            ending[slot] = rng.choice([w for w in WORDS[slot] if w != topic[slot]])
+        topic |= ending if rng.random() < 0.5 else {}
     events = list(dict.fromkeys(_fill(rng, EVENTS) for _ in range(rng.choice((1, 2)))))
     parts = [_fill(rng, OPENINGS, **topic), *events]
     return " " + " ".join([*parts, _fill(rng, HAPPY if happy else SAD, **ending)])
@@ -233,20 +239,24 @@ def make_prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
 def base_documents(seed: int) -> Iterator[str]:
     """Endless broader text for pre-training: facts and long, wandering stories.
 
-    It holds every sentence of the language, and prompts, but no replies in the form
-    the task wants, so that supervised fine-tuning has something to teach.
+    It holds every sentence of the language, and prompts with stories behind them, but
+    stories that ramble, mix in facts, and end anywhere: what a reply looks like is left
+    for supervised fine-tuning to teach.
     """
     rng = random.Random(f"base-{seed}")
     while True:
         topic, parts = _topic(rng), []
         if rng.random() < 0.5:
             parts.append(_fill(rng, (*PROMPTS, FACTS[-1]), **topic))
-        for _ in range(rng.randint(2, 8)):
-            if rng.random() < 0.03:
+        for _ in range(rng.randint(1, 2)):
+            parts.append(_fill(rng, OPENINGS, **topic))
+            for _ in range(rng.randint(0, 4)):
+                about_topic = rng.random() < 0.3
+                parts.append(
+                    _fill(rng, FACTS, **topic) if about_topic else _fill(rng, EVENTS)
+                )
+            ending = {slot: topic[slot] for slot in ("name", "thing")}
+            parts.append(_fill(rng, HAPPY + SAD, **ending))
+            if rng.random() < 0.2:
                 topic = _topic(rng)
-            short = {slot: topic[slot] for slot in ("name", "thing")}
-            kinds = (OPENINGS, EVENTS, HAPPY, SAD, FACTS)
-            (kind,) = rng.choices(kinds, (3, 2, 1, 1, 1))
-            about = short if kind in (HAPPY, SAD) else {} if kind is EVENTS else topic
-            parts.append(_fill(rng, kind, **about))
-        yield " ".join(parts)
+        yield " ".join(parts[: rng.randint(2, len(parts))])

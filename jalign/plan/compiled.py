@@ -19,7 +19,7 @@ def compile_step(config: PlanConfig, model_config, mesh) -> tuple[Row, ...]:
     Args:
       mesh: of real devices, or of sharding.topology_devices.
     """
-    from jalign.train import objectives
+    from jalign.train import objectives, policy_objectives
     from jalign.train.step import abstract_state, make_train_step
 
     model, tx = build(config, model_config, mesh)
@@ -28,7 +28,7 @@ def compile_step(config: PlanConfig, model_config, mesh) -> tuple[Row, ...]:
         "sft": objectives.make_sft_objective,
         "reward": objectives.make_reward_objective,
         "dpo": objectives.make_dpo_objective,
-        "ppo": objectives.make_ppo_objective,
+        "ppo": policy_objectives.make_ppo_objective,
     }[config.recipe]
     step = make_train_step(
         make(model),

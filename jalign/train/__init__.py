@@ -19,15 +19,15 @@ from jalign.train.config import (
 )
 from jalign.train.forward import make_reference_fn
 from jalign.train.loop import Diverged, Preempted, fit
+from jalign.train.loss_spec import parse_losses
 from jalign.train.metrics import MetricsWriter
 from jalign.train.objectives import (
     make_dpo_objective,
-    make_ppo_objective,
     make_reward_objective,
     make_sft_objective,
-    make_value_objective,
 )
 from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.policy_objectives import make_ppo_objective, make_value_objective
 from jalign.train.ppo_config import ComputeOptions, PPOConfig, PPOOptions
 from jalign.train.step import abstract_state, init_state, make_train_step
 
@@ -62,6 +62,7 @@ __all__ = [
     "make_sft_objective",
     "make_train_step",
     "make_value_objective",
+    "parse_losses",
     "run_dpo",
     "run_ppo",
     "run_reward",

@@ -6,6 +6,8 @@ A contradiction raises ValueError here, naming both fields; nothing is rewritten
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jalign.losses.registry import REGISTRY
+from jalign.train.loss_spec import Term, parse_losses
 from jalign.train.optim import OptimConfig
 from jalign.train.ppo_config import ComputeOptions
 
@@ -70,6 +72,8 @@ class SFTOptions:
     """Train only the assistant's turns; unset does so for conversations."""
     completion_only: bool | None = None
     """Train only the completion; unset does so for prompt + completion rows."""
+    loss: str = "sft"
+    """A loss, or a sum such as "sft:z_loss=1e-4 + 0.5*dft"; see docs/papers.md."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target."""
     z_loss: float = 0.0
@@ -82,12 +86,20 @@ class SFTOptions:
             f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
         )
         _check(self.z_loss >= 0, f"z_loss must be >= 0, got {self.z_loss}")
+        self.terms()
+
+    def terms(self) -> dict[str, Term]:
+        """The losses to sum, with the flags as their options."""
+        flags = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
+        return parse_losses(self.loss, REGISTRY["sft"], _given(flags))
 
 
 @dataclass(frozen=True)
 class RewardOptions:
     """What is particular to reward models."""
 
+    loss: str = "bradley_terry"
+    """A loss, or a sum such as "bradley_terry + 0.01*center"; see docs/papers.md."""
     center_coef: float = 0.0
     """Weight of (chosen + rejected)^2, which holds rewards near 0; try 0.01."""
     compute: ComputeOptions = field(default_factory=ComputeOptions)
@@ -96,24 +108,53 @@ class RewardOptions:
         _check(
             self.center_coef >= 0, f"center_coef must be >= 0, got {self.center_coef}"
         )
+        terms = self.terms()
+        _check(
+            not self.center_coef or "center" not in terms,
+            "center is in --loss already: drop --center-coef",
+        )
+
+    def terms(self) -> dict[str, Term]:
+        """The losses to sum."""
+        return parse_losses(self.loss, REGISTRY["reward"])
 
 
 @dataclass(frozen=True)
 class DPOOptions:
     """What is particular to direct preference optimization."""
 
-    beta: float = 0.1
-    """Strength of the implicit KL penalty."""
+    loss: str = "dpo"
+    """A loss, or a sum such as "dpo:beta=0.1 + 0.2*sft"; see docs/papers.md."""
+    beta: float | None = None
+    """Strength of the implicit KL penalty; unset takes each loss's own, dpo's 0.1."""
     label_smoothing: float = 0.0
     """Assumed share of flipped preferences, in [0, 0.5)."""
     compute: ComputeOptions = field(default_factory=ComputeOptions)
 
     def __post_init__(self):
-        _check(self.beta > 0, f"beta must be > 0, got {self.beta}")
+        beta = self.beta
+        _check(beta is None or beta > 0, f"beta must be > 0, got {beta}")
         _check(
             0 <= self.label_smoothing < 0.5,
             f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}",
         )
+        whole = [n for n, term in self.terms().items() if term.entry.whole_batch]
+        _check(
+            not whole or self.compute.microbatches == 1,
+            f"loss {whole[:1]} compares the rows of the whole batch: microbatches must "
+            f"be 1, got {self.compute.microbatches}",
+        )
+
+    def terms(self) -> dict[str, Term]:
+        """The losses to sum, with the flags as their options."""
+        flags = {"beta": self.beta} | _given({"label_smoothing": self.label_smoothing})
+        return parse_losses(self.loss, REGISTRY["dpo"], flags)
+
+    @property
+    def reward_beta(self) -> float:
+        """The scale of the implicit rewards in metrics: the first loss's beta."""
+        options = (term.settings.get("beta") for term in self.terms().values())
+        return next((beta for beta in options if beta is not None), 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +195,11 @@ def _check_microbatches(batch_size: int, compute: ComputeOptions) -> None:
         batch_size % compute.microbatches == 0,
         f"microbatches {compute.microbatches} does not divide batch_size {batch_size}",
     )
+
+
+def _given(flags: dict[str, float]) -> dict[str, float]:
+    """The flags that are not at their default of 0."""
+    return {name: value for name, value in flags.items() if value}
 
 
 def _check(ok: bool, message: str) -> None:

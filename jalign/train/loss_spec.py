@@ -3,21 +3,24 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from jalign.losses.registry import Entry
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_VALUE = r"(?:[^,+\s]|(?<=[eE])\+)+"  # a plus ends it, but not the one in 1e+3
 _TERM = re.compile(
     rf"\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<name>[A-Za-z_]\w*)"
-    rf"(?::(?P<options>\w+=[^,+\s]+(?:,\w+=[^,+\s]+)*))?\s*"
+    rf"(?::(?P<options>\w+={_VALUE}(?:,\w+={_VALUE})*))?\s*"
 )
 
 
-class Term(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Term:
     """One summand of a loss.
 
     Attributes:
@@ -36,24 +39,35 @@ class Term(NamedTuple):
         """The weighted, unreduced loss of the named arrays."""
         arrays = [inputs[name] for name in self.entry.inputs]
         keywords = {name: inputs[name] for name in self.entry.keywords}
-        options = self.entry.defaults | self.options | keywords
+        options: dict[str, Any] = self.settings | keywords
         return self.weight * self.entry.function(*arrays, **options)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The function's scalars: the entry's defaults under the options."""
+        return dict(self.entry.defaults) | self.options
 
 
 def parse_losses(
-    text: str, table: Mapping[str, Entry], defaults: Mapping[str, float | None]
-) -> tuple[Term, ...]:
-    """The terms of a loss specification: [WEIGHT*]NAME[:OPTION=NUMBER,...], summed by +.
+    text: str,
+    table: Mapping[str, Entry],
+    flags: Mapping[str, float | None] | None = None,
+) -> dict[str, Term]:
+    """The terms of a loss, [WEIGHT*]NAME[:OPTION=NUMBER,...] with + between them.
 
     Args:
       text: for example "dpo:beta=0.1 + 0.2*sft".
       table: name -> Entry, of `losses.registry`.
-      defaults: options from flags, given to every term that has them, under its own;
-        None counts as not given.
+      flags: options for every term that has them and does not give its own; None is
+        an option that was not given.
+
+    Returns: name -> term, in their order.
 
     Raises: ValueError that names the part it cannot use.
     """
-    terms, position = [], 0
+    given = {k: v for k, v in (flags or {}).items() if v is not None}
+    terms: dict[str, Term] = {}
+    position = 0
     while True:
         match = _TERM.match(text, position)
         if match is None:
@@ -61,7 +75,10 @@ def parse_losses(
                 f"loss {text!r}: expected [WEIGHT*]NAME[:OPTION=NUMBER,...] at "
                 f"{text[position:]!r}, as in 'dpo:beta=0.1 + 0.2*sft'"
             )
-        terms.append(_term(match, table, defaults))
+        term = _term(match, table, given)
+        if term.name in terms:
+            raise ValueError(f"loss {text!r}: {term.name!r} occurs twice; add them up")
+        terms[term.name] = term
         position = match.end()
         if position == len(text):
             break
@@ -70,14 +87,15 @@ def parse_losses(
                 f"loss {text!r}: expected + or the end at {text[position:]!r}"
             )
         position += 1
-    names = [term.name for term in terms]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"loss {text!r}: {name!r} occurs twice; add its weights")
-    return tuple(terms)
+    for flag in given:
+        if not any(
+            flag in option_names(term.entry.function) for term in terms.values()
+        ):
+            raise ValueError(f"{flag} is set, but no loss of {text!r} has it: drop it")
+    return terms
 
 
-def _term(match: re.Match, table, defaults) -> Term:
+def _term(match: re.Match, table: Mapping[str, Entry], given) -> Term:
     name = match["name"]
     if name not in table:
         known = ", ".join(sorted(table))
@@ -86,7 +104,7 @@ def _term(match: re.Match, table, defaults) -> Term:
         raise ValueError(f"loss {name!r} is not one of {known}{hint}")
     entry = table[name]
     known = option_names(entry.function) - set(entry.keywords)
-    options = {k: v for k, v in defaults.items() if k in known and v is not None}
+    options = {k: v for k, v in given.items() if k in known}
     for pair in filter(None, (match["options"] or "").split(",")):
         key, value = pair.split("=")
         if key not in known:

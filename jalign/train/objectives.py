@@ -1,13 +1,14 @@
 """Objectives: what a training step differentiates, (params, batch, key) -> Loss.
 
-Each one is a model's forward pass, one function of `jalign.losses`, a mask and a
+Each one is a model's forward pass, functions of `jalign.losses`, a mask and a
 reduction to (sum, count). The step sums both over micro-batches and devices and
 divides once, so nothing here depends on how the batch was cut. Write a new one in the
 same way; `key` is there for what needs randomness (these do not).
 """
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,35 +23,40 @@ from jalign.train.forward import (
     sequence_rewards,
     split_pairs,
     token_logps,
-    token_stats,
-    token_values,
 )
-from jalign.types import Loss, PreferenceBatch, Rollout, TokenBatch
+from jalign.types import Loss, PreferenceBatch, TokenBatch
 
 PyTree = Any
 Objective = Callable[[PyTree, Any, jax.Array], Loss]
+Terms = Mapping[str, Callable[[Mapping[str, jax.Array]], jax.Array]]
+"""Name -> function from the arrays of an objective, by name, to an unreduced loss."""
 
 
 def make_sft_objective(
-    model: Model, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    model: Model,
+    *,
+    terms: Terms | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Objective:
-    """Next-token cross-entropy on the trained tokens of a TokenBatch.
+    """A loss of each trained token of a TokenBatch, by default the cross-entropy.
 
     Args:
       model: a causal language model (num_labels=0).
+      terms: what to sum instead, functions of "logits" [b, s, V], "targets" and "logps"
+        [b, s] to [b, s]: of a chunk of the tokens, since [B, T, V] never exists.
       label_smoothing: weight of the uniform distribution in the target, in [0, 1).
       z_loss: weight of log(Z)^2, which keeps the logits' scale down.
 
     Returns: objective whose count is the number of trained tokens.
     """
-
-    row_fn = functools.partial(
-        _sft_rows, label_smoothing=label_smoothing, z_loss=z_loss
-    )
+    if terms is None:
+        terms = {"sft": functools.partial(_cross_entropy, label_smoothing, z_loss)}
+    row_fn = functools.partial(_sft_rows, terms=tuple(terms.items()))
 
     def objective(params: PyTree, batch: TokenBatch, key: jax.Array) -> Loss:
         del key
-        loss, nll, entropy, correct = losses.map_logits(
+        loss, parts, nll, entropy, correct = losses.map_logits(
             row_fn,
             hidden_states(model, params, batch)[:, :-1],
             model.unembed(params),
@@ -63,29 +69,41 @@ def make_sft_objective(
             "entropy": losses.token_mean(entropy, mask),
             "mean_token_accuracy": losses.token_mean(correct, mask),
         }
+        metrics |= {name: losses.token_mean(x, mask) for name, x in parts.items()}
         return Loss(*losses.token_mean(loss, mask), metrics)
 
     return objective
 
 
-def make_reward_objective(model: Model, *, center_coef: float = 0.0) -> Objective:
-    """Bradley-Terry loss on the scores of a PreferenceBatch's last tokens.
+def make_reward_objective(
+    model: Model, *, terms: Terms | None = None, center_coef: float = 0.0
+) -> Objective:
+    """A loss of the scores of a PreferenceBatch's last tokens: Bradley-Terry's.
 
     Args:
       model: with a scalar head (num_labels=1).
+      terms: what to sum instead, functions of "chosen_rewards", "rejected_rewards" and
+        "margin", [B] each, to [B].
       center_coef: weight of (chosen + rejected)^2, which keeps the mean reward of a
         pair near 0 (Eisenstein et al. 2023, arXiv:2312.09244).
 
     Returns: objective whose count is the number of pairs, filler rows left out.
     """
+    if terms is None:
+        terms = {"bradley_terry": _bradley_terry}
+    if center_coef:
+        terms = dict(terms) | {"center": functools.partial(_center, center_coef)}
 
     def objective(params: PyTree, batch: PreferenceBatch, key: jax.Array) -> Loss:
         del key
         rewards = sequence_rewards(model, params, interleave(batch))
         chosen, rejected = split_pairs(rewards)
-        loss = losses.bradley_terry_loss(chosen, rejected, margin=batch.margins)
-        if center_coef:
-            loss += center_coef * losses.reward_center_loss(chosen, rejected)
+        inputs = {
+            "chosen_rewards": chosen,
+            "rejected_rewards": rejected,
+            "margin": batch.margins,
+        }
+        loss, parts = _sum_terms(terms, inputs)
         valid = _valid_rows(batch)
         metrics = {
             "accuracy": _mean(chosen > rejected, valid),
@@ -94,128 +112,85 @@ def make_reward_objective(model: Model, *, center_coef: float = 0.0) -> Objectiv
             "min_reward": _extreme(jnp.minimum(chosen, rejected), valid, jnp.min),
             "max_reward": _extreme(jnp.maximum(chosen, rejected), valid, jnp.max),
         }
+        metrics |= {name: _mean(x, valid) for name, x in parts.items()}
         return Loss(*_mean(loss, valid), metrics)
 
     return objective
 
 
 def make_dpo_objective(
-    model: Model, *, beta: float = 0.1, label_smoothing: float = 0.0
+    model: Model,
+    *,
+    terms: Terms | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
 ) -> Objective:
-    """Direct preference optimization on pairs that carry their reference's logps.
+    """A loss of pairs that carry their reference's log-probabilities, by default DPO's.
 
     Args:
       model: the policy, a causal language model.
+      terms: what to sum instead, functions of the arrays of `pair_inputs` to [B].
       beta: strength of the implicit KL penalty; rewards are beta * log(policy/ref).
       label_smoothing: assumed share of flipped preferences, in [0, 0.5).
 
     Returns: objective whose count is the number of pairs, filler rows left out.
     """
+    if terms is None:
+        terms = {"dpo": functools.partial(_dpo, beta, label_smoothing)}
 
     def objective(params: PyTree, batch: PreferenceBatch, key: jax.Array) -> Loss:
         del key
-        rows = interleave(batch)
-        logps = token_logps(model, params, rows)
-        chosen, rejected = split_pairs(
-            losses.sequence_logps(logps, rows.completion_mask)
-        )
-        loss = losses.dpo_loss(
-            chosen,
-            rejected,
-            batch.ref_chosen_logps,
-            batch.ref_rejected_logps,
-            beta=beta,
-            label_smoothing=label_smoothing,
-        )
-        valid = _valid_rows(batch)
-        reward_chosen = losses.implicit_rewards(
-            chosen, batch.ref_chosen_logps, beta=beta
-        )
-        reward_rejected = losses.implicit_rewards(
-            rejected, batch.ref_rejected_logps, beta=beta
+        inputs = pair_inputs(model, params, batch)
+        loss, parts = _sum_terms(terms, inputs)
+        valid = inputs["mask"]
+        reward_chosen, reward_rejected = (
+            losses.implicit_rewards(
+                inputs[f"{side}_logps"], inputs[f"ref_{side}_logps"], beta=beta
+            )
+            for side in ("chosen", "rejected")
         )
         metrics = {
             "rewards/chosen": _mean(reward_chosen, valid),
             "rewards/rejected": _mean(reward_rejected, valid),
             "rewards/accuracies": _mean(reward_chosen > reward_rejected, valid),
             "rewards/margins": _mean(reward_chosen - reward_rejected, valid),
-            "logps/chosen": _mean(chosen, valid),
-            "logps/rejected": _mean(rejected, valid),
+            "logps/chosen": _mean(inputs["chosen_logps"], valid),
+            "logps/rejected": _mean(inputs["rejected_logps"], valid),
         }
+        metrics |= {name: _mean(x, valid) for name, x in parts.items()}
         return Loss(*_mean(loss, valid), metrics)
 
     return objective
 
 
-def make_ppo_objective(
-    model: Model,
-    *,
-    clip_eps: float = 0.2,
-    entropy_coef: float = 0.0,
-    temperature: float = 1.0,
-) -> Objective:
-    """PPO's clipped policy loss on a Rollout, a mean over all trained tokens.
+def pair_inputs(
+    model: Model, params: PyTree, batch: PreferenceBatch
+) -> dict[str, jax.Array]:
+    """What a preference loss may read, by name, [B] each.
 
-    Args:
-      model: the policy.
-      clip_eps: the ratio to the policy at rollout time is clipped to 1 +- clip_eps.
-      entropy_coef: weight of the entropy bonus.
-      temperature: the sampler's; old_logps must have been taken at the same one.
-
-    Returns: objective whose count is the number of trained tokens.
+    Returns: {chosen,rejected}_logps, summed over the completion, and the same with
+      ref_, average_ (over its tokens) and average_ref_ in front, float32, in nats;
+      `mask`, bool, False on filler rows.
     """
-
-    def objective(params: PyTree, batch: Rollout, key: jax.Array) -> Loss:
-        del key
-        mask = batch.completion_mask
-        stats = token_stats(model, params, batch, temperature=temperature)
-        policy = losses.ppo_policy_loss(
-            stats.logps, batch.old_logps, batch.advantages, clip_eps=clip_eps
-        )
-        loss = policy - entropy_coef * stats.entropy if entropy_coef else policy
-        args = (stats.logps, batch.old_logps)
-        ratio = jnp.exp(jax.lax.stop_gradient(stats.logps) - batch.old_logps)
-        clipped = losses.clip_frac(*args, batch.advantages, clip_eps=clip_eps)
-        metrics = {
-            "loss/policy_avg": losses.token_mean(policy, mask),
-            "policy/approxkl_avg": losses.token_mean(losses.approx_kl(*args), mask),
-            "policy/clipfrac_avg": losses.token_mean(clipped, mask),
-            "policy/entropy_avg": losses.token_mean(stats.entropy, mask),
-            "val/ratio": losses.token_mean(ratio, mask),
+    rows = interleave(batch)
+    logps = token_logps(model, params, rows)
+    sums = losses.sequence_logps(logps, rows.completion_mask)
+    lengths = jnp.maximum(jnp.sum(rows.completion_mask, axis=1), 1).astype(jnp.float32)
+    inputs: dict[str, Any] = {"mask": _valid_rows(batch)}
+    for side, total, length, ref in zip(
+        ("chosen", "rejected"),
+        split_pairs(sums),
+        split_pairs(lengths),
+        (batch.ref_chosen_logps, batch.ref_rejected_logps),
+        strict=True,
+    ):
+        inputs |= {
+            f"{side}_logps": total,
+            f"ref_{side}_logps": ref,
+            f"average_{side}_logps": total / length,
+            f"average_ref_{side}_logps": ref / length,
         }
-        return Loss(*losses.token_mean(loss, mask), metrics)
-
-    return objective
-
-
-def make_value_objective(model: Model, *, clip_eps: float = 0.2) -> Objective:
-    """PPO's clipped value loss on a Rollout, a mean over all trained tokens.
-
-    Args:
-      model: the critic, with a scalar head.
-      clip_eps: values may move this far from those at rollout time.
-
-    Returns: objective whose count is the number of trained tokens.
-    """
-
-    def objective(params: PyTree, batch: Rollout, key: jax.Array) -> Loss:
-        del key
-        mask = batch.completion_mask
-        values = token_values(model, params, batch)
-        loss = losses.ppo_value_loss(
-            values, batch.values, batch.returns, clip_eps=clip_eps
-        )
-        moved = jnp.abs(jax.lax.stop_gradient(values) - batch.values)
-        total, count = losses.token_mean(loss, mask)
-        metrics = {
-            "loss/value_avg": (jax.lax.stop_gradient(total), count),
-            "val/clipfrac_avg": losses.token_mean(
-                (moved > clip_eps).astype(jnp.float32), mask
-            ),
-        }
-        return Loss(total, count, metrics)
-
-    return objective
+    return inputs
 
 
 def _valid_rows(batch: PreferenceBatch) -> jax.Array:
@@ -235,14 +210,48 @@ def _extreme(x, valid, reduce) -> tuple[jax.Array, jax.Array]:
     return reduce(jnp.where(valid, x, empty)), jnp.float32(1.0)
 
 
-def _sft_rows(logits, targets, _, *, label_smoothing, z_loss):
-    """A chunk's loss (differentiated), nll, entropy and accuracy (not), from logits."""
-    loss = losses.cross_entropy(
-        logits, targets, label_smoothing=label_smoothing, z_loss=z_loss
+def _sum_terms(terms: Terms, inputs: Mapping[str, jax.Array]):
+    """(sum of the terms, name -> each of several as a metric)."""
+    parts = {name: term(inputs) for name, term in terms.items()}
+    total = functools.reduce(operator.add, parts.values())
+    if len(parts) == 1:
+        return total, {}
+    return total, {f"loss/{k}": jax.lax.stop_gradient(x) for k, x in parts.items()}
+
+
+def _cross_entropy(label_smoothing: float, z_loss: float, inputs):
+    return losses.cross_entropy(
+        inputs["logits"],
+        inputs["targets"],
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
     )
-    logits = jax.lax.stop_gradient(logits)
+
+
+def _bradley_terry(inputs):
+    return losses.bradley_terry_loss(
+        inputs["chosen_rewards"], inputs["rejected_rewards"], margin=inputs["margin"]
+    )
+
+
+def _center(coef: float, inputs):
+    rewards = inputs["chosen_rewards"], inputs["rejected_rewards"]
+    return coef * losses.reward_center_loss(*rewards)
+
+
+def _dpo(beta: float, label_smoothing: float, inputs):
+    names = "chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps"
+    logps = (inputs[name] for name in names)
+    return losses.dpo_loss(*logps, beta=beta, label_smoothing=label_smoothing)
+
+
+def _sft_rows(logits, targets, _, *, terms):
+    """A chunk's loss (differentiated); its parts, nll, entropy, accuracy (not)."""
     logps = losses.logps_from_logits(logits, targets)
+    inputs = {"logits": logits, "targets": targets, "logps": logps}
+    loss, parts = _sum_terms(dict(terms), inputs)
+    logits, logps = jax.lax.stop_gradient((logits, logps))
     # Not argmax == target: over a vocabulary split over devices, a max is cheaper.
     best = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
     entropy = losses.entropy_from_logits(logits)
-    return loss, -logps, entropy, (logps >= best).astype(jnp.float32)
+    return loss, parts, -logps, entropy, (logps >= best).astype(jnp.float32)

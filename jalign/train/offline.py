@@ -75,9 +75,7 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
         return packed, counts
 
     def objective(model):
-        return objectives.make_sft_objective(
-            model, label_smoothing=options.label_smoothing, z_loss=options.z_loss
-        )
+        return objectives.make_sft_objective(model, terms=options.terms())
 
     return _run(
         config,
@@ -94,7 +92,7 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
 
 
 def run_reward(config: RewardConfig) -> dict[str, Any]:
-    """A Bradley-Terry reward model; as run_sft. OUT/model has num_labels = 1."""
+    """A reward model; as run_sft. OUT/model has num_labels = 1."""
 
     def prepare(model, params):
         if model.config.num_labels:
@@ -104,7 +102,9 @@ def run_reward(config: RewardConfig) -> dict[str, Any]:
 
     def objective(model):
         return objectives.make_reward_objective(
-            model, center_coef=config.reward.center_coef
+            model,
+            terms=config.reward.terms(),
+            center_coef=config.reward.center_coef,
         )
 
     return _run(
@@ -122,12 +122,12 @@ def run_reward(config: RewardConfig) -> dict[str, Any]:
 
 
 def run_dpo(config: DPOConfig) -> dict[str, Any]:
-    """Direct preference optimization; as run_sft. The reference is the start model."""
+    """DPO or a relative; as run_sft. The reference is the start model."""
     options = config.dpo
 
     def objective(model):
         return objectives.make_dpo_objective(
-            model, beta=options.beta, label_smoothing=options.label_smoothing
+            model, terms=options.terms(), beta=options.reward_beta
         )
 
     return _run(
@@ -139,7 +139,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
             data.collate_preferences,
             _as_language_model,
             objective,
-            functools.partial(evaluate.preference_accuracy, beta=options.beta),
+            functools.partial(evaluate.preference_accuracy, beta=options.reward_beta),
             reference=True,
         ),
     )

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jalign import data, losses, sharding
 from jalign.models import Model
 from jalign.train.actors import Cast, local_rows
-from jalign.train.objectives import make_ppo_objective, make_value_objective
 from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.policy_objectives import make_ppo_objective, make_value_objective
 from jalign.train.ppo_config import PPOConfig, PPOOptions
 from jalign.train.rollout import (
     Actors,

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from jalign import losses
+from jalign.losses.registry import REGISTRY
 from jalign.train import forward, objectives
-from jalign.types import Rollout
+from jalign.train.loss_spec import parse_losses
 from tests.train import tiny
 
 KEY = jax.random.key(0)
+SIDES = ("chosen", "rejected")
 
 
 @pytest.fixture(scope="module")
@@ -81,31 +83,51 @@ def test_reward(scored_model):
     np.testing.assert_allclose(got, expected + extra, rtol=1e-5)
 
 
-def rollout(model, params, value_model, value_params):
+def test_terms_are_summed_and_reported(language_model):
+    model, params = language_model
+    batch = tiny.pair_batch(4)
+    batch = batch._replace(
+        ref_chosen_logps=jnp.full(4, -9.0), ref_rejected_logps=jnp.full(4, -8.0)
+    )
+    inputs = objectives.pair_inputs(model, params, batch)
+    terms = parse_losses("dpo:beta=0.3 + 0.5*sft", REGISTRY["dpo"])
+    objective = objectives.make_dpo_objective(model, terms=terms, beta=0.3)
+    loss = objective(params, batch, KEY)
+    dpo = losses.dpo_loss(
+        *(inputs[f"{ref}{side}_logps"] for ref in ("", "ref_") for side in SIDES),
+        beta=0.3,
+    )
+    mask = batch.chosen.completion_mask
+    logps = forward.token_logps(model, params, batch.chosen)
+    nll = -np.sum(logps, 1) / mask.sum(1)
+    np.testing.assert_allclose(loss.sum, np.sum(dpo + 0.5 * nll), rtol=1e-5)
+    np.testing.assert_allclose(loss.metrics["loss/dpo"][0], dpo.sum(), rtol=1e-5)
+    np.testing.assert_allclose(loss.metrics["loss/sft"][0], 0.5 * nll.sum(), rtol=1e-5)
+
+
+def test_every_preference_loss_trains(language_model):
+    model, params = language_model
+    refs = jnp.full(4, -9.0)
+    batch = tiny.pair_batch(4)
+    batch = batch._replace(ref_chosen_logps=refs, ref_rejected_logps=refs)
+    inputs = objectives.pair_inputs(model, params, batch)
+    mask = inputs.pop("mask")
+    for name in REGISTRY["dpo"]:
+        spec = "alphapo:alpha=0.25" if name == "alphapo" else name
+        term = parse_losses(spec, REGISTRY["dpo"])[name]
+        grads = jax.grad(lambda x, f=term: f(x | {"mask": mask}).sum())(inputs)
+        flows = {k for k, g in grads.items() if np.any(g)}
+        policy = {k for k in term.entry.inputs if k != "mask" and "ref" not in k}
+        assert flows == policy, name
+
+
+def test_dft_is_summed_with_cross_entropy(language_model):
+    model, params = language_model
     batch = tiny.token_batch(4)
     logps = forward.token_logps(model, params, batch)
-    values = forward.token_values(value_model, value_params, batch)
-    advantages = jnp.where(batch.completion_mask, 1.5, 0.0)
-    return Rollout(*batch, logps, logps, values, advantages, values + advantages)
-
-
-def test_ppo_starts_with_ratio_one(language_model, scored_model):
-    batch = rollout(*language_model, *scored_model)
-    model, params = language_model
-    loss = objectives.make_ppo_objective(model, clip_eps=0.2)(params, batch, KEY)
-    assert ratio(loss.metrics["val/ratio"]) == pytest.approx(1, abs=1e-5)
-    assert ratio(loss.metrics["policy/clipfrac_avg"]) == 0
-    assert float(loss.sum / loss.count) == pytest.approx(-1.5, abs=1e-4)
-    bonus = objectives.make_ppo_objective(model, clip_eps=0.2, entropy_coef=0.1)
-    entropy = ratio(loss.metrics["policy/entropy_avg"])
-    other = bonus(params, batch, KEY)
-    expected = -1.5 - 0.1 * entropy
-    assert float(other.sum / other.count) == pytest.approx(expected, abs=1e-4)
-
-
-def test_value(language_model, scored_model):
-    batch = rollout(*language_model, *scored_model)
-    model, params = scored_model
-    loss = objectives.make_value_objective(model, clip_eps=0.2)(params, batch, KEY)
-    assert float(loss.sum / loss.count) == pytest.approx(0.5 * 1.5**2, rel=1e-4)
-    assert ratio(loss.metrics["val/clipfrac_avg"]) == 0
+    terms = parse_losses("sft + 2*dft", REGISTRY["sft"])
+    objective = objectives.make_sft_objective(model, terms=terms)
+    loss = objective(params, batch, KEY)
+    dft = np.where(batch.completion_mask, losses.dft_loss(logps), 0).sum()
+    np.testing.assert_allclose(loss.sum, -np.sum(logps) + 2 * dft, rtol=1e-5)
+    np.testing.assert_allclose(loss.metrics["loss/dft"][0], 2 * dft, rtol=1e-5)
