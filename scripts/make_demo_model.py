@@ -29,7 +29,7 @@ SEED = 0
 EOS, PAD = "<|end|>", "<|pad|>"
 VOCAB, LENGTH = 1024, 128
 # Rows of each kind: for training, held out.
-PROMPTS, PAIRS, DEMONSTRATIONS = (1024, 256), (1536, 256), (2048, 128)
+PROMPTS, PAIRS, DEMONSTRATIONS = (1024, 256), (3072, 256), (2048, 128)
 
 
 def write_data(out: Path) -> None:

@@ -33,6 +33,8 @@ FOLDERS = {
     "PPO": "ppo",
     "DPO": "dpo",
 }
+# On a CPU reading activations back costs more than computing them twice.
+COMPUTE = train.ComputeOptions(remat=True)
 SHOWN = 6  # held-out prompts whose replies the report shows
 NOTE = (
     "A LLaMA of 0.8M parameters learns to answer, then what to prefer: replies that "
@@ -50,11 +52,11 @@ class DemoConfig:
     out: str = "runs/demo"
     """Directory for sft/, reward/, ppo/, dpo/, table.json and report.html."""
     seed: int = 0
-    sft_steps: int = 112
-    reward_steps: int = 176
-    ppo_steps: int = 40
+    sft_steps: int = 160
+    reward_steps: int = 400
+    ppo_steps: int = 36
     """Iterations: 64 completions and the updates on them."""
-    dpo_steps: int = 96
+    dpo_steps: int = 160
     eval_prompts: int = 256
     """Held-out prompts that every model answers; at most 256."""
 
@@ -123,6 +125,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 model=str(ASSETS / "model"),
                 steps=config.sft_steps,
                 batch_size=32,
+                sft=train.SFTOptions(compute=COMPUTE),
                 **common("sft", "sft", 2e-3, schedule="cosine"),
             ),
         ),
@@ -131,8 +134,8 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.RewardConfig(
                 model=sft,
                 steps=config.reward_steps,
-                batch_size=32,
-                reward=train.RewardOptions(center_coef=0.01),
+                batch_size=16,
+                reward=train.RewardOptions(center_coef=0.01, compute=COMPUTE),
                 **pairs("reward", learning_rate=1e-3),
             ),
         ),
@@ -144,7 +147,14 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 steps=config.ppo_steps,
                 batch_size=64,
                 ppo=ppo_options(),
-                **common("ppo", "prompts", 3e-4, schedule="constant"),
+                **common(
+                    "ppo",
+                    "prompts",
+                    3e-4,
+                    schedule="linear",
+                    end_fraction=0.5,
+                    eps=1e-5,
+                ),
             ),
         ),
         "DPO": (
@@ -152,9 +162,9 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.DPOConfig(
                 model=sft,
                 steps=config.dpo_steps,
-                batch_size=32,
-                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 2*sft"),
-                **pairs("dpo", learning_rate=3e-4),
+                batch_size=16,
+                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 2*sft", compute=COMPUTE),
+                **pairs("dpo", learning_rate=2e-4),
             ),
         ),
     }
@@ -164,12 +174,13 @@ def ppo_options() -> train.PPOOptions:
     """PPO's dials for a task of about thirty tokens a reply."""
     return train.PPOOptions(
         num_epochs=2,
-        num_minibatches=2,
+        num_minibatches=4,
         gae_lambda=0.95,
         critic_learning_rate=1e-3,
         kl=KLConfig(kl_coef=0.05),
         rewards=ScoreOptions(missing_eos_penalty=1.0),
         sampling=SampleConfig(max_new_tokens=REPLY_LENGTH),
+        compute=COMPUTE,
     )
 
 

@@ -215,7 +215,7 @@ def preference_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str
         topic = parse(prompt, "prompt") or {}
         chosen = make_reply(rng, topic, on_topic=True, happy=True)
         # Topic is harder to see than mood and form: most pairs differ by topic.
-        (failure,) = rng.choices(("topic", "mood", "form"), (5, 3, 2))
+        (failure,) = rng.choices(("topic", "mood", "form"), (6, 2, 2))
         if failure == "form":
             rejected = make_malformed(rng, topic)
         else:
