@@ -1,7 +1,12 @@
 """Mutants of a Python file: each is one small change to its syntax tree."""
 
 import ast
+import collections
 import copy
+import hashlib
+import importlib.abc
+import importlib.machinery
+import random
 
 OPERATORS = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult},
@@ -101,3 +106,38 @@ def mutants(source):
             holder[key] = node
             told = {"number": number, "line": line, "kind": kind}
             yield told | {"before": before, "after": after}, code
+
+
+def all_mutants(folder, files, seed):
+    """The mutants of the files so called, in an order that the seed decides."""
+    found = []
+    for name in files:
+        source = (folder / f"{name}.py").read_text("utf-8")
+        digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+        found += [({"file": name, "of": digest, **m}, c) for m, c in mutants(source)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def stratified(found, size):
+    """From each file its share of size mutants, rounded up."""
+    left = collections.Counter(told["file"] for told, _ in found)
+    left = {f: -(-size * n // len(found)) for f, n in left.items()}
+    for told, code in found:
+        left[told["file"]] -= 1
+        if left[told["file"]] >= 0:
+            yield told, code
+
+
+class Mutant(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Has the module of this name imported with other code than its file's."""
+
+    def __init__(self, name, code):
+        self.name, self.code = name, code
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == self.name:
+            return importlib.machinery.ModuleSpec(fullname, self)
+
+    def exec_module(self, module):
+        exec(self.code, vars(module))

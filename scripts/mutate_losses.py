@@ -11,12 +11,8 @@ not mutated.
 
 import argparse
 import collections
-import hashlib
-import importlib.abc
-import importlib.machinery
 import json
 import os
-import random
 import re
 import signal
 import sys
@@ -39,21 +35,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 import chex  # noqa: E402, F401  (before the forks, so that each need not)
 import jax.numpy  # noqa: E402, F401
 import pytest  # noqa: E402
-from mutants import mutants  # noqa: E402
-
-
-class Mutant(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives the module its mutated code."""
-
-    def __init__(self, name, code):
-        self.name, self.code = f"jalign.losses.{name}", code
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname == self.name:
-            return importlib.machinery.ModuleSpec(fullname, self)
-
-    def exec_module(self, module):
-        exec(self.code, vars(module))
+from mutants import Mutant, all_mutants, stratified  # noqa: E402
 
 
 class Watch:
@@ -123,13 +105,15 @@ def fork(told, code):
     if pid:
         os.close(writer)
         return pid, reader
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    if code:
-        sys.meta_path.insert(0, Mutant(told["file"], code))
-    answer = run_tests(told["file"]) or "survived"
-    os.write(writer, answer.encode())
-    os._exit(0)
+    try:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if code:
+            sys.meta_path.insert(0, Mutant(f"jalign.losses.{told['file']}", code))
+        answer = run_tests(told["file"]) or "survived"
+        os.write(writer, answer.encode())
+    finally:
+        os._exit(0)
 
 
 def run_all(todo, jobs, write):
@@ -147,27 +131,6 @@ def run_all(todo, jobs, write):
         by = os.read(reader, 4096).decode() or f"signal {os.WTERMSIG(status)}"
         os.close(reader)
         write({**told, "by": by, "seconds": round(time.time() - start, 1)})
-
-
-def all_mutants(files, seed):
-    """(what identifies the mutant, its code), in an order that the seed decides."""
-    found = []
-    for name in files:
-        source = (LOSSES / f"{name}.py").read_text("utf-8")
-        digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-        found += [({"file": name, "of": digest, **m}, c) for m, c in mutants(source)]
-    random.Random(seed).shuffle(found)
-    return found
-
-
-def stratified(found, size):
-    """From each file its share of size mutants, rounded up."""
-    left = collections.Counter(told["file"] for told, _ in found)
-    left = {f: -(-size * n // len(found)) for f, n in left.items()}
-    for told, code in found:
-        left[told["file"]] -= 1
-        if left[told["file"]] >= 0:
-            yield told, code
 
 
 def identity(told):
@@ -198,7 +161,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="run nothing, show results")
     args = parser.parse_args()
     files = args.file or sorted(p.stem for p in LOSSES.glob("[a-z]*.py"))
-    found = all_mutants(files, args.seed)
+    found = all_mutants(LOSSES, files, args.seed)
     print(f"{len(found)} mutants")
     found = list(stratified(found, args.sample or len(found)))
     WORK.mkdir(parents=True, exist_ok=True)
