@@ -47,6 +47,10 @@ def test_reinforce_plus_plus_whitens_the_returns():
     for gamma in (1.0, 0.9):
         got = reinforce_plus_plus_advantages(TOKEN_REWARDS, MASK, gamma=gamma)
         np.testing.assert_allclose(got, whitened(returns(gamma)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(
+        reinforce_plus_plus_advantages(TOKEN_REWARDS, MASK),
+        reinforce_plus_plus_advantages(TOKEN_REWARDS, MASK, gamma=1.0),
+    )
 
 
 def test_the_baseline_variant_takes_off_the_mean_of_the_group():
