@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jalign.losses.dpo import log_ratios, smoothed_logistic
 from jalign.losses.elementwise import Array, Scalar, check_float32, check_mask
+from jalign.losses.group_advantages import everywhere
 
 
 def aot_loss(
@@ -84,6 +85,8 @@ def _cleaned(arrays: list, mask: Array) -> list[jax.Array]:
 
 def _minus_same_quantile(x: jax.Array, y: jax.Array, mask: Array) -> jax.Array:
     """x_i minus the counted y of the same rank as x_i among the counted x."""
-    order_x, order_y = (jnp.argsort(jnp.where(mask, z, jnp.inf)) for z in (x, y))
+    # What is sorted must not be split over devices.
+    ends = [everywhere(jnp.where(mask, z, jnp.inf)) for z in (x, y)]
+    order_x, order_y = map(jnp.argsort, ends)
     rank = jnp.argsort(order_x)  # the inverse permutation
-    return x - y[order_y[rank]]
+    return x - everywhere(y)[order_y[rank]]

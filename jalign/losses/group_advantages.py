@@ -101,12 +101,12 @@ def _group_statistics(rewards, group_ids, mask):
     chex.assert_equal_shape([group_ids, rewards])
     group_ids, mask = jnp.asarray(group_ids), jnp.asarray(mask)
     rewards = jax.lax.stop_gradient(jnp.where(mask, rewards, 0.0))
-    same = group_ids[:, None] == _everywhere(group_ids)[None, :]
-    same &= _everywhere(mask.astype(jnp.int32))[None, :] > 0
+    same = group_ids[:, None] == everywhere(group_ids)[None, :]
+    same &= everywhere(mask.astype(jnp.int32))[None, :] > 0
 
     # A sum, not a product of matrices, which accelerators would take in bfloat16.
     def over_group(x, reduce=jnp.sum):
-        return reduce(jnp.where(same, _everywhere(x)[None, :], 0.0), axis=1)
+        return reduce(jnp.where(same, everywhere(x)[None, :], 0.0), axis=1)
 
     size = over_group(jnp.ones_like(rewards))
     mean = over_group(rewards) / jnp.maximum(size, 1.0)
@@ -117,7 +117,7 @@ def _group_statistics(rewards, group_ids, mask):
     return jnp.where(signal, centered, 0.0), jnp.sqrt(var), size
 
 
-def _everywhere(x: jax.Array) -> jax.Array:
+def everywhere(x: jax.Array) -> jax.Array:
     """x [B] as each device has it all, so that [B, B] is split along one axis only.
 
     By a sum over the split axis, and so without naming an axis of the mesh; of one

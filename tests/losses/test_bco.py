@@ -36,6 +36,11 @@ def test_the_shift_is_the_mean_of_all_rewards_seen():
         np.testing.assert_allclose(state, (seen.mean(), seen.size), rtol=1e-5)
 
 
+def test_of_one_reward_the_shift_is_that_reward():
+    state = bco_shift_update(0.0, 0.0, np.float32([3.0]), np.ones(1, bool))
+    assert state == (3.0, 1.0)
+
+
 def test_a_long_run_neither_stops_nor_overflows():
     one = np.ones(2, np.float32)
     shift, count = bco_shift_update(0.0, 2.0**24, one, one > 0)

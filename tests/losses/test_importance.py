@@ -41,6 +41,13 @@ def test_sequence_weights_are_cut_off_or_dropped_as_a_whole():
     close(sequence_masked_importance_weights(*args, **BOUNDS), SEQUENCE * kept * MASK)
 
 
+def test_ratios_at_the_bounds_are_kept():
+    for low, high in ((1.0, 2.0), (0.5, 1.0)):
+        bounds = {"min_ratio": low, "max_ratio": high}
+        close(masked_importance_weights(OLD, OLD, **bounds), np.ones((3, 3)))
+        close(sequence_masked_importance_weights(OLD, OLD, MASK, **bounds), MASK)
+
+
 def test_without_a_lower_bound_small_ratios_stay():
     for function in (truncated_importance_weights, masked_importance_weights):
         got = function(OLD - 9, SAMPLER, max_ratio=1e9)

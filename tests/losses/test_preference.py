@@ -107,7 +107,7 @@ def test_discopop_of_a_hopeless_pair_is_its_margin_and_not_nan():
 
 def test_every_scalar_may_be_traced_and_mapped():
     """vmap over the scalars of all cases at once is a loop over them."""
-    names = [n for n in cases_preference.CASES if CASES[n].scalars]
+    names = [n for n in cases_preference.PREFERENCE_CASES if CASES[n].scalars]
     factors = np.float32([1.0, 0.5])
 
     def all_losses(factor):

@@ -158,6 +158,16 @@ def test_eight_devices_give_what_one_gives(name):
     assert_trees(close(1e-6, 1e-6), got, value_and_grads(name, mask, arrays))
 
 
+CHUNKED = [name for name, case in CASES.items() if "hidden" in case.args]
+
+
+@pytest.mark.parametrize("name", [name for name in CHUNKED if name != "map_logits"])
+def test_the_size_of_chunks_is_heeded(name):
+    function = functools.partial(getattr(losses, name), *make_arrays(CASES[name]))
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        jax.eval_shape(lambda: function(chunk_size=0))
+
+
 EXTREMES = [0, 1, -1, 20, -20, 90, -90, 1e3, -1e3, 1e4, -1e4]
 
 

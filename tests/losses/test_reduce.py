@@ -48,6 +48,15 @@ def test_entries_that_differ_beside_a_large_mean_are_still_whitened():
     np.testing.assert_allclose(got, [[-1, 0, 1]], atol=1e-3)
 
 
+def test_the_variance_of_two_entries_is_half_their_squared_distance():
+    assert masked_var(np.float32([1, 9, 3]), np.array([True, False, True])) == 2.0
+
+
+def test_rounding_noise_is_told_by_the_largest_entry_however_small():
+    got = masked_whiten(np.float32([[1e-7, 3e-7]]), np.ones((1, 2), bool))
+    np.testing.assert_allclose(got, [[-1e-3, 1e-3]], rtol=1e-4)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_entries_give_zeros_not_nan(count):
     mask = np.arange(5) < count

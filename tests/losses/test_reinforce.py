@@ -1,6 +1,7 @@
 """Tests for jalign/losses/reinforce.py."""
 
 import numpy as np
+import pytest
 
 from jalign.losses import (
     reinforce_plus_plus_advantages,
@@ -47,6 +48,10 @@ def test_reinforce_plus_plus_whitens_the_returns():
     for gamma in (1.0, 0.9):
         got = reinforce_plus_plus_advantages(TOKEN_REWARDS, MASK, gamma=gamma)
         np.testing.assert_allclose(got, whitened(returns(gamma)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(
+        reinforce_plus_plus_advantages(TOKEN_REWARDS, MASK),
+        reinforce_plus_plus_advantages(TOKEN_REWARDS, MASK, gamma=1.0),
+    )
 
 
 def test_the_baseline_variant_takes_off_the_mean_of_the_group():
@@ -70,3 +75,9 @@ def test_groups_of_different_spread_keep_it():
 def test_remax_takes_off_the_greedy_reward():
     got = remax_advantages(np.float32([1.0, 2.0]), np.float32([0.5, 3.0]))
     np.testing.assert_array_equal(got, [0.5, -1.0])
+
+
+def test_a_mask_without_time_is_refused():
+    rewards, mask = np.zeros(4, np.float32), np.ones(4, bool)
+    with pytest.raises(AssertionError):
+        reinforce_plus_plus_baseline_advantages(rewards, np.zeros(4, int), mask)

@@ -82,3 +82,11 @@ def test_bfloat16_heads_are_accumulated_in_float32():
 def test_refuses_another_vocabulary():
     with pytest.raises(AssertionError):
         losses.token_kl(HIDDEN, UNEMBED, REF_HIDDEN, REF_UNEMBED[:, :-1])
+
+
+def test_defaults_are_temperature_1_and_beta_a_half():
+    args = HIDDEN[:1, :2], UNEMBED, REF_HIDDEN[:1, :2], REF_UNEMBED
+    for function in FUNCTIONS:
+        options = {"beta": 0.5} if function is losses.token_jsd else {}
+        want = function(*args, temperature=1.0, **options)
+        np.testing.assert_array_equal(function(*args), want)
