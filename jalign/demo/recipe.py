@@ -54,7 +54,7 @@ class DemoConfig:
     seed: int = 0
     sft_steps: int = 160
     reward_steps: int = 400
-    ppo_steps: int = 36
+    ppo_steps: int = 44
     """Iterations: 64 completions and the updates on them."""
     dpo_steps: int = 160
     eval_prompts: int = 256
@@ -150,7 +150,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 **common(
                     "ppo",
                     "prompts",
-                    3e-4,
+                    2e-4,
                     schedule="linear",
                     end_fraction=0.5,
                     eps=1e-5,
