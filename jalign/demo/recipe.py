@@ -35,11 +35,12 @@ FOLDERS = {
 }
 # On a CPU reading activations back costs more than computing them twice.
 COMPUTE = train.ComputeOptions(remat=True)
+PPO_DECAY = {"schedule": "linear", "end_fraction": 0.5, "eps": 1e-5}
 SHOWN = 6  # held-out prompts whose replies the report shows
 NOTE = (
     "A LLaMA of 0.8M parameters learns to answer, then what to prefer: replies that "
-    "are about the person and the thing of the prompt and end well. Half of the "
-    "demonstrations it learns from are such. PPO follows the trained reward model, DPO "
+    "are about the person and the thing of the prompt and end well. Little over half of "
+    "the demonstrations are such. PPO follows the trained reward model, DPO "
     "the same preference pairs; the shares below come from neither, but from the rule "
     "that made the data, on held-out prompts at temperature 1."
 )
@@ -69,8 +70,8 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> str:
     """Runs the demo; returns the table for the terminal."""
-    rows = run_stages(config)
-    return f"{format_table(rows)}\n\nreport: {Path(config.out) / 'report.html'}"
+    table = format_table(run_stages(config))
+    return f"{table}\n\nreport: {Path(config.out) / 'report.html'}"
 
 
 def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
@@ -147,14 +148,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 steps=config.ppo_steps,
                 batch_size=64,
                 ppo=ppo_options(),
-                **common(
-                    "ppo",
-                    "prompts",
-                    2e-4,
-                    schedule="linear",
-                    end_fraction=0.5,
-                    eps=1e-5,
-                ),
+                **common("ppo", "prompts", 2e-4, **PPO_DECAY),
             ),
         ),
         "DPO": (
@@ -229,16 +223,11 @@ def judge_model(
         ref_model=reference[0],
     )
 
-    def share(of) -> float:
-        return sum(map(of, verdicts)) / len(verdicts)
-
-    return {
-        "preferred": share(lambda v: v.preferred),
-        "well formed": share(lambda v: v.well_formed),
-        "on topic": share(lambda v: v.on_topic),
-        "happy": share(lambda v: v.happy),
-        "KL to SFT": kl["kl_per_sequence"],
-    }, texts
+    figures = {
+        name.replace("_", " "): sum(getattr(v, name) for v in verdicts) / len(verdicts)
+        for name in ("preferred", "well_formed", "on_topic", "happy")
+    }
+    return figures | {"KL to SFT": kl["kl_per_sequence"]}, texts
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

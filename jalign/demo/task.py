@@ -71,7 +71,7 @@ FACTS = (
     "There is a {colour} {thing} in the {place}.",
     "This is a story about {name} and the {colour} {thing}.",
 )
-# Chances under which about half of the replies are what is wanted.
+# Chances under which about half of what the tuned model replies is what is wanted.
 HAPPY_RATE, ON_TOPIC_RATE = 0.6, 0.93
 
 

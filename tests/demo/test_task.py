@@ -68,11 +68,11 @@ def test_the_generator_is_what_the_judge_expects():
             assert task.judge(PROMPT, reply) == (True, on_topic, happy), reply
 
 
-def test_demonstrations_are_half_and_pairs_are_right():
+def test_demonstrations_are_little_over_half_and_pairs_are_right():
     prompts = task.make_prompts(0, 1000, held_out=False)
     rows = list(task.sft_rows(0, prompts))
     rate = np.mean([task.judge(r["prompt"], r["completion"]).preferred for r in rows])
-    assert 0.45 < rate < 0.55
+    assert 0.5 < rate < 0.6
     for row in task.preference_rows(0, prompts):
         assert task.judge(row["prompt"], row["chosen"]).preferred
         assert not task.judge(row["prompt"], row["rejected"]).preferred
