@@ -40,7 +40,7 @@ SHOWN = 6  # held-out prompts whose replies the report shows
 NOTE = (
     "A LLaMA of 0.8M parameters learns to answer, then what to prefer: replies that "
     "are about the person and the thing of the prompt and end well. Little more than "
-    "half of the demonstrations are such. PPO follows the trained reward model, DPO the "
+    "half the demonstrations are such. PPO follows the trained reward model, DPO the "
     "same preference pairs; the shares below come from neither, but from the rule that "
     "made the data, on held-out prompts at temperature 1."
 )
