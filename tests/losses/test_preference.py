@@ -3,13 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jalign import losses
-from tests.losses import cases_preference
-from tests.losses.cases import CASES, call, make_arrays
 from tests.losses.pairs import BETA, EPS, LOGPS, assert_all_match, log_sigmoid, sigmoid
 
 partial = functools.partial
@@ -103,25 +100,3 @@ def test_discopop_of_a_hopeless_pair_is_its_margin_and_not_nan():
 
     value, grad = jax.value_and_grad(loss)(np.float32([-1e4]))
     np.testing.assert_allclose([value, grad[0]], [1e4, -1.0], rtol=1e-6)
-
-
-def test_every_scalar_may_be_traced_and_mapped():
-    """vmap over the scalars of all cases at once is a loop over them."""
-    names = [n for n in cases_preference.PREFERENCE_CASES if CASES[n].scalars]
-    factors = np.float32([1.0, 0.5])
-
-    def all_losses(factor):
-        outputs = {}
-        for name in names:
-            scalars = {k: v * factor for k, v in CASES[name].scalars.items()}
-            function = partial(getattr(losses, name), **scalars)
-            outputs[name] = function(*map(jnp.asarray, make_arrays(CASES[name])))
-        return outputs
-
-    mapped = jax.jit(jax.vmap(all_losses))(factors)
-    for name in names:
-        want = call(name, *make_arrays(CASES[name]))
-        np.testing.assert_allclose(mapped[name][0], want, rtol=1e-5, atol=1e-6)
-        scalars = {k: 0.5 * v for k, v in CASES[name].scalars.items()}
-        want = getattr(losses, name)(*make_arrays(CASES[name]), **scalars)
-        np.testing.assert_allclose(mapped[name][1], want, rtol=1e-5, atol=1e-6)

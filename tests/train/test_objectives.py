@@ -3,32 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jalign import losses
 from jalign.losses.registry import REGISTRY
 from jalign.train import forward, objectives
 from jalign.train.loss_spec import parse_losses
 from tests.train import tiny
+from tests.train.tiny import ratio
 
 KEY = jax.random.key(0)
 SIDES = ("chosen", "rejected")
-
-
-@pytest.fixture(scope="module")
-def language_model():
-    model = tiny.model()
-    return model, model.init(KEY)
-
-
-@pytest.fixture(scope="module")
-def scored_model():
-    model = tiny.model(num_labels=1)
-    return model, model.init(KEY)
-
-
-def ratio(pair):
-    return float(pair[0] / pair[1])
 
 
 def test_sft(language_model):

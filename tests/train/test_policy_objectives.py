@@ -7,24 +7,9 @@ import pytest
 from jalign.train import forward, policy_objectives
 from jalign.types import Rollout
 from tests.train import tiny
+from tests.train.tiny import ratio
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module")
-def language_model():
-    model = tiny.model()
-    return model, model.init(KEY)
-
-
-@pytest.fixture(scope="module")
-def scored_model():
-    model = tiny.model(num_labels=1)
-    return model, model.init(KEY)
-
-
-def ratio(pair):
-    return float(pair[0] / pair[1])
 
 
 def rollout(model, params, value_model, value_params):

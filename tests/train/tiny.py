@@ -60,3 +60,8 @@ def same(a, b) -> bool:
     return jax.tree.all(
         jax.tree.map(lambda x, y: np.array_equal(words(x), words(y)), a, b)
     )
+
+
+def ratio(pair):
+    """A metric's (sum, count) as the number a reader sees."""
+    return float(pair[0] / pair[1])
