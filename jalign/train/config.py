@@ -81,12 +81,7 @@ class SFTOptions:
     compute: ComputeOptions = field(default_factory=ComputeOptions)
 
     def __post_init__(self):
-        _check(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
-        )
-        _check(self.z_loss >= 0, f"z_loss must be >= 0, got {self.z_loss}")
-        self.terms()
+        _check_scalars(self.terms(), smoothing_below=1.0)
 
     def terms(self) -> dict[str, Term]:
         """The losses to sum, with the flags as their options."""
@@ -132,18 +127,13 @@ class DPOOptions:
     compute: ComputeOptions = field(default_factory=ComputeOptions)
 
     def __post_init__(self):
-        beta = self.beta
-        _check(beta is None or beta > 0, f"beta must be > 0, got {beta}")
-        _check(
-            0 <= self.label_smoothing < 0.5,
-            f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}",
-        )
-        whole = [n for n, term in self.terms().items() if term.entry.whole_batch]
-        _check(
-            not whole or self.compute.microbatches == 1,
-            f"loss {whole[:1]} compares the rows of the whole batch: microbatches must "
-            f"be 1, got {self.compute.microbatches}",
-        )
+        _check_scalars(self.terms(), smoothing_below=0.5)
+        for name, term in self.terms().items():
+            _check(
+                not term.entry.whole_batch or self.compute.microbatches == 1,
+                f"loss {name!r} compares the rows of the whole batch: microbatches "
+                f"must be 1, got {self.compute.microbatches}",
+            )
 
     def terms(self) -> dict[str, Term]:
         """The losses to sum, with the flags as their options."""
@@ -195,6 +185,22 @@ def _check_microbatches(batch_size: int, compute: ComputeOptions) -> None:
         batch_size % compute.microbatches == 0,
         f"microbatches {compute.microbatches} does not divide batch_size {batch_size}",
     )
+
+
+def _check_scalars(terms: dict[str, Term], smoothing_below: float) -> None:
+    """Holds the options of every loss, from a flag or from --loss, to their ranges."""
+    for name, term in terms.items():
+        scalars, where = term.settings, f"(loss {name!r})"
+        beta = scalars.get("beta", 1.0)
+        _check(beta > 0, f"beta must be > 0, got {beta} {where}")
+        z_loss = scalars.get("z_loss", 0.0)
+        _check(z_loss >= 0, f"z_loss must be >= 0, got {z_loss} {where}")
+        smoothing = scalars.get("label_smoothing", 0.0)
+        _check(
+            0 <= smoothing < smoothing_below,
+            f"label_smoothing must be in [0, {smoothing_below:g}), got {smoothing} "
+            f"{where}",
+        )
 
 
 def _given(flags: dict[str, float]) -> dict[str, float]:

@@ -3,7 +3,13 @@ import dataclasses
 import pytest
 
 from jalign.train import config
-from jalign.train.config import DPOConfig, RewardConfig, SFTConfig, SFTOptions
+from jalign.train.config import (
+    DPOConfig,
+    DPOOptions,
+    RewardConfig,
+    SFTConfig,
+    SFTOptions,
+)
 from jalign.train.optim import OptimConfig
 from jalign.train.ppo_config import ComputeOptions
 
@@ -33,3 +39,30 @@ def test_at_most_15_fields_each():
 def test_contradictions_name_the_fields(wrong, words):
     with pytest.raises(ValueError, match=words):
         SFTConfig(**HERE, **wrong)
+
+
+@pytest.mark.parametrize(
+    "options, wrong, words",
+    [
+        (DPOOptions, dict(beta=0.0), "beta must be > 0, got 0.0 .*'dpo'"),
+        (DPOOptions, dict(loss="sft + dpo:beta=-1"), "beta must be > 0, got -1.0"),
+        (DPOOptions, dict(label_smoothing=0.5), r"must be in \[0, 0.5\), got 0.5"),
+        (DPOOptions, dict(loss="robust:label_smoothing=0.6"), "got 0.6 .*'robust'"),
+        (SFTOptions, dict(label_smoothing=1.0), r"must be in \[0, 1\), got 1.0"),
+        (SFTOptions, dict(z_loss=-1.0), "z_loss must be >= 0, got -1.0"),
+        (SFTOptions, dict(loss="sft:z_loss=-1e-4"), "z_loss must be >= 0"),
+    ],
+)
+def test_scalars_keep_to_their_range_from_a_flag_or_inside_the_loss(
+    options, wrong, words
+):
+    with pytest.raises(ValueError, match=words):
+        options(**wrong)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_a_loss_of_the_whole_batch_takes_no_micro_batches(name):
+    DPOOptions(loss=name)
+    words = f"loss '{name}' compares .* microbatches must be 1, got 2"
+    with pytest.raises(ValueError, match=words):
+        DPOOptions(loss=f"dpo + {name}", compute=ComputeOptions(microbatches=2))
