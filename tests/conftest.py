@@ -6,13 +6,22 @@ from pathlib import Path
 import jax
 import pytest
 
+_ROOT = Path(__file__).resolve().parents[1]
+# Compiled once for all workers and for the commands, kernels and hosts they start.
+_CACHE = {
+    "jax_compilation_cache_dir": str(_ROOT / ".pytest_cache" / "xla"),
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+}
+for _name, _value in _CACHE.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-_SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+_SHARED = _ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`jalign sft` and `jalign dpo` as two real processes, and killed and continued runs.
+"""Two processes that train as one, and every command killed and continued.
 
 Everything goes through the command, as a user's job would.
 """
@@ -19,15 +19,25 @@ from tests.sharding.processes import free_port
 
 TIMEOUT = 300
 COMMON = ["--model", str(ASSETS / "model"), "--batch-size", "8", "--max-length", "64"]
-COMMON += ["--checkpoint-every", "2", "--no-compilation-cache"]
+COMMON += ["--checkpoint-every", "2"]
 DATA = {
-    "sft": str(ASSETS / "sft_train.jsonl"),
-    "dpo": str(ASSETS / "preferences_train.jsonl"),
+    "sft": "sft_train.jsonl",
+    "reward": "preferences_train.jsonl",
+    "dpo": "preferences_train.jsonl",
+    "ppo": "prompts_train.jsonl",
 }
+REWARD = """
+def length(prompts, completions, rows):
+    return [-float(len(text)) for text in completions]
+"""
 
 
 def start(command: str, out: Path, *more: str) -> subprocess.Popen:
-    words = [sys.executable, "-m", "jalign", command, "--data", DATA[command]]
+    # A few rows are enough: dpo asks the reference about every one before it starts.
+    data = out.parent / DATA[command]
+    rows = (ASSETS / DATA[command]).read_text("utf-8").splitlines(keepends=True)
+    data.write_text("".join(rows[:64]), "utf-8")
+    words = [sys.executable, "-m", "jalign", command, "--data", str(data)]
     words += [*COMMON, "--out", str(out), *more]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
@@ -45,9 +55,9 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
     return text
 
 
-def losses(out: Path) -> list[float]:
+def measured(out: Path, name: str = "loss") -> list[float]:
     lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [json.loads(line)[name] for line in lines]
 
 
 def weights(out: Path) -> dict:
@@ -73,7 +83,8 @@ def test_two_processes_train_as_one_does(command, tmp_path):
     ]
     texts = [finish(process) for process in both]
     finish(start(command, tmp_path / "one", "--steps", "3"))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = measured(tmp_path / "one"), measured(tmp_path / "two")
+    assert two == pytest.approx(one, rel=1e-4)
     assert "loss" in texts[0] and "loss" not in texts[1], "only process 0 speaks"
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert two.keys() == one.keys()
@@ -82,11 +93,23 @@ def test_two_processes_train_as_one_does(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_a_killed_run_continues_to_identical_weights(how, tmp_path):
-    steps = ("--steps", "12", "--cpu-devices", "1")
-    finish(start("sft", tmp_path / "whole", *steps))
-    process = start("sft", tmp_path / "cut", *steps)
+@pytest.mark.parametrize(
+    "command, how",
+    [
+        ("sft", signal.SIGTERM),
+        ("reward", signal.SIGTERM),
+        ("dpo", signal.SIGKILL),
+        ("ppo", signal.SIGKILL),
+    ],
+)
+def test_a_killed_run_continues_to_identical_weights(command, how, tmp_path):
+    more = ["--steps", "12", "--cpu-devices", "1"]
+    if command == "ppo":
+        (tmp_path / "reward.py").write_text(REWARD, "utf-8")
+        more += ["--reward", f"{tmp_path / 'reward.py'}:length"]
+        more += ["--max-new-tokens", "16"]
+    finish(start(command, tmp_path / "whole", *more))
+    process = start(command, tmp_path / "cut", *more)
     deadline = time.monotonic() + TIMEOUT
     metrics = tmp_path / "cut" / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
@@ -95,9 +118,10 @@ def test_a_killed_run_continues_to_identical_weights(how, tmp_path):
     process.send_signal(how)
     finish(process, code=75 if how == signal.SIGTERM else -signal.SIGKILL)
     assert not (tmp_path / "cut" / "model").exists(), "it was killed too late"
-    text = finish(start("sft", tmp_path / "cut", *steps))
+    text = finish(start(command, tmp_path / "cut", *more))
     assert "continuing from step" in text
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    name = "reward" if command == "ppo" else "loss"
+    assert measured(tmp_path / "cut", name) == measured(tmp_path / "whole", name)
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     assert all((whole[name] == cut[name]).all() for name in whole)

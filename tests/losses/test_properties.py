@@ -33,11 +33,17 @@ def float_args(name):
     return [i for i, a in enumerate(CASES[name].args) if a not in not_floats]
 
 
-def value_and_grads(name, mask, arrays):
-    function = functools.partial(total, name, mask)
+@functools.cache
+def compiled(name):
+    """(mask, *arrays) -> the total and its gradients; kept, for it compiles slowly."""
+    function = functools.partial(total, name)
     if not float_args(name):
-        return jax.jit(function)(*arrays), ()
-    return jax.jit(jax.value_and_grad(function, float_args(name)))(*arrays)
+        return jax.jit(lambda *args: (function(*args), ()))
+    return jax.jit(jax.value_and_grad(function, [i + 1 for i in float_args(name)]))
+
+
+def value_and_grads(name, mask, arrays):
+    return compiled(name)(mask, *arrays)
 
 
 def assert_trees(check, got, want):
