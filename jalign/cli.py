@@ -124,7 +124,7 @@ def start_jax(launch: Launch) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", launch.cpu_devices)
     # One that the user has named (JAX_COMPILATION_CACHE_DIR) stays.
-    if launch.compilation_cache and not jax.config.jax_compilation_cache_dir:
+    if launch.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", f"{home}/jalign/xla")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
