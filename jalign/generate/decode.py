@@ -18,7 +18,7 @@ Step = Callable[[jax.Array, jax.Array, kv.KVCache], tuple[jax.Array, kv.KVCache]
 """(tokens [S], positions [S], cache) -> (logits float32 [S, V], cache)."""
 
 Choose = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-"""(logits [S, V], keys [S]) -> tokens int32 [S], logps float32 [S], stops bool [S]."""
+"""(logits [S, V], random [S, 2]) -> tokens int32, logps float32, stops bool; [S]."""
 
 _SHRINK = 4  # the loop goes on with a quarter of its seats, when no more are taken
 _MIN_SEATS = 4
@@ -31,7 +31,7 @@ class Queue(NamedTuple):
       prompts: a cache of P slots with every prompt.
       prompt: int32 [R], the prompt of each row.
       lengths: int32 [R], of the prompt.
-      keys: PRNG keys [R].
+      random: float32 [R, N, 2], for the draw of each token of a row.
       first: int32 [R], the row's first token; float32 [R], its log-probability.
       stopped: bool [R], by the first token already.
       ignored: bool [R], fills the batch up, is stopped and writes nothing.
@@ -40,7 +40,7 @@ class Queue(NamedTuple):
     prompts: kv.KVCache
     prompt: jax.Array
     lengths: jax.Array
-    keys: jax.Array
+    random: jax.Array
     first: tuple[jax.Array, jax.Array]
     stopped: jax.Array
     ignored: jax.Array
@@ -52,7 +52,7 @@ class Seats(NamedTuple):
     Attributes:
       row: int32, of the queue.
       length: int32, of its prompt.
-      key: PRNG keys.
+      random: float32 [S, N, 2], the row's.
       step: int32, tokens chosen so far.
       last: int32, the newest of them.
       done: bool.
@@ -62,7 +62,7 @@ class Seats(NamedTuple):
 
     row: jax.Array
     length: jax.Array
-    key: jax.Array
+    random: jax.Array
     step: jax.Array
     last: jax.Array
     done: jax.Array
@@ -171,7 +171,7 @@ def _take_seats(queue: Queue, seats: int, length: int) -> Seats:
     return Seats(
         row=jnp.arange(seats, dtype=jnp.int32),
         length=queue.lengths[:seats],
-        key=queue.keys[:seats],
+        random=queue.random[:seats],
         step=jnp.ones(seats, jnp.int32),
         last=token,
         done=queue.stopped[:seats] | bad | (length == 1),
@@ -193,8 +193,9 @@ def _note(written: Completion, step, tokens, logps, going) -> Completion:
 
 def _append(seats: Seats, logits: jax.Array, choose: Choose) -> Seats:
     """Chooses a token for each seat that is not done, and writes it down."""
-    keys = jax.vmap(jax.random.fold_in)(seats.key, seats.step)
-    tokens, logps, stops = choose(logits, keys)
+    step = jnp.minimum(seats.step, seats.random.shape[1] - 1)[:, None, None]
+    random = jnp.take_along_axis(seats.random, step, axis=1)[:, 0]
+    tokens, logps, stops = choose(logits, random)
     going = ~seats.done
     step = seats.step + going
     bad = going & jnp.isnan(logps)

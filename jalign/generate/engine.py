@@ -157,7 +157,7 @@ def _generate(
     )
     params = model.for_decoding(params)
     unembed = model.unembed(params)
-    keys = jax.random.wrap_key_data(key_data, impl=key_impl)
+    random = _random(jax.random.wrap_key_data(key_data, impl=key_impl), max_new_tokens)
     choose = _chooser(settings, **method)
 
     def step(tokens, positions, cache):
@@ -166,14 +166,16 @@ def _generate(
         return _logits(hidden[:, 0], unembed, model.mesh), cache
 
     hidden, prompts = _prefill(model, params, tokens, lengths)
-    prompt = jnp.repeat(jnp.arange(len(tokens)), len(keys) // len(tokens))
-    first = _first_tokens(hidden, unembed, prompt, keys, seats, choose, model.mesh)
-    ignored = jnp.arange(len(keys)) >= rows
+    prompt = jnp.repeat(jnp.arange(len(tokens)), len(random) // len(tokens))
+    first = _first_tokens(
+        hidden, unembed, prompt, random[:, 0], seats, choose, model.mesh
+    )
+    ignored = jnp.arange(len(random)) >= rows
     queue = Queue(
         prompts=prompts,
         prompt=prompt,
         lengths=lengths[prompt],
-        keys=keys,
+        random=random,
         first=first[:2],
         # The rows that fill the batch up must not keep the loop going.
         stopped=first[2] | ignored,
@@ -191,18 +193,18 @@ def _generate(
 
 
 def _chooser(settings: SamplingParams, *, greedy: bool, filtered: bool):
-    """The sampler as a function of (logits [S, V], keys [S]), and its stop tokens."""
+    """The sampler of (logits [S, V], random [S, 2]), with its stop tokens."""
     temperature, top_k, top_p, stop_tokens = settings
 
-    def choose(logits, keys):
+    def choose(logits, random):
         if greedy:
             tokens, logps = sampling.greedy(logits)
         elif filtered:
             tokens, logps = sampling.sample_filtered(
-                logits, keys, temperature=temperature, top_k=top_k, top_p=top_p
+                logits, random, temperature=temperature, top_k=top_k, top_p=top_p
             )
         else:
-            tokens, logps = sampling.sample(logits, keys, temperature=temperature)
+            tokens, logps = sampling.sample(logits, random, temperature=temperature)
         return tokens, logps, (tokens[:, None] == stop_tokens[None, :]).any(-1)
 
     return choose
@@ -221,21 +223,30 @@ def _prefill(model, params, tokens, lengths):
     return last, cache
 
 
-def _first_tokens(hidden, unembed, prompt, keys, seats, choose, mesh):
+def _random(keys: jax.Array, length: int) -> jax.Array:
+    """What the draws of all tokens take, float32 [R, N, 2], at once.
+
+    A step of the loop would take longer over its few keys than over its logits.
+    """
+    steps = jnp.arange(length, dtype=jnp.uint32)
+    of_row = jax.vmap(jax.random.fold_in, (None, 0))
+    return sampling.uniforms(jax.vmap(of_row, (0, None))(keys, steps))
+
+
+def _first_tokens(hidden, unembed, prompt, random, seats, choose, mesh):
     """The first token of every row: (tokens, logps, stops), each [R]."""
 
-    def of(hidden, keys):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
-        return choose(_logits(hidden, unembed, mesh), keys)
+    def of(hidden, random):
+        return choose(_logits(hidden, unembed, mesh), random)
 
     rows = len(prompt)
     if rows == seats:  # repeated, not gathered, so that no row leaves its device
-        return of(jnp.repeat(hidden, rows // len(hidden), axis=0), keys)
+        return of(jnp.repeat(hidden, rows // len(hidden), axis=0), random)
     # In parts: the logits of all rows would be larger than those of any step.
     parts = -(-rows // seats)
     index = jnp.minimum(jnp.arange(parts * seats), rows - 1).reshape(parts, seats)
     out = jax.lax.map(
-        lambda part: of(hidden[part[0]], part[1]), (prompt[index], keys[index])
+        lambda part: of(hidden[part[0]], part[1]), (prompt[index], random[index])
     )
     return jax.tree.map(lambda x: x.reshape(-1)[:rows], out)
 

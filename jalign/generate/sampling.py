@@ -1,4 +1,4 @@
-"""Token samplers: logits and keys in, tokens and their log-probabilities out.
+"""Token samplers: logits and random numbers in, tokens and their log-probabilities out.
 
 Every sampler returns log softmax(logits / temperature) of the token it chose, taken
 *before* top-k and top-p cut the tail. That is the number a trainer recomputes with
@@ -6,6 +6,7 @@ Every sampler returns log softmax(logits / temperature) of the token it chose, t
 the first update; renormalised log-probabilities would bias it.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -32,26 +33,32 @@ def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tokens, _chosen(jax.nn.log_softmax(logits), tokens)
 
 
+def uniforms(keys: jax.Array) -> jax.Array:
+    """The random numbers that a draw takes: PRNG keys [...] -> float32 [..., 2]."""
+    draw = functools.partial(jax.random.uniform, shape=(2,))
+    return jax.vmap(draw)(keys.reshape(-1)).reshape(*keys.shape, 2)
+
+
 def sample(
-    logits: jax.Array, keys: jax.Array, *, temperature: jax.Array | float = 1.0
+    logits: jax.Array, random: jax.Array, *, temperature: jax.Array | float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
     """Draw each row's token from softmax(logits / temperature).
 
     Args:
       logits: float [B, V].
-      keys: PRNG keys [B], one for each row, so that a row's draw does not depend on
-        its neighbours; consumed.
+      random: float32 [B, 2], `uniforms` of one key for each row, so that a row's draw
+        does not depend on its neighbours.
       temperature: float > 0, may be traced.
 
     Returns:
       tokens int32 [B]; logps float32 [B], nats.
     """
-    return _draw(logits.astype(jnp.float32) / temperature, keys, None)
+    return _draw(logits.astype(jnp.float32) / temperature, random, None)
 
 
 def sample_filtered(
     logits: jax.Array,
-    keys: jax.Array,
+    random: jax.Array,
     *,
     temperature: jax.Array | float = 1.0,
     top_k: jax.Array | int = 0,
@@ -64,7 +71,7 @@ def sample_filtered(
 
     Args:
       logits: float [B, V].
-      keys: PRNG keys [B], consumed.
+      random: float32 [B, 2], see `uniforms`.
       temperature: float > 0, may be traced.
       top_k: int, keep the k likeliest; 0 keeps all. May be traced.
       top_p: float in (0, 1], keep the smallest set of likeliest tokens whose
@@ -82,11 +89,11 @@ def sample_filtered(
     nucleus = _first(logits, mass, top_p * jnp.sum(mass, axis=-1))
     # Rounding in the sum must not cut the tail when top-p is off.
     keep &= nucleus | jnp.greater_equal(top_p, 1.0)
-    return _draw(logits, keys, keep)
+    return _draw(logits, random, keep)
 
 
 def _draw(
-    logits: jax.Array, keys: jax.Array, keep: jax.Array | None
+    logits: jax.Array, random: jax.Array, keep: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens in proportion to exp(logits) where `keep`, with logps of all of them.
 
@@ -102,10 +109,9 @@ def _draw(
     width = 2 ** math.ceil(math.log2(vocab_size) / 2)
     weights = jnp.pad(weights, ((0, 0), (0, -vocab_size % width)))
     blocks = weights.reshape(len(weights), -1, width)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block = _invert(jnp.sum(blocks, axis=-1), uniform[:, 0])
+    block = _invert(jnp.sum(blocks, axis=-1), random[:, 0])
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    tokens = block * width + _invert(inside, uniform[:, 1])
+    tokens = block * width + _invert(inside, random[:, 1])
     # NaN anywhere makes the sums NaN, and any comparison with them false.
     return tokens, _chosen(logits, tokens) - normalizer
 

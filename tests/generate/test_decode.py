@@ -24,7 +24,7 @@ def count_down(calls, tokens, positions, cache):
     return jax.nn.one_hot(tokens - 1, 32), cache
 
 
-def choose(logits, keys):
+def choose(logits, random):
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return tokens, -tokens.astype(jnp.float32), tokens == 0
 
@@ -38,7 +38,7 @@ def run(seats, shrink=True):
         prompts=kv.KVCache(memory, memory, positions, jnp.int32(WIDTH)),
         prompt=jnp.arange(rows, dtype=jnp.int32),
         lengths=jnp.full(rows, WIDTH, jnp.int32),
-        keys=jax.random.split(jax.random.key(0), rows),
+        random=jnp.zeros((rows, LIMIT, 2)),
         first=(starts, -starts.astype(jnp.float32)),
         stopped=starts == 0,
         ignored=jnp.zeros(rows, bool),

@@ -13,8 +13,8 @@ def logits(key):
     return 3.0 * jax.random.normal(key, (5, V))
 
 
-def keys_for(key, rows):
-    return jax.random.split(key, rows)
+def random_for(key, rows):
+    return sampling.uniforms(jax.random.split(key, rows))
 
 
 def test_greedy_is_argmax_with_its_log_probability(logits):
@@ -32,7 +32,7 @@ def test_greedy_ties_go_to_the_lowest_id():
 
 
 def test_sample_logps_are_of_the_scaled_distribution(logits, key):
-    tokens, logps = sampling.sample(logits, keys_for(key, 5), temperature=0.5)
+    tokens, logps = sampling.sample(logits, random_for(key, 5), temperature=0.5)
     x = np.asarray(logits, np.float64) / 0.5
     expected = x - np.log(np.exp(x).sum(-1, keepdims=True))
     np.testing.assert_allclose(logps, expected[range(5), tokens], atol=1e-5)
@@ -42,7 +42,7 @@ def test_sample_frequencies_follow_the_softmax(key):
     logits = jnp.array([[0.0, 1.0, 2.0]])
     n = 20_000
     tokens, _ = sampling.sample(
-        jnp.tile(logits, (n, 1)), keys_for(key, n), temperature=2.0
+        jnp.tile(logits, (n, 1)), random_for(key, n), temperature=2.0
     )
     share = np.bincount(np.asarray(tokens), minlength=3) / n
     np.testing.assert_allclose(share, jax.nn.softmax(logits[0] / 2.0), atol=0.015)
@@ -51,7 +51,7 @@ def test_sample_frequencies_follow_the_softmax(key):
 def test_filters_that_are_off_keep_everything(key):
     n = 20_000
     logits = jnp.tile(jnp.array([[0.0, 1.0, 2.0, -4.0]]), (n, 1))
-    tokens, _ = sampling.sample_filtered(logits, keys_for(key, n))
+    tokens, _ = sampling.sample_filtered(logits, random_for(key, n))
     share = np.bincount(np.asarray(tokens), minlength=4) / n
     np.testing.assert_allclose(share, jax.nn.softmax(logits[0]), atol=0.015)
     assert share[3] > 0
@@ -60,7 +60,7 @@ def test_filters_that_are_off_keep_everything(key):
 @pytest.mark.parametrize("how", [dict(top_k=1), dict(top_p=1e-9)])
 def test_the_tightest_filter_is_greedy(how, logits, key):
     tied = logits.at[0].set(1.0)  # a tie, too
-    tokens, logps = sampling.sample_filtered(tied, keys_for(key, 5), **how)
+    tokens, logps = sampling.sample_filtered(tied, random_for(key, 5), **how)
     expected = sampling.greedy(tied)
     np.testing.assert_array_equal(tokens, expected[0])
     np.testing.assert_allclose(logps, expected[1], atol=1e-6)
@@ -69,7 +69,7 @@ def test_the_tightest_filter_is_greedy(how, logits, key):
 def seen(key, probs, n=2000, **how):
     """The tokens that come up in n draws."""
     logits = jnp.tile(jnp.log(jnp.array([probs])), (n, 1))
-    tokens, logps = sampling.sample_filtered(logits, keys_for(key, n), **how)
+    tokens, logps = sampling.sample_filtered(logits, random_for(key, n), **how)
     unfiltered = np.log(np.asarray(probs))[np.asarray(tokens)]
     np.testing.assert_allclose(logps, unfiltered, atol=1e-5)
     return set(np.asarray(tokens).tolist())
@@ -89,19 +89,19 @@ def test_what_the_filters_keep(key):
 
 def test_settings_may_be_traced_and_jit_changes_nothing(logits, key):
     how = dict(temperature=0.8, top_k=3, top_p=0.9)
-    keys = keys_for(key, 5)
-    eager = sampling.sample_filtered(logits, keys, **how)
-    traced = jax.jit(sampling.sample_filtered)(logits, keys, **how)
+    random = random_for(key, 5)
+    eager = sampling.sample_filtered(logits, random, **how)
+    traced = jax.jit(sampling.sample_filtered)(logits, random, **how)
     np.testing.assert_array_equal(eager[0], traced[0])
     np.testing.assert_allclose(eager[1], traced[1], atol=1e-6)
 
 
-def test_a_row_depends_on_its_own_key_only(logits, key):
-    keys = keys_for(key, 5)
+def test_a_row_depends_on_its_own_numbers_only(logits, key):
+    random = random_for(key, 5)
     order = jnp.array([3, 0, 4, 1, 2])
     for sampler in (sampling.sample, sampling.sample_filtered):
-        tokens, _ = sampler(logits, keys)
-        moved, _ = sampler(logits[order], keys[order])
+        tokens, _ = sampler(logits, random)
+        moved, _ = sampler(logits[order], random[order])
         np.testing.assert_array_equal(tokens[order], moved)
 
 
@@ -109,12 +109,12 @@ def test_a_row_depends_on_its_own_key_only(logits, key):
 def test_impossible_tokens_never_come_and_extremes_stay_finite(how, key):
     logits = jnp.array([[-jnp.inf, 1e30, -1e30], [-jnp.inf, -1e4, 1e4]])
     sampler = sampling.sample_filtered if how else sampling.sample
-    tokens, logps = sampler(logits, keys_for(key, 2), **how)
+    tokens, logps = sampler(logits, random_for(key, 2), **how)
     assert tokens.tolist() == [1, 2]
     np.testing.assert_allclose(logps, 0.0)
 
 
 def test_nan_logits_give_nan_logps(key):
     logits = jnp.array([[0.0, jnp.nan], [0.0, 1.0]])
-    _, logps = sampling.sample(logits, keys_for(key, 2))
+    _, logps = sampling.sample(logits, random_for(key, 2))
     assert np.isnan(logps[0]) and np.isfinite(logps[1])

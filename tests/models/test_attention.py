@@ -61,3 +61,30 @@ def test_keeps_dtype_and_refuses_what_does_not_apply():
         run("flash")
     with pytest.raises(ValueError, match="belong together"):
         attend(Q, K, V, **where, q_segment_ids=IDS)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_one_query_is_the_last_row_of_all(window):
+    """Decoding's own path, over slots in any order of which some are never seen."""
+    never = np.iinfo(np.int32).max
+    order = np.random.default_rng(0).permutation(13)
+    positions = np.where(order == 5, never, order)[None].repeat(2, axis=0)
+    got = attend(
+        Q[:, 12:],
+        K[:, order],
+        V[:, order],
+        q_positions=np.full((2, 1), 12, np.int32),
+        kv_positions=positions.astype(np.int32),
+        sliding_window=window,
+    )
+    kept = np.delete(np.arange(13), 5)
+    all_rows = attend(
+        Q[:, kept],
+        K[:, kept],
+        V[:, kept],
+        q_positions=np.tile(kept, (2, 1)).astype(np.int32),
+        kv_positions=np.tile(kept, (2, 1)).astype(np.int32),
+        sliding_window=window,
+        implementation="plain",
+    )
+    np.testing.assert_allclose(got[:, 0], all_rows[:, -1], atol=1e-6)
