@@ -24,5 +24,11 @@ def test_an_entry_fits_its_function(command, name, entry):
 
 def test_a_loss_that_sorts_the_batch_says_so():
     for command, name, entry in ROWS:
-        reads_mask = "mask" in entry.inputs
-        assert entry.whole_batch == reads_mask, (command, name)
+        reads_rows = "mask" in entry.inputs and command != "grpo"  # there of tokens
+        assert entry.whole_batch == reads_rows, (command, name)
+
+
+def test_policy_losses_alone_say_how_they_are_averaged():
+    for command, name, entry in ROWS:
+        said = (entry.advantages is not None, entry.reduction is not None)
+        assert said == (command == "grpo",) * 2, (command, name)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
+from jalign.train.online_config import SampleConfig
 from jalign.train.ppo_config import (
     KLConfig,
     PPOConfig,
     PPOOptions,
-    SampleConfig,
     ScoreOptions,
 )
 from tests.train.ppo_world import make_config
