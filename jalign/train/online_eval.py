@@ -59,7 +59,7 @@ def evaluate_prompts(
     figures = {"reward": mean(lambda x: x.rewards)}
     if len(actors.reward_weights) > 1:
         for name in actors.reward_weights:
-            figures[f"reward/{name}"] = mean(lambda x, name=name: x.reward_parts[name])
+            figures[f"rewards/{name}"] = mean(lambda x, name=name: x.reward_parts[name])
     if actors.reference:
         figures["kl"] = mean(reference_kl)
     figures |= {

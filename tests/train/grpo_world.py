@@ -11,7 +11,6 @@ def make_grpo_config(out="out", *, sampling=None, grpo=None, **changes) -> GRPOC
     options = {
         "group_size": 4,
         "num_epochs": 2,
-        "num_minibatches": 2,
         "sampling": SampleConfig(max_new_tokens=8, **(sampling or {})),
     } | (grpo or {})
     fields = {

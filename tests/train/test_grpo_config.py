@@ -32,7 +32,7 @@ from tests.train.test_ppo_config import leaves
         ),
         (
             lambda: make_grpo_config(grpo={"compute": ComputeOptions(microbatches=3)}),
-            "num_minibatches x microbatches = 6",
+            "num_minibatches x microbatches = 3",
         ),
         (lambda: make_grpo_config(reward="a.py:f +"), "reward 'a.py:f \\+': expected"),
     ],

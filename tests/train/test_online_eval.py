@@ -23,7 +23,7 @@ def test_figures_are_means_over_all_prompts_and_repeat():
     # More prompts than fit into one batch of completions.
     found = evaluate_prompts(actors, cast.policy_params, make_prompts(), config)
     figures = found.figures
-    total = figures["reward/a"] + 0.5 * figures["reward/length"]
+    total = figures["rewards/a"] + 0.5 * figures["rewards/length"]
     np.testing.assert_allclose(figures["reward"], total, rtol=1e-5)
     assert "kl" not in figures and 0 < figures["completion_length"] <= 8
     assert len(found.texts) == 8

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jalign import losses
+from jalign.losses.registry import REGISTRY
 from jalign.train import forward, policy_objectives
 from jalign.train.grpo_config import GRPOOptions
 from jalign.types import Rollout
@@ -83,6 +84,29 @@ def test_grpo_is_the_loss_its_kl_and_its_entropy(language_model):
     entropy = forward.token_stats(model, params, batch).entropy
     more = losses.sequence_mean(0.5 * kl - 0.1 * entropy, mask)
     assert float(both.sum / both.count) == pytest.approx(want + ratio(more), rel=1e-4)
+
+
+def test_every_loss_of_the_command_line_is_finite_and_starts_unclipped(language_model):
+    """Their values and gradients are TRL's: tests/losses/test_registry.py."""
+    model, params = language_model
+    batch, logps = moved_rollout(model, params)
+    on_policy = batch._replace(old_logps=logps)
+    objectives = {}
+    for name in REGISTRY["grpo"]:
+        options = GRPOOptions(loss=name)
+        objectives[name] = policy_objectives.make_grpo_objective(
+            model, terms=options.terms(), reduction=options.reduction
+        )
+
+    @jax.jit
+    def everything(params, batch):
+        return {k: f(params, batch, KEY) for k, f in objectives.items()}
+
+    for moved, found in enumerate(everything(params, b) for b in (on_policy, batch)):
+        for name, loss in found.items():
+            assert np.isfinite(float(loss.sum / loss.count)) and loss.count > 0, name
+            region = ratio(loss.metrics["clip_ratio/region_mean"])
+            assert region == 0 if not moved else 0 <= region < 1, name
 
 
 def test_clip_ratios_follow_the_loss():

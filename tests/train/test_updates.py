@@ -22,8 +22,11 @@ def rows_as_rollout(rows):
     return Rollout(x, x, x, x, x, None, None, x, None)
 
 
+HALVES = make_grpo_config(grpo={"num_minibatches": 2})
+
+
 def test_each_epoch_takes_every_row_once_in_an_order_of_its_own():
-    config = make_grpo_config()
+    config = HALVES
     parts = [p.tokens[:, 0] for p in minibatches(rows_as_rollout(16), config, 5)]
     assert [len(part) for part in parts] == [8] * 4
     epochs = np.concatenate(parts).reshape(2, 16)
