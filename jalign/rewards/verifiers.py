@@ -99,7 +99,7 @@ def _gold(row: Mapping) -> Fraction:
             if answer is not None:
                 return answer
     raise ValueError(
-        f"reward gsm8k: no right answer in the row's {', '.join(_FIELDS)}; one of them "
+        f"no right answer in the row's {', '.join(_FIELDS)}; one of them "
         "must be a number, or end with '#### NUMBER'"
     )
 
