@@ -29,7 +29,7 @@ def estimate_group_advantages(
         "group": losses.group_advantages,
         "none": functools.partial(losses.group_advantages, scale_by_std=False),
         "batch": _batch_scaled,
-        None: options.entry.advantages,
+        "auto": options.entry.advantages,
     }[options.scale_rewards]
     assert scale is not None, "the registry has them for every policy loss"
     group_ids = np.arange(len(scores), dtype=np.int32) // group_size

@@ -21,18 +21,15 @@ class GRPOOptions(OnlineOptions):
     group_size: int = 8
     """Completions of each prompt; a rollout has batch_size x group_size rows."""
     loss: str = "dapo"
-    """A policy loss such as "grpo", "gspo:clip_eps=3e-4" or "cispo"; see
-    docs/policy_gradients.md."""
+    """A policy loss, as "gspo:clip_eps=1e-3"; names are in docs/policy_gradients.md."""
     clip_eps: float | None = None
     """Bound of the ratio's fall; unset takes each loss's own, 0.2 for most."""
     clip_eps_high: float | None = None
-    """Bound of the ratio's rise; unset takes clip_eps (DAPO's paper: 0.28)."""
+    """Bound of its rise; unset takes gspo's and luspo's 4e-4, for others clip_eps."""
     beta: float = 0.0
     """Weight of the KL to the reference (k3) in the loss; 0 runs no reference."""
-    scale_rewards: Literal["group", "batch", "none"] | None = None
-    """What divides reward - mean of the group: the standard deviation of the group or
-    of the batch, or nothing. Unset takes the loss's own: group; nothing for dr_grpo
-    and rloo, which compares with the mean of the other completions."""
+    scale_rewards: Literal["auto", "group", "batch", "none"] = "auto"
+    """Whose deviation divides reward - group mean; auto takes each loss's own way."""
     mask_truncated: bool = False
     """Train no token of a completion that did not stop within max_new_tokens."""
     rewards: ScoreLimits = field(default_factory=ScoreLimits)

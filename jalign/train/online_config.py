@@ -104,8 +104,7 @@ class OnlineConfig:
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
     reward: str
-    """`file.py:function`, a reward model (directory or hub id), or a built-in check
-    (gsm8k, gsm8k_format); or a sum such as "gsm8k + 0.5*style.py:polite"."""
+    """`file.py:function`, a reward model, a check (gsm8k), or a sum with weights."""
     eval_data: str | None = None
     """Held-out prompts: reward and KL on them are measured before and after."""
     steps: int | None = None
