@@ -1,7 +1,7 @@
 """Prefill, then decode with a KV cache until every row has stopped: one jitted call.
 
-Prompts are padded on the right. The cache slot of a token is its position, so what
-the padding left behind in the cache is overwritten before any query can see it.
+Prompts are padded on the right; a prompt goes through the model once, however many
+completions are asked of it.
 """
 
 import logging
@@ -15,9 +15,10 @@ import numpy as np
 
 from jalign import sharding
 from jalign.generate import inputs, sampling
+from jalign.generate.decode import Queue, decode
 from jalign.generate.inputs import Tokens
 from jalign.models import Model
-from jalign.types import Array, Completion, PyTree
+from jalign.types import Completion, PyTree
 
 logger = logging.getLogger("jalign.generate")
 
@@ -31,17 +32,6 @@ class SamplingParams(NamedTuple):
     stop_tokens: Any  # int32 [K]
 
 
-class _State(NamedTuple):
-    """The carry of the decode loop. `step` tokens of each row have been chosen."""
-
-    step: jax.Array  # int32 []
-    cache: PyTree
-    completion: Completion  # [B, N]
-    last: Array  # int32 [B], the newest token
-    done: jax.Array  # bool [B]
-    bad: jax.Array  # bool [B], logits were not finite
-
-
 def generate(
     model: Model,
     params: PyTree,
@@ -49,6 +39,8 @@ def generate(
     *,
     key: jax.Array,
     max_new_tokens: int,
+    group_size: int = 1,
+    batch_size: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -57,15 +49,21 @@ def generate(
     """Continue each prompt by up to `max_new_tokens` tokens.
 
     A row's tokens depend on its prompt, its index and the key only, not on the other
-    rows, the padding or the mesh. With several processes, each one passes the same
-    prompts and key and gets the same global arrays; `to_host` fetches them.
+    rows, the padding, the batch size or the mesh. With several processes, each one
+    passes the same prompts and key and gets the same global arrays; `to_host` fetches
+    them.
 
     Args:
       model: a causal language model; its mesh, if any, shards the rows.
       params: its parameters.
-      prompts: B sequences of token ids, of any lengths >= 1.
+      prompts: sequences of token ids, of any lengths >= 1.
       key: PRNG key [], folded with the row index; or keys [B], one for each row.
       max_new_tokens: N, the most tokens to generate for a row.
+      group_size: G, completions of each prompt. B = prompts * G rows come out, those
+        of a prompt behind each other.
+      batch_size: rows decoded at once; a row that stops makes room for the next one.
+        None decodes all of them at once. On a mesh that cuts rows, all is best:
+        a new row may have to come from another device.
       temperature: divides the logits; 0 means greedy.
       top_k: sample among the k likeliest tokens only; 0 for all.
       top_p: sample among the likeliest tokens that reach this probability only.
@@ -79,12 +77,21 @@ def generate(
       ValueError: an argument out of range, naming it, or a bad prompt, naming its row.
       FloatingPointError: the model's logits were NaN or infinite, naming the rows.
     """
-    inputs.check_settings(max_new_tokens, temperature, top_k, top_p)
+    inputs.check_settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        group_size=group_size,
+        batch_size=batch_size,
+    )
     inputs.check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
     inputs.check_prompts(prompts, model.config, max_new_tokens)
+    rows = len(prompts) * group_size
     total = inputs.padded_rows(len(prompts), model.mesh)
+    seats = min(inputs.padded_rows(batch_size or rows, model.mesh), total * group_size)
     tokens, lengths = inputs.pad_prompts(prompts, total)
-    keys = inputs.row_keys(key, len(prompts), total)
+    keys = inputs.row_keys(key, rows, total * group_size)
     settings = SamplingParams(
         np.float32(temperature if temperature > 0 else 1.0),
         np.int32(top_k),
@@ -97,7 +104,8 @@ def generate(
         settings,
         model=model,
         key_impl=str(jax.random.key_impl(key)),
-        rows=len(prompts),
+        rows=rows,
+        seats=seats,
         max_new_tokens=max_new_tokens,
         greedy=temperature == 0,
         filtered=top_k > 0 or top_p < 1,
@@ -107,7 +115,7 @@ def generate(
         raise FloatingPointError(
             "the model's logits are NaN or infinite while sampling, in row(s) "
             f"{', '.join(map(str, bad[:8]))}{' …' if bad.size > 8 else ''} of "
-            f"{len(prompts)}: look at the parameters it was given"
+            f"{rows}: look at the parameters it was given"
         )
     return completion
 
@@ -131,46 +139,59 @@ def completion_lists(completion: Completion) -> list[list[int]]:
         "model",
         "key_impl",
         "rows",
+        "seats",
         "max_new_tokens",
         "greedy",
         "filtered",
     ),
 )
 def _generate(
-    params, batch, settings, *, model, key_impl, rows, max_new_tokens, **method
+    params, batch, settings, *, model, key_impl, rows, seats, max_new_tokens, **method
 ):
-    """Tokens [B', P], lengths, key data -> (Completion [rows, N], bad [rows])."""
+    """Tokens [P', W], lengths, key data -> (Completion [rows, N], bad [rows])."""
     tokens, lengths, key_data = batch
     logger.info(
-        "compiling generate: %d rows, prompts up to %d tokens, %d new tokens",
-        *tokens.shape,
-        max_new_tokens,
+        "compiling generate: %d rows, %d at once, prompts up to %d tokens, "
+        "%d new tokens",
+        *(rows, seats, tokens.shape[1], max_new_tokens),
     )
+    params = model.for_decoding(params)
+    unembed = model.unembed(params)
     keys = jax.random.wrap_key_data(key_data, impl=key_impl)
     choose = _chooser(settings, **method)
-    # Filler rows are done before they start: they must not keep the loop going.
-    filler = jnp.arange(len(tokens)) >= rows
-    state = _prefill(model, params, tokens, lengths, max_new_tokens, filler)
-    state = _append(*state, keys, choose)
 
-    def unfinished(state: _State):
-        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+    def step(tokens, positions, cache):
+        tokens, positions = tokens[:, None], positions[:, None]
+        hidden, cache = model.apply(params, tokens, positions=positions, cache=cache)
+        return _logits(hidden[:, 0], unembed, model.mesh), cache
 
-    def decode(state: _State):
-        # The newest token, number step - 1, lies behind the prompt's `lengths`.
-        positions = (lengths + state.step - 1)[:, None]
-        hidden, cache = model.apply(
-            params, state.last[:, None], positions=positions, cache=state.cache
-        )
-        logits = _logits(model, params, hidden[:, 0])
-        return _append(state._replace(cache=cache), logits, keys, choose)
-
-    state = jax.lax.while_loop(unfinished, decode, state)
-    return _result(state, rows, model.mesh)
+    hidden, prompts = _prefill(model, params, tokens, lengths)
+    prompt = jnp.repeat(jnp.arange(len(tokens)), len(keys) // len(tokens))
+    first = _first_tokens(hidden, unembed, prompt, keys, seats, choose, model.mesh)
+    ignored = jnp.arange(len(keys)) >= rows
+    queue = Queue(
+        prompts=prompts,
+        prompt=prompt,
+        lengths=lengths[prompt],
+        keys=keys,
+        first=first[:2],
+        # The rows that fill the batch up must not keep the loop going.
+        stopped=first[2] | ignored,
+        ignored=ignored,
+    )
+    completion, bad = decode(
+        queue,
+        step,
+        choose,
+        seats=seats,
+        max_new_tokens=max_new_tokens,
+        shrink=model.mesh is None,
+    )
+    return _without_filler(completion, bad & ~ignored, rows, model.mesh)
 
 
 def _chooser(settings: SamplingParams, *, greedy: bool, filtered: bool):
-    """The sampler as a function of (logits [B, V], keys [B]), and its stop tokens."""
+    """The sampler as a function of (logits [S, V], keys [S]), and its stop tokens."""
     temperature, top_k, top_p, stop_tokens = settings
 
     def choose(logits, keys):
@@ -187,61 +208,51 @@ def _chooser(settings: SamplingParams, *, greedy: bool, filtered: bool):
     return choose
 
 
-def _prefill(model, params, tokens, lengths, max_new_tokens, done):
-    """Run the prompts [B, P] through the model -> (empty state, logits [B, V])."""
+def _prefill(model, params, tokens, lengths):
+    """Prompts [P, W] through the model -> last hidden states [P, D], their cache."""
     batch, width = tokens.shape
-    cache = model.init_cache(batch, width + max_new_tokens)
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
-    hidden, cache = model.apply(params, tokens, positions=positions, cache=cache)
+    used = (positions < lengths[:, None]).astype(jnp.int32)
+    cache = model.init_cache(batch, width)
+    hidden, cache = model.apply(
+        params, tokens, positions=positions, segment_ids=used, cache=cache
+    )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    shape = (batch, max_new_tokens)
-    empty = Completion(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool)
-    )
-    completion = jax.tree.map(
-        lambda x: sharding.constrain(x, model.mesh, "batch", None), empty
-    )
-    bad = jnp.zeros(batch, bool)
-    state = _State(jnp.int32(0), cache, completion, lengths * 0, done, bad)
-    return state, _logits(model, params, last)
+    return last, cache
 
 
-def _logits(model, params, hidden: jax.Array) -> jax.Array:
-    """hidden [B, D] -> float32 logits [B, V], as `losses.token_logps` forms them."""
-    unembed = model.unembed(params).astype(hidden.dtype)
+def _first_tokens(hidden, unembed, prompt, keys, seats, choose, mesh):
+    """The first token of every row: (tokens, logps, stops), each [R]."""
+
+    def of(hidden, keys):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
+        return choose(_logits(hidden, unembed, mesh), keys)
+
+    rows = len(prompt)
+    if rows == seats:  # repeated, not gathered, so that no row leaves its device
+        return of(jnp.repeat(hidden, rows // len(hidden), axis=0), keys)
+    # In parts: the logits of all rows would be larger than those of any step.
+    parts = -(-rows // seats)
+    index = jnp.minimum(jnp.arange(parts * seats), rows - 1).reshape(parts, seats)
+    out = jax.lax.map(
+        lambda part: of(hidden[part[0]], part[1]), (prompt[index], keys[index])
+    )
+    return jax.tree.map(lambda x: x.reshape(-1)[:rows], out)
+
+
+def _logits(hidden: jax.Array, unembed: jax.Array, mesh) -> jax.Array:
+    """hidden [S, D] -> float32 logits [S, V], as `losses.token_logps` forms them."""
+    unembed = unembed.astype(hidden.dtype)
     logits = jnp.matmul(hidden, unembed, preferred_element_type=jnp.float32)
-    return sharding.constrain(logits, model.mesh, "batch", "act_vocab")
+    return sharding.constrain(logits, mesh, "batch", "act_vocab")
 
 
-def _append(state: _State, logits: jax.Array, keys: jax.Array, choose) -> _State:
-    """Choose a token for each row that is not done, and write it down."""
-    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
-    tokens, logps, stops = choose(logits, step_keys)
-    going = ~state.done
-    news = Completion(jnp.where(going, tokens, 0), jnp.where(going, logps, 0.0), going)
-    completion = jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, state.step, 1),
-        state.completion,
-        news,
-    )
-    # The maximum is NaN if any logit is, and -inf if none is possible.
-    bad = going & ~jnp.isfinite(jnp.max(logits, axis=-1))
-    return _State(
-        state.step + 1,
-        state.cache,
-        completion,
-        news.tokens,
-        state.done | stops | bad,
-        state.bad | bad,
-    )
-
-
-def _result(state: _State, rows: int, mesh):
-    """Drop the filler rows -> (Completion [rows, N], bad [rows])."""
-    bad, completion = state.bad[:rows], state.completion
-    if rows != len(state.bad):
-        # The rows left do not divide over the mesh: give them to every device.
-        completion = jax.tree.map(
-            lambda x: sharding.constrain(x, mesh, None, None)[:rows], completion
-        )
-    return completion, bad
+def _without_filler(completion: Completion, bad: jax.Array, rows: int, mesh):
+    """-> (Completion [rows, N], bad [rows]), cut over the mesh where they divide."""
+    if rows == len(bad):
+        return jax.tree.map(
+            lambda x: sharding.constrain(x, mesh, "batch", None), completion
+        ), bad
+    # The rows left do not divide over the mesh: give them to every device.
+    whole = jax.tree.map(lambda x: sharding.constrain(x, mesh, None, None), completion)
+    return jax.tree.map(lambda x: x[:rows], whole), bad[:rows]

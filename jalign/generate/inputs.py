@@ -14,11 +14,19 @@ Tokens = Sequence[int] | np.ndarray
 
 
 def check_settings(
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    group_size: int = 1,
+    batch_size: int | None = None,
 ) -> None:
     """Raises ValueError naming the sampling setting that is out of range."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    counts = dict(max_new_tokens=max_new_tokens, group_size=group_size)
+    for name, count in (counts | dict(batch_size=batch_size)).items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(
             f"temperature must be 0 (greedy) or positive, not {temperature}"

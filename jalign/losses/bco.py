@@ -8,7 +8,6 @@ from jalign.losses.elementwise import (
     Array,
     Scalar,
     check_float32,
-    check_mask,
     elementwise,
 )
 from jalign.losses.reduce import token_mean
@@ -66,7 +65,6 @@ def bco_shift_update(
     """
     chex.assert_rank([shift, count], 0)
     check_float32([rewards], rank=1)
-    check_mask(mask, rewards)
     shift, count = jnp.asarray(shift, jnp.float32), jnp.asarray(count, jnp.float32)
     # Differences first: the sum of many equal rewards must not move their mean.
     moved, n = token_mean(rewards - shift, mask)

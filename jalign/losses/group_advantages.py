@@ -76,7 +76,6 @@ def gdpo_advantages(
     Source: "GDPO: Group reward-Decoupled Normalization Policy Optimization"
       (arXiv:2601.05242); 1e-4 and unbiased deviations as in TRL.
     """
-    check_float32([rewards], rank=2)
     check_float32([weights], rank=1)
     chex.assert_shape(weights, rewards.shape[1:])
     check_mask(mask, rewards)

@@ -7,7 +7,6 @@ from jalign.losses.elementwise import (
     Array,
     Scalar,
     check_float32,
-    check_mask,
     elementwise,
 )
 from jalign.losses.reduce import masked_mean
@@ -63,6 +62,5 @@ def kto_kl(logps: Array, ref_logps: Array, mask: Array) -> jax.Array:
     Source: Ethayarajh et al. 2024 (arXiv:2402.01306).
     """
     check_float32([logps, ref_logps], rank=1)
-    check_mask(mask, logps)
     mean = masked_mean(logps - ref_logps, mask)
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))

@@ -99,7 +99,6 @@ def token_logps(
     Raises: AssertionError at trace time on wrong rank, shape or dtype, ValueError if
       chunk_size < 1.
     """
-    check_targets(targets, hidden)
     row_fn = functools.partial(
         _logps_and_entropy, softcap=softcap, with_entropy=return_entropy
     )
@@ -160,13 +159,6 @@ def check_logits(logits: Array, targets: Array) -> None:
     chex.assert_type(logits, jnp.float32)
     chex.assert_type(targets, int)
     chex.assert_shape(targets, logits.shape[:-1])
-
-
-def check_targets(targets: Array, hidden: Array) -> None:
-    """Raises AssertionError unless hidden is [B, T, D] and targets int [B, T]."""
-    chex.assert_rank([targets, hidden], [2, 3])
-    chex.assert_type(targets, int)
-    chex.assert_shape(targets, hidden.shape[:2])
 
 
 def _logps_and_entropy(logits, targets, temperature, *, softcap, with_entropy):

@@ -88,7 +88,7 @@ def clip_frac(
     Returns: float32 [B, T], 0 or 1. Not reduced. No gradient flows.
     Raises: AssertionError at trace time unless all three are float32 [B, T].
     """
-    ratio = jax.lax.stop_gradient(clamped_ratio(logps, old_logps))
+    ratio = clamped_ratio(logps, old_logps)
     unclipped, clipped = clipped_objective(ratio, advantages, clip_eps, clip_eps_high)
     return (clipped < unclipped).astype(jnp.float32)
 

@@ -115,7 +115,6 @@ def gmpo_loss(
         jnp.minimum(log_ratio, high),
         jnp.maximum(log_ratio, -clip_eps),
     )
-    clipped = jnp.where(mask, clipped, 0.0)
     ratio = _spread(jnp.exp(hold(_row_mean(clipped, mask))), mask)
     return jnp.where(mask, -ratio * advantages, 0.0)
 

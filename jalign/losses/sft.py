@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, map_logits
 from jalign.losses.elementwise import Array, Scalar, elementwise
-from jalign.losses.logps import cap_logits, check_logits, check_targets, target_logit
+from jalign.losses.logps import cap_logits, check_logits, target_logit
 
 
 def cross_entropy(
@@ -70,7 +70,6 @@ def token_cross_entropy(
       chunk_size < 1.
     Source: as cross_entropy.
     """
-    check_targets(targets, hidden)
     weights = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     weights = {k: jnp.asarray(v) for k, v in weights.items() if not _is_off(v)}
     row_fn = functools.partial(_row_loss, softcap=softcap)

@@ -1,52 +1,136 @@
-"""The key/value cache: slot p of a row holds the token at position p."""
+"""The key/value cache: slots that are written in order, each with its position.
+
+All rows write to the same slots, so that one update in place serves the whole batch;
+which of them a row may look at is told by the positions.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jalign.models.config import ModelConfig
+
+NEVER = np.iinfo(np.int32).max
+"""The position of a slot that no query sees: it is later than any."""
+
+Layers = jax.Array | tuple[jax.Array, ...]
 
 
 class KVCache(NamedTuple):
     """Keys (rotated) and values of all layers.
 
     Attributes:
-      k, v: [L, B, S, K, H] in the model's dtype. Which slots count is not stored: a
-        query at position p sees the slots up to p, all of them written by then.
+      k, v: [L, B, K, S, H] in the model's dtype, or one [1, B, K, S, H] a layer where
+        the layers are unrolled.
+      positions: int32 [B, S], of the token in each slot. A query at position p sees
+        the slots with positions <= p.
+      next: int32 [], the slot that the next token goes to.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Layers
+    v: Layers
+    positions: jax.Array
+    next: jax.Array
 
 
 def init_cache(
-    config: ModelConfig, batch: int, length: int, dtype: DTypeLike
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: DTypeLike,
+    *,
+    unrolled: bool = False,
 ) -> KVCache:
-    """Zeros for `batch` rows of `length` slots."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    """Zeros for `batch` rows of `length` slots, none of them to be seen."""
+    shape = (batch, config.num_kv_heads, length, config.head_dim)
+
+    def zeros() -> Layers:
+        if unrolled:
+            return tuple(
+                jnp.zeros((1, *shape), dtype) for _ in range(config.num_layers)
+            )
+        return jnp.zeros((config.num_layers, *shape), dtype)
+
+    positions = jnp.full((batch, length), NEVER, jnp.int32)
+    return KVCache(zeros(), zeros(), positions, jnp.int32(0))
 
 
-def update(
-    cache: KVCache, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Writes new keys and values at their positions in one layer.
+def advance(cache: KVCache, positions: jax.Array) -> KVCache:
+    """Notes the positions, int32 [B, T], of the T tokens that go into the next slots.
 
     Args:
-      cache: the whole cache, updated in place where XLA can.
-      layer: int32 [].
-      positions: int32 [B, T]; outside [0, S) nothing is written.
-      k, v: [B, T, K, H].
-
-    Returns: the new cache, and this layer's keys and values [B, S, K, H].
+      cache: the keys and values follow layer by layer, by `write`.
+      positions: NEVER for padding.
     """
+    time = positions.shape[1]
+    noted = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.next))
+    return cache._replace(positions=noted, next=cache.next + time)
 
-    def write(rows, pos, new):  # one batch row: [L, S, K, H], [T], [T, K, H]
-        new = new.astype(rows.dtype)
-        return rows.at[layer, pos].set(new, mode="drop", wrap_negative_indices=False)
 
-    write_all = jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)
-    cache = KVCache(write_all(cache.k, positions, k), write_all(cache.v, positions, v))
-    return cache, cache.k[layer], cache.v[layer]
+def write(
+    layers: jax.Array, layer: jax.Array | int, slot: jax.Array, new: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Writes keys or values into one layer, in place where XLA can.
+
+    Args:
+      layers: [L, B, K, S, H].
+      layer: int32 [].
+      slot: int32 [], of the first token.
+      new: [B, T, K, H].
+
+    Returns: the new layers, and the layer written to as [B, S, K, H].
+    """
+    new = new.transpose(0, 2, 1, 3)[None].astype(layers.dtype)
+    zero = jnp.int32(0)
+    layers = jax.lax.dynamic_update_slice(
+        layers, new, (jnp.int32(layer), zero, zero, slot, zero)
+    )
+    return layers, layers[layer].transpose(0, 2, 1, 3)
+
+
+def take_rows(cache: KVCache, rows: jax.Array) -> KVCache:
+    """The rows of a cache, int32 [B'], in their order."""
+    k, v = jax.tree.map(lambda x: x[:, rows], (cache.k, cache.v))
+    return KVCache(k, v, cache.positions[rows], cache.next)
+
+
+def repeat_rows(cache: KVCache, times: int) -> KVCache:
+    """Each row `times` times, behind each other."""
+    k, v = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), (cache.k, cache.v))
+    return KVCache(k, v, jnp.repeat(cache.positions, times, axis=0), cache.next)
+
+
+def lengthen(cache: KVCache, slots: int) -> KVCache:
+    """A cache with so many more slots behind."""
+    k, v = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, slots), (0, 0)]),
+        (cache.k, cache.v),
+    )
+    behind = [(0, 0), (0, slots)]
+    positions = jnp.pad(cache.positions, behind, constant_values=NEVER)
+    return KVCache(k, v, positions, cache.next)
+
+
+def copy_row(
+    cache: KVCache, row: jax.Array, source: KVCache, source_row: jax.Array
+) -> KVCache:
+    """Another row in a row's place: its first slots are the source's, the rest empty.
+
+    Args:
+      cache: of at least as many slots as the source has.
+      row, source_row: int32 [].
+      source: such as the prompts after prefill.
+    """
+    zero = jnp.int32(0)
+
+    def copy(into: jax.Array, of: jax.Array) -> jax.Array:
+        new = jax.lax.dynamic_slice_in_dim(of, source_row, 1, axis=1)
+        return jax.lax.dynamic_update_slice(into, new, (zero, row, zero, zero, zero))
+
+    k, v = jax.tree.map(copy, (cache.k, cache.v), (source.k, source.v))
+    seen = jnp.full(cache.positions.shape[1:], NEVER, jnp.int32)
+    seen = seen.at[: source.positions.shape[1]].set(source.positions[source_row])
+    return KVCache(k, v, cache.positions.at[row].set(seen), cache.next)

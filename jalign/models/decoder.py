@@ -1,4 +1,4 @@
-"""The decoder as Linen modules: blocks scanned over stacked parameters."""
+"""The decoder as Linen modules: blocks scanned over stacked parameters, or unrolled."""
 
 import functools
 from typing import Any, NamedTuple
@@ -29,15 +29,20 @@ class Where(NamedTuple):
     Attributes:
       positions: int32.
       segment_ids: int32, or None when every row is one document.
-      slots: int32, cache slots to write to (out of range: none).
       cos, sin: float32 [B, T, H/2].
+      kv_positions: int32 [B, S], of the keys: the cache's slots, or the tokens.
+      slot: int32 [], the first cache slot to write to.
     """
 
     positions: jax.Array
     segment_ids: jax.Array | None
-    slots: jax.Array
     cos: jax.Array
     sin: jax.Array
+    kv_positions: jax.Array
+    slot: jax.Array
+
+
+Memory = tuple[jax.Array, jax.Array]  # keys and values [L, B, K, S, H]
 
 
 class Attention(nn.Module):
@@ -49,7 +54,7 @@ class Attention(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x, layer, where: Where, cache: kv.KVCache | None):
+    def __call__(self, x, layer, where: Where, memory: Memory | None):
         c = self.config
         q = self._project("q", x, c.num_heads, "act_heads")
         k = self._project("k", x, c.num_kv_heads, "act_kv_heads")
@@ -59,28 +64,27 @@ class Attention(nn.Module):
             k = RMSNorm(c.norm_eps, self.dtype, name="k_norm")(k)
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
         q_segments = kv_segments = where.segment_ids
-        kv_positions = where.positions
-        if cache is not None:
-            cache, k, v = kv.update(cache, layer, where.slots, k, v)
-            slots = jnp.arange(k.shape[1], dtype=jnp.int32)
-            kv_positions = jnp.broadcast_to(slots, k.shape[:2])
+        if memory is not None:
+            all_k, k = kv.write(memory[0], layer, where.slot, k)
+            all_v, v = kv.write(memory[1], layer, where.slot, v)
+            memory = all_k, all_v
             q_segments = kv_segments = None  # a cache row is one document
         y = attend(
             q,
             k,
             v,
             q_positions=where.positions,
-            kv_positions=kv_positions,
+            kv_positions=where.kv_positions,
             q_segment_ids=q_segments,
             kv_segment_ids=kv_segments,
             sliding_window=c.sliding_window,
             implementation=self.attention,
-            in_order=cache is None,
+            in_order=memory is None,
             mesh=self.mesh,
         )
         shape = (c.num_heads, c.head_dim, c.hidden_size)
         y = Projection("btnh,nhd->btd", shape, dtype=self.dtype, name="o")(y)
-        return y, cache
+        return y, memory
 
     def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config
@@ -95,7 +99,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; the carry is (hidden, cache)."""
+    """One pre-norm layer; the carry is (hidden, memory)."""
 
     config: ModelConfig
     mesh: Mesh | None
@@ -106,15 +110,15 @@ class Block(nn.Module):
     def __call__(self, carry, layer, where: Where):
         c, mesh, dtype = self.config, self.mesh, self.dtype
         constrain = functools.partial(_constrain, mesh=mesh)
-        x, cache = carry
+        x, memory = carry
         y = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
         attention = Attention(c, mesh, dtype, self.attention, name="attention")
-        y, cache = attention(y, layer, where, cache)
+        y, memory = attention(y, layer, where, memory)
         x = constrain(x + y, "batch", "time", "act_embed")
         y = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
         y = GatedMLP(c, dtype, name="mlp")(y, constrain)
         x = constrain(x + y, "batch", "time", "act_embed")
-        return (x, cache), None
+        return (x, memory), None
 
 
 def _constrain(x, *logical_axes, mesh):
@@ -130,6 +134,7 @@ class Decoder(nn.Module):
       dtype: of activations and matmul inputs.
       remat: whether the backward pass recomputes each block instead of storing it.
       attention: an implementation of attention.attend.
+      unroll: each layer has its own parameters, "layers_0", ..., and its own code.
     """
 
     config: ModelConfig
@@ -137,6 +142,7 @@ class Decoder(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     attention: str = "auto"
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -151,12 +157,23 @@ class Decoder(nn.Module):
             c.vocab_size, c.hidden_size, self.dtype, mesh=self.mesh, name="embed"
         )
         x = _constrain(embed(tokens), "batch", "time", "act_embed", mesh=self.mesh)
-        # With a cache, tokens of segment 0 are padding and leave no trace in it.
-        slots = positions
-        if cache is not None and segment_ids is not None:
-            slots = jnp.where(segment_ids == 0, cache.k.shape[2], positions)
         cos, sin = rope_tables(c, positions)
-        where = Where(positions, segment_ids, slots, cos, sin)
+        kv_positions, slot = positions, jnp.int32(0)
+        if cache is not None:
+            seen = positions
+            if segment_ids is not None:  # padding is never seen
+                seen = jnp.where(segment_ids == 0, kv.NEVER, positions)
+            slot, cache = cache.next, kv.advance(cache, seen)
+            kv_positions = cache.positions
+        where = Where(positions, segment_ids, cos, sin, kv_positions, slot)
+        x, cache = (self._unrolled if self.unroll else self._scanned)(x, where, cache)
+        hidden = RMSNorm(c.norm_eps, self.dtype, name="norm")(x)
+        if self.is_initializing():
+            self._init_head(hidden)
+        return hidden, cache
+
+    def _scanned(self, x, where: Where, cache: kv.KVCache | None):
+        c = self.config
         # prevent_cse: the scan already keeps forward and backward apart.
         block: Any = nn.remat(Block, prevent_cse=False) if self.remat else Block
         layers = nn.scan(
@@ -166,11 +183,24 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )(c, self.mesh, self.dtype, self.attention, name="layers")
-        (x, cache), _ = layers((x, cache), jnp.arange(c.num_layers), where)
-        hidden = RMSNorm(c.norm_eps, self.dtype, name="norm")(x)
-        if self.is_initializing():
-            self._init_head(hidden)
-        return hidden, cache
+        memory = None if cache is None else (cache.k, cache.v)
+        (x, memory), _ = layers((x, memory), jnp.arange(c.num_layers), where)
+        if cache is not None:
+            cache = cache._replace(k=memory[0], v=memory[1])
+        return x, cache
+
+    def _unrolled(self, x, where: Where, cache: kv.KVCache | None):
+        c, memories = self.config, []
+        block: Any = nn.remat(Block) if self.remat else Block
+        for i in range(c.num_layers):
+            memory = None if cache is None else (cache.k[i], cache.v[i])
+            layer = block(c, self.mesh, self.dtype, self.attention, name=f"layers_{i}")
+            (x, memory), _ = layer((x, memory), 0, where)
+            memories.append(memory)
+        if cache is not None:
+            k, v = zip(*memories, strict=True)
+            cache = cache._replace(k=k, v=v)
+        return x, cache
 
     def _init_head(self, hidden: jax.Array) -> None:
         """Creates the head's parameters; Model applies it, outside of the module."""

@@ -19,6 +19,7 @@ from jalign.models.config import ModelConfig
 from jalign.models.decoder import Decoder
 
 Params = dict[str, Any]
+_UNROLL_UP_TO = 16  # layers; compile time grows with them
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Model:
       dtype: of activations, matmul inputs and the cache; parameters keep their own.
       remat: recompute blocks in the backward pass, to store one [B, T, D] a layer.
       attention: "auto", "plain", "blocked", "cudnn" or "splash", see `attend`.
+      unroll: compile every layer by itself rather than one for all: slower to
+        compile, faster to run where copies cost (no slices of stacked arrays). None
+        does so on a CPU, for up to 16 layers.
     """
 
     config: ModelConfig
@@ -38,6 +42,7 @@ class Model:
     dtype: DTypeLike = jnp.float32
     remat: bool = False
     attention: str = "auto"
+    unroll: bool | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -48,7 +53,22 @@ class Model:
 
     @property
     def _decoder(self) -> Decoder:
-        return Decoder(self.config, self.mesh, self.dtype, self.remat, self.attention)
+        return Decoder(
+            self.config,
+            self.mesh,
+            self.dtype,
+            self.remat,
+            self.attention,
+            self.unrolled,
+        )
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether `apply` runs layer by layer instead of scanning over them."""
+        if self.unroll is not None:
+            return self.unroll
+        few = self.config.num_layers <= _UNROLL_UP_TO
+        return few and platform_of(self.mesh) == "cpu"
 
     def _init(self, key: jax.Array) -> Params:
         # On a mesh-free twin: two tokens do not divide over devices.
@@ -100,9 +120,9 @@ class Model:
           positions: int32 [B, T], from 0 in each segment; 0..T-1 when None.
           segment_ids: int32 [B, T]; tokens see the earlier tokens of their own
             segment. None: every row is one document. With a cache it only tells
-            padding (0), whose keys are not written.
-          cache: of `init_cache`; keys and values are written at `positions`, and a
-            query at position p sees the slots <= p.
+            padding (0), whose keys are never seen.
+          cache: of `init_cache`; keys and values go into its next slots, and a query
+            at position p sees all slots of positions <= p.
 
         Returns: hidden [B, T, D] after the final norm in the model's dtype, and the
           new cache (None without one).
@@ -112,6 +132,8 @@ class Model:
         if positions is None:
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(steps, tokens.shape)
+        if self.unrolled and "layers" in params:
+            params = unstack_layers(params, self.config.num_layers)
         variables = {"params": params}
         return self._decoder.apply(variables, tokens, positions, segment_ids, cache)  # pyright: ignore[reportReturnType]
 
@@ -131,9 +153,30 @@ class Model:
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of at most `length` tokens."""
-        cache = init_cache(self.config, batch, length, self.dtype)
-        axes = ("layers", "batch", None, "act_kv_heads", None)
-        return KVCache(*(sharding.constrain(x, self.mesh, *axes) for x in cache))
+        cache = init_cache(
+            self.config, batch, length, self.dtype, unrolled=self.unrolled
+        )
+        axes = ("layers", "batch", "act_kv_heads", None, None)
+        k, v = jax.tree.map(
+            lambda x: sharding.constrain(x, self.mesh, *axes), (cache.k, cache.v)
+        )
+        seen = sharding.constrain(cache.positions, self.mesh, "batch", None)
+        return cache._replace(k=k, v=v, positions=seen)
+
+    def for_decoding(self, params: Params) -> Params:
+        """The parameters as a decode loop wants them: cast and cut once, not each step.
+
+        `apply` and `unembed` take them as they take `params`; they are for reading.
+        """
+
+        def cast(path, x):
+            # Norms multiply in float32, whatever the matrices do.
+            return x if path[-1].key == "scale" else x.astype(self.dtype)
+
+        params = jax.tree_util.tree_map_with_path(cast, params)
+        if self.unrolled:
+            params = unstack_layers(params, self.config.num_layers)
+        return params
 
     def with_scalar_head(self) -> "Model":
         """The same decoder with one output instead of a vocabulary."""
@@ -142,6 +185,18 @@ class Model:
     def replace(self, **changes: Any) -> "Model":
         """A copy with other fields, as `model.replace(remat=True)`."""
         return dataclasses.replace(self, **changes)
+
+
+def unstack_layers(params: Params, num_layers: int) -> Params:
+    """{"layers": stacked, ...} -> {"layers_0": ..., "layers_1": ..., ...}."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    leaves, structure = jax.tree.flatten(params["layers"])
+    # A split's gradient is one concatenation; that of slices would be a sum of pads.
+    ones = (1,) * num_layers
+    pieces = [[y[0] for y in jax.lax.split(x, ones)] for x in leaves]
+    for i in range(num_layers):
+        rest[f"layers_{i}"] = structure.unflatten([piece[i] for piece in pieces])
+    return rest
 
 
 def add_scalar_head(

@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-
-class Cache(NamedTuple):
-    """Slot p holds the embedding of the token at position p: [B, S, V]."""
-
-    slots: jax.Array
+from jalign.models import cache as kv
 
 
 @dataclass(frozen=True)
@@ -44,24 +40,27 @@ class HistoryModel:
         }
 
     def init_cache(self, batch, length):
-        # Garbage, so that a slot which is read before it is written shows.
-        return Cache(jnp.full((batch, length, self.vocab_size), 1e3))
+        # Garbage, so that a slot which is seen before it is written shows.
+        k = jnp.full((1, batch, 1, length, self.vocab_size), 1e3)
+        positions = jnp.full((batch, length), kv.NEVER, jnp.int32)
+        return kv.KVCache(k, k[..., :0], positions, jnp.int32(0))
+
+    def for_decoding(self, params):
+        return params
 
     def apply(self, params, tokens, *, positions=None, segment_ids=None, cache=None):
-        batch, time = tokens.shape
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(time), tokens.shape)
-        x = params["embed"][tokens]
-        if cache is None:
-            slots = x
-        else:
-            slots = jax.vmap(lambda s, p, new: s.at[p].set(new))(
-                cache.slots, positions, x
-            )
-        age = positions[:, :, None] - jnp.arange(slots.shape[1])[None, None, :]
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x, seen = params["embed"][tokens], positions
+        if cache is not None:
+            if segment_ids is not None:
+                seen = jnp.where(segment_ids == 0, kv.NEVER, positions)
+            slot, cache = cache.next, kv.advance(cache, seen)
+            k, x = kv.write(cache.k, 0, slot, x[:, :, None, :])
+            cache, x, seen = cache._replace(k=k), x[:, :, 0], cache.positions
+        age = positions[:, :, None] - seen[:, None, :]
         weights = jnp.where(age >= 0, 0.7 ** jnp.maximum(age, 0), 0.0)
-        hidden = jnp.einsum("bts,bsv->btv", weights, slots)
-        return hidden, None if cache is None else Cache(slots)
+        return jnp.einsum("bts,bsv->btv", weights, x), cache
 
     def unembed(self, params):
         return params["table"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jalign.models import Model
+from jalign.models import cache as kv
 from tests.models.rows import packed_rows
 from tests.models.tiny import CONFIGS, random_params, random_tokens
 
@@ -26,10 +27,11 @@ def test_packed_rows_equal_rows_alone_whatever_the_padding(name, attention):
     np.testing.assert_array_equal(packed[:, :12], other[:, :12])
 
 
+@pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3"])
-def test_decoding_with_a_cache_equals_one_pass(name):
+def test_decoding_with_a_cache_equals_one_pass(name, unroll):
     """Right-padded prompts of 5 and 3; then one token at a time, to 9 and 7."""
-    model = Model(CONFIGS[name])
+    model = Model(CONFIGS[name], unroll=unroll)
     params, tokens = random_params(model), random_tokens((2, 9))
     want, _ = model.apply(params, tokens)
     apply, cache = jax.jit(model.apply), model.init_cache(2, 10)
@@ -38,11 +40,12 @@ def test_decoding_with_a_cache_equals_one_pass(name):
     got, cache = apply(params, prompt, segment_ids=ids, cache=cache)
     np.testing.assert_allclose(got[0], want[0, :5], atol=2e-5)
     np.testing.assert_allclose(got[1, :3], want[1, :3], atol=2e-5)
-    assert not np.asarray(cache.k[:, 1, 3:]).any()
+    assert (np.asarray(cache.positions[1, 3:]) == kv.NEVER).all()
     for i in range(4):
         at = np.array([[5 + i], [3 + i]])
         new = np.take_along_axis(tokens, at, 1)
-        got, cache = apply(params, new, positions=at, cache=cache)
+        reader = model.for_decoding(params) if i % 2 else params
+        got, cache = apply(reader, new, positions=at, cache=cache)
         for b in range(2):
             np.testing.assert_allclose(got[b, 0], want[b, at[b, 0]], atol=2e-5)
 
