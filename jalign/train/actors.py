@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jalign import data, generate, models, rewards, sharding
 from jalign.train import forward
 from jalign.train.online_config import OnlineConfig, SampleConfig
-from jalign.train.rollout import Actors, in_groups
+from jalign.train.rollout import Actors
 from jalign.types import PyTree, TokenBatch
 
 
@@ -127,8 +127,9 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
         completion = generate.generate(
             policy,
             params,
-            in_groups(prompts, group_size),
+            prompts,
             key=key,
+            group_size=group_size,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
