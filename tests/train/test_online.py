@@ -58,7 +58,8 @@ def assert_same_run(one, other):
 def test_a_run_leaves_models_metrics_and_a_report(finished):
     out, summary = finished
     assert {"eval_reward", "eval_kl", "kl_coef", "iterations"} <= summary.keys()
-    assert abs(summary["eval_kl_before"]) < 1e-4 < summary["eval_kl"]
+    # k1 of a few completions: far from 0, of either sign.
+    assert abs(summary["eval_kl_before"]) < 1e-4 < abs(summary["eval_kl"])
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
     assert rows(out)[0]["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
     assert "PPO" in (out / "report.html").read_text(encoding="utf-8")
