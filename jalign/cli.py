@@ -20,6 +20,7 @@ COMMANDS = {
     "reward": ("jalign.train", "RewardConfig", "run_reward", "Bradley-Terry reward"),
     "dpo": ("jalign.train", "DPOConfig", "run_dpo", "direct preference optimization"),
     "ppo": ("jalign.train", "PPOConfig", "run_ppo", "proximal policy optimization"),
+    "grpo": ("jalign.train", "GRPOConfig", "run_grpo", "groups in place of a critic"),
     "generate": ("jalign.commands", "GenerateConfig", "run_generate", "sample text"),
     "eval": ("jalign.commands", "EvalConfig", "run_eval", "held-out measures"),
     "plan": ("jalign.plan", "PlanConfig", "run_plan", "will it fit, before you launch"),

@@ -105,7 +105,8 @@ class EvalConfig:
     ref_model: str | None = None
     """Reference checkpoint for implicit rewards and the KL."""
     reward: str | None = None
-    """A reward checkpoint, or a Python function: path/to/file.py:function."""
+    """A reward checkpoint, a Python function (path/to/file.py:function), a built-in
+    check (gsm8k, gsm8k_format), or a sum of them as for `jalign grpo`."""
     limit: int | None = None
     """Use the first rows only."""
     batch_size: int = 16
@@ -215,11 +216,10 @@ def _eval_reward(config, model, params, tokenizer, rows, reference) -> dict[str,
 
 
 def _reward_fn(spec: str, mesh) -> rewards.RewardFn:
-    """`file.py:function`, or a reward checkpoint."""
-    if spec.rpartition(":")[0].endswith(".py"):
-        return rewards.load_reward(spec)
-    judge, params = models.load(spec, mesh=mesh)
-    return rewards.model_reward(judge, params, data.load_tokenizer(spec))
+    """The sum that a --reward stands for."""
+    terms = rewards.parse_rewards(spec)
+    functions = [rewards.load_term(term.source, mesh=mesh)[0] for term in terms]
+    return rewards.weighted_sum(functions, [term.weight for term in terms])
 
 
 def _kl(config, model, params, tokenizer, prompts, reference) -> dict[str, float]:

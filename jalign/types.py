@@ -73,10 +73,11 @@ class Rollout(NamedTuple):
     Attributes:
       tokens, completion_mask, segment_ids, positions: as in TokenBatch.
       old_logps: float32, the trainer's log-probabilities at rollout time, nats.
-      ref_logps: float32, the frozen reference's, nats.
-      values: float32, the critic's value of the state before each token.
+      ref_logps: float32, the frozen reference's, nats; None where there is none.
+      values: float32, the critic's value of the state before each token; None where
+        there is no critic.
       advantages: float32, after whitening where it was asked for.
-      returns: float32, advantages (before whitening) + values.
+      returns: float32, advantages (before whitening) + values; None without a critic.
     """
 
     tokens: Array
@@ -84,10 +85,10 @@ class Rollout(NamedTuple):
     segment_ids: Array
     positions: Array
     old_logps: Array
-    ref_logps: Array
-    values: Array
+    ref_logps: Array | None
+    values: Array | None
     advantages: Array
-    returns: Array
+    returns: Array | None
 
 
 class Loss(NamedTuple):

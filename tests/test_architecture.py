@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"types", "sharding", "models"},
     "data": {"types", "data"},
     "generate": {"types", "models", "sharding", "losses", "generate"},
-    "rewards": {"types", "models", "sharding", "data"},
+    "rewards": {"types", "models", "sharding", "data", "rewards"},
     "evaluate": {"types", "models", "sharding", "data", "losses", "generate"}
     | {"rewards", "train"},
     "report": {"types"},

@@ -78,6 +78,24 @@ def test_missing_files_and_commands_are_one_line_and_exit_2(command, capsys):
     assert "--steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--loss", "grop"], "did you mean 'grpo'"),
+        (["--group-size", "1"], "group_size must be >= 2"),
+        (["--reward", "f.py:a + f.py:a"], "two terms are called 'a'"),
+        (["--batch-size", "3", "--num-minibatches", "5"], "= 24 must be a multiple"),
+        (["--loss", "reinforce", "--num-epochs", "2"], "must be 1, got 2"),
+    ],
+)
+def test_contradictions_of_grpo_are_one_message_and_exit_2(flags, words, capsys):
+    needed = ["--model", "m", "--data", "d", "--out", "o", "--reward", "gsm8k"]
+    assert cli.main(["grpo", *needed, *flags]) == cli.EXIT_USER
+    error = capsys.readouterr().err
+    assert words in " ".join(error.replace("│", " ").split())
+    assert "Traceback" not in error
+
+
 def test_a_library_error_is_a_bug_with_its_traceback(command, monkeypatch, capsys):
     def run(name, args):
         raise ValueError("from a library")  # raised outside the package

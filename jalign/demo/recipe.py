@@ -18,7 +18,7 @@ import jax
 
 from jalign import data, evaluate, models, report, train
 from jalign.demo import task
-from jalign.train.ppo_config import KLConfig, SampleConfig, ScoreOptions
+from jalign.train.ppo_config import KLConfig, ScoreOptions
 
 _log = logging.getLogger("jalign.demo")
 
@@ -173,7 +173,7 @@ def ppo_options() -> train.PPOOptions:
         critic_learning_rate=1e-3,
         kl=KLConfig(kl_coef=0.05),
         rewards=ScoreOptions(missing_eos_penalty=1.0),
-        sampling=SampleConfig(max_new_tokens=REPLY_LENGTH),
+        sampling=train.SampleConfig(max_new_tokens=REPLY_LENGTH),
         compute=COMPUTE,
     )
 

@@ -5,19 +5,32 @@ here needs more than the command has (KTO: completions of other prompts; BCO: a 
 state) and is called as a function.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from jalign.losses import (
     anchored,
     aot,
     dpo,
+    policy,
+    ppo,
     preference,
+    reduce,
     reference_free,
     reward,
+    rloo,
+    sequence_policy,
     sft,
 )
-from jalign.losses.elementwise import Array
+from jalign.losses.elementwise import Array, Scalar
+from jalign.losses.group_advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+)
+from jalign.losses.logps import sequence_logps
 
 
 class Entry(NamedTuple):
@@ -30,6 +43,9 @@ class Entry(NamedTuple):
       defaults: scalars that the function itself leaves to the caller.
       whole_batch: it sorts or compares the rows of the whole batch, so that a
         micro-batch has another loss.
+      advantages: of a policy loss, (rewards [B], group_ids [B], mask [B]) -> [B].
+      reduction: of a policy loss, (loss [B, T], mask) -> (sum, count), for some also
+        with a `length`.
     """
 
     function: Callable[..., Any]
@@ -37,6 +53,8 @@ class Entry(NamedTuple):
     keywords: tuple[str, ...] = ()
     defaults: Mapping[str, float] = {}
     whole_batch: bool = False
+    advantages: Callable[..., Any] | None = None
+    reduction: Callable[..., Any] | None = None
 
 
 def _negative(logps: Array) -> Array:
@@ -98,9 +116,74 @@ _PREFERENCE = {
     ),
     "orpo": Entry(reference_free.orpo_loss, _AVERAGE_PAIR),
 }
+_SCALED = group_advantages
+_CENTERED = functools.partial(_SCALED, scale_by_std=False)
+_TOKEN = ("logps", "old_logps", "advantages")
+_SEQUENCE = (*_TOKEN, "mask")
+_CLIP = {"clip_eps": 0.2}
+_GSPO_CLIP = {"clip_eps": 3e-4, "clip_eps_high": 4e-4}  # of the paper
+
+
+def _rloo(
+    logps: Array,
+    old_logps: Array,
+    advantages: Array,
+    mask: Array,
+    *,
+    clip_eps: Scalar,
+    clip_eps_high: Scalar | None = None,
+) -> Array:
+    """rloo_loss of each completion, at each of its tokens, for sequence_mean."""
+    sums = sequence_logps(logps, mask), sequence_logps(old_logps, mask)
+    total = jnp.sum(jnp.where(mask, advantages, 0.0), axis=1)
+    advantage = total / jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
+    loss = rloo.rloo_loss(
+        *sums, advantage, clip_eps=clip_eps, clip_eps_high=clip_eps_high
+    )
+    return jnp.where(mask, loss[:, None], 0.0)
+
+
+def _policy(function, inputs, reduction, advantages=_SCALED, **defaults) -> Entry:
+    return Entry(
+        function,
+        inputs,
+        defaults=defaults,
+        advantages=advantages,
+        reduction=reduction,
+    )
+
+
+_clipped = functools.partial(_policy, ppo.ppo_policy_loss, _TOKEN)
+_GROUP = {
+    "grpo": _clipped(reduce.sequence_mean, **_CLIP),
+    "dr_grpo": _clipped(reduce.fixed_length_mean, _CENTERED, **_CLIP),
+    "dapo": _clipped(reduce.token_mean, **_CLIP),
+    "bnpo": _clipped(reduce.token_mean, **_CLIP),
+    "gspo": _policy(
+        sequence_policy.gspo_loss, _SEQUENCE, reduce.sequence_mean, **_GSPO_CLIP
+    ),
+    "luspo": _policy(
+        sequence_policy.gspo_loss, _SEQUENCE, reduce.sequence_sum_mean, **_GSPO_CLIP
+    ),
+    "gmpo": _policy(sequence_policy.gmpo_loss, _SEQUENCE, reduce.sequence_mean),
+    "cispo": _policy(policy.cispo_loss, _TOKEN, reduce.token_mean, max_ratio=5.0),
+    "sapo": _policy(policy.sapo_loss, _TOKEN, reduce.sequence_mean),
+    "vespo": _policy(sequence_policy.vespo_loss, _SEQUENCE, reduce.token_mean),
+    "rloo": _policy(
+        _rloo,
+        _SEQUENCE,
+        reduce.sequence_mean,
+        leave_one_out_advantages,
+        **_CLIP,
+    ),
+    "reinforce": _policy(
+        policy.reinforce_loss, ("logps", "advantages"), reduce.token_mean
+    ),
+}
 REGISTRY: Mapping[str, Mapping[str, Entry]] = {
     "sft": _SFT,
     "reward": _REWARD,
     "dpo": _PREFERENCE,
+    "grpo": _GROUP,
 }
 """Command -> name -> Entry."""

@@ -18,6 +18,7 @@ from jalign.train.config import (
     SFTOptions,
 )
 from jalign.train.forward import make_reference_fn
+from jalign.train.grpo_config import GRPOConfig, GRPOOptions
 from jalign.train.loop import Diverged, Preempted, fit
 from jalign.train.loss_spec import parse_losses
 from jalign.train.metrics import MetricsWriter
@@ -26,14 +27,19 @@ from jalign.train.objectives import (
     make_reward_objective,
     make_sft_objective,
 )
+from jalign.train.online_config import ComputeOptions, SampleConfig
 from jalign.train.optim import OptimConfig, make_optimizer
-from jalign.train.policy_objectives import make_ppo_objective, make_value_objective
-from jalign.train.ppo_config import ComputeOptions, PPOConfig, PPOOptions
+from jalign.train.policy_objectives import (
+    make_grpo_objective,
+    make_ppo_objective,
+    make_value_objective,
+)
+from jalign.train.ppo_config import PPOConfig, PPOOptions
 from jalign.train.step import abstract_state, init_state, make_train_step
 
 if TYPE_CHECKING:
     from jalign.train.offline import run_dpo, run_reward, run_sft
-    from jalign.train.online import run_ppo
+    from jalign.train.online import run_grpo, run_ppo
 
 __all__ = [
     "Checkpointer",
@@ -41,6 +47,8 @@ __all__ = [
     "DPOConfig",
     "DPOOptions",
     "Diverged",
+    "GRPOConfig",
+    "GRPOOptions",
     "MetricsWriter",
     "OptimConfig",
     "PPOConfig",
@@ -51,10 +59,12 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "SFTOptions",
+    "SampleConfig",
     "abstract_state",
     "fit",
     "init_state",
     "make_dpo_objective",
+    "make_grpo_objective",
     "make_optimizer",
     "make_ppo_objective",
     "make_reference_fn",
@@ -64,6 +74,7 @@ __all__ = [
     "make_value_objective",
     "parse_losses",
     "run_dpo",
+    "run_grpo",
     "run_ppo",
     "run_reward",
     "run_sft",
@@ -71,6 +82,7 @@ __all__ = [
 
 _RECIPES = {
     "run_dpo": "offline",
+    "run_grpo": "online",
     "run_ppo": "online",
     "run_reward": "offline",
     "run_sft": "offline",

@@ -1,7 +1,7 @@
 """The models of an online run as the functions that a rollout asks for."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,61 +11,79 @@ from jax.sharding import Mesh
 
 from jalign import data, generate, models, rewards, sharding
 from jalign.train import forward
-from jalign.train.ppo_config import PPOConfig, SampleConfig
+from jalign.train.online_config import OnlineConfig, SampleConfig
 from jalign.train.rollout import Actors
 from jalign.types import PyTree, TokenBatch
 
 
 class Cast(NamedTuple):
-    """Everybody in a PPO run. Parameters are those before the first update.
+    """Everybody in an online run. Parameters are those before the first update.
 
     Attributes:
       policy: a causal language model; its reference has the same parameters.
       policy_params: of the reference, and what the policy starts from.
-      critic: a model with a scalar head.
+      critic: a model with a scalar head; None where the algorithm has none.
       critic_params: what the critic starts from.
       tokenizer: the policy's.
-      reward: (prompts, completions, rows) -> float32 [B].
+      reward: (prompts, completions, rows) -> float32 [B], or [B, K] of several.
+      reward_weights: name -> weight of each of the K rewards, in their order.
     """
 
     policy: models.Model
     policy_params: PyTree
-    critic: models.Model
+    critic: Any
     critic_params: PyTree
     tokenizer: Any
     reward: rewards.RewardFn
+    reward_weights: Mapping[str, float] = {"reward": 1.0}
 
 
-def load_cast(config: PPOConfig, mesh: Mesh | None) -> Cast:
-    """Loads the policy, and the reward: a Python function or a reward checkpoint.
+def load_cast(
+    config: OnlineConfig, mesh: Mesh | None, *, with_critic: bool = True
+) -> Cast:
+    """Loads the policy and the rewards: Python functions, verifiers, checkpoints.
 
-    The critic starts from the reward model where there is one of the policy's
-    vocabulary, else from the policy with a new scalar head.
+    The critic starts from the first reward model of the policy's vocabulary, else from
+    the policy with a new scalar head.
     """
-    compute = config.ppo.compute
-    load = functools.partial(
-        models.load, mesh=mesh, dtype=compute.dtype, remat=compute.remat
-    )
+    compute = config.options.compute
+    how = {"mesh": mesh, "dtype": compute.dtype, "remat": compute.remat}
     tokenizer = data.load_tokenizer(config.model)
-    policy, params = load(config.model)
+    policy, params = models.load(config.model, **how)
     data.check_vocab(tokenizer, policy.config.vocab_size)
-    if is_function(config.reward):
-        reward, judge = on_main_process(rewards.load_reward(config.reward)), None
-    else:
-        judge = load(config.reward)
-        reward_tokenizer = data.load_tokenizer(config.reward)
-        reward = rewards.model_reward(*judge, reward_tokenizer)
-    if judge and reward_tokenizer.get_vocab() == tokenizer.get_vocab():
-        critic, critic_params = judge
-    else:
+    terms = rewards.parse_rewards(config.reward)
+    loaded = [rewards.load_term(term.source, **how) for term in terms]
+    functions = [f if judge else on_main_process(f) for f, judge in loaded]
+    critic, critic_params = None, None
+    if with_critic:
+        judges = (judge for _, judge in loaded if judge)
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        critic, critic_params = models.add_scalar_head(policy, params, key=key)
-    return Cast(policy, params, critic, critic_params, tokenizer, reward)
+        critic, critic_params = next(
+            (
+                (judge.model, judge.params)
+                for judge in judges
+                if judge.tokenizer.get_vocab() == tokenizer.get_vocab()
+            ),
+            None,
+        ) or models.add_scalar_head(policy, params, key=key)
+    return Cast(
+        policy,
+        params,
+        critic,
+        critic_params,
+        tokenizer,
+        functions[0] if len(functions) == 1 else side_by_side(functions),
+        {term.name: term.weight for term in terms},
+    )
 
 
-def is_function(reward: str) -> bool:
-    """Whether a --reward names `file.py:function` and not a checkpoint."""
-    return reward.rpartition(":")[0].endswith(".py")
+def side_by_side(functions: list[rewards.RewardFn]) -> rewards.RewardFn:
+    """K reward functions as one that gives float32 [B, K]."""
+
+    def stacked(prompts, completions, rows):
+        return np.stack([f(prompts, completions, rows) for f in functions], axis=1)
+
+    return stacked
 
 
 def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
@@ -93,18 +111,25 @@ def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
     return shared
 
 
-def make_actors(cast: Cast, config: PPOConfig) -> Actors:
-    """The compiled functions of a run, from host arrays to host arrays."""
-    sampling, mesh = config.ppo.sampling, cast.policy.mesh
-    rows = config.batch_size // config.ppo.num_minibatches
-    stops = stop_tokens(cast, sampling)
+def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Actors:
+    """The compiled functions of a run, from host arrays to host arrays.
+
+    Args:
+      cast: who plays; without a critic there is no critic's function.
+      config: the run's; it says whether there is a reference.
+      group_size: completions of each prompt.
+    """
+    sampling, policy, mesh = config.options.sampling, cast.policy, cast.policy.mesh
+    rows = config.completions // config.options.num_minibatches
+    stops, tokenizer = stop_tokens(cast, sampling), cast.tokenizer
 
     def sample(params, prompts, key):
         completion = generate.generate(
-            cast.policy,
+            policy,
             params,
             prompts,
             key=key,
+            group_size=group_size,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -121,18 +146,20 @@ def make_actors(cast: Cast, config: PPOConfig) -> Actors:
             mesh=mesh,
         )
 
-    stats = on_host(_stats, cast.policy, temperature=sampling.temperature)
-    logps = on_host(_logps, cast.policy, temperature=sampling.temperature)
-
+    stats = on_host(_stats, policy, temperature=sampling.temperature)
+    logps = on_host(_logps, policy, temperature=sampling.temperature)
+    reference = functools.partial(logps, cast.policy_params)
     return Actors(
         sample=sample,
         policy=stats,
-        reference=functools.partial(logps, cast.policy_params),
-        critic=on_host(_values, cast.critic),
+        reference=reference if config.has_reference else None,
+        critic=on_host(_values, cast.critic) if cast.critic else None,
         reward=cast.reward,
-        decode=lambda ids: cast.tokenizer.batch_decode(ids, skip_special_tokens=True),
+        decode=lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True),
         stop_tokens=stops,
         max_length=config.max_length,
+        reward_weights=cast.reward_weights,
+        group_size=group_size,
     )
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from jalign.losses.registry import REGISTRY
 from jalign.train.loss_spec import Term, parse_losses
+from jalign.train.online_config import ComputeOptions
 from jalign.train.optim import OptimConfig
-from jalign.train.ppo_config import ComputeOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,7 @@ def make_reward_objective(
             "rejected_rewards": rejected,
             "margin": batch.margins,
         }
-        loss, parts = _sum_terms(terms, inputs)
+        loss, parts = sum_terms(terms, inputs)
         valid = _valid_rows(batch)
         metrics = {
             "accuracy": _mean(chosen > rejected, valid),
@@ -141,7 +141,7 @@ def make_dpo_objective(
     def objective(params: PyTree, batch: PreferenceBatch, key: jax.Array) -> Loss:
         del key
         inputs = pair_inputs(model, params, batch)
-        loss, parts = _sum_terms(terms, inputs)
+        loss, parts = sum_terms(terms, inputs)
         valid = inputs["mask"]
         reward_chosen, reward_rejected = (
             losses.implicit_rewards(
@@ -210,7 +210,7 @@ def _extreme(x, valid, reduce) -> tuple[jax.Array, jax.Array]:
     return reduce(jnp.where(valid, x, empty)), jnp.float32(1.0)
 
 
-def _sum_terms(terms: Terms, inputs: Mapping[str, jax.Array]):
+def sum_terms(terms: Terms, inputs: Mapping[str, jax.Array]):
     """(sum of the terms, name -> each of several as a metric)."""
     parts = {name: term(inputs) for name, term in terms.items()}
     total = functools.reduce(operator.add, parts.values())
@@ -249,7 +249,7 @@ def _sft_rows(logits, targets, _, *, terms):
     """A chunk's loss (differentiated); its parts, nll, entropy, accuracy (not)."""
     logps = losses.logps_from_logits(logits, targets)
     inputs = {"logits": logits, "targets": targets, "logps": logps}
-    loss, parts = _sum_terms(dict(terms), inputs)
+    loss, parts = sum_terms(dict(terms), inputs)
     logits, logps = jax.lax.stop_gradient((logits, logps))
     # Not argmax == target: over a vocabulary split over devices, a max is cheaper.
     best = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)

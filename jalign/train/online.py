@@ -1,79 +1,66 @@
-"""The online loop: `jalign ppo`, from prompts and a reward to an aligned checkpoint."""
+"""The online loop: `jalign ppo` and `jalign grpo`, from prompts and a reward to an
+aligned checkpoint."""
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
-from jalign import data, losses, models, report, sharding
+from jalign import data, models, report, sharding
+from jalign.train import grpo, ppo
 from jalign.train.actors import Cast, load_cast, make_actors
 from jalign.train.checkpoint import Checkpointer
+from jalign.train.grpo_config import GRPOConfig
 from jalign.train.held_out import before_and_after
 from jalign.train.loop import SkipGuard, StopSignal, raise_preempted
 from jalign.train.metrics import MetricsWriter
-from jalign.train.ppo import Learner, PPOState, iterate, make_learner, start_state
+from jalign.train.online_config import OnlineConfig
+from jalign.train.online_eval import Evaluation, evaluate_prompts
 from jalign.train.ppo_config import PPOConfig
-from jalign.train.rollout import Actors, sample_and_score
 from jalign.train.run import Clock, Run, open_run, restore_state
 from jalign.train.step import abstract_state
-from jalign.types import PyTree
+from jalign.train.updates import Learner
+from jalign.types import TrainState
 
 _log = logging.getLogger("jalign.train")
-_EVAL_STREAM = 2**31 - 1  # no iteration gets as far, so no rollout uses its key
-_SAMPLES = 8  # completions kept for the report
+State = Any
+"""A NamedTuple: a TrainState for each model of the learner, by its name, `iteration`,
+and numbers."""
 
 
-class Evaluation(NamedTuple):
-    """What a policy does on held-out prompts.
+class Method(NamedTuple):
+    """An algorithm, as the loop asks for it.
 
     Attributes:
-      figures: name -> mean over the prompts: reward, kl (to the reference, nats a
-        completion), completion_length (tokens), stopped (share).
-      texts: its first completions.
+      name: of the command.
+      load_cast: (config, mesh) -> Cast.
+      make_learner: (cast, config, iterations) -> Learner.
+      state: the class of its states.
+      start_state: (cast, learner, config) -> state before the first rollout.
+      iterate: (state, prompts, actors=, learner=, config=, mesh=) -> (state, metrics).
     """
 
-    figures: dict[str, float]
-    texts: list[str]
+    name: str
+    load_cast: Callable[..., Cast]
+    make_learner: Callable[..., Learner]
+    state: type[State]
+    start_state: Callable[..., State]
+    iterate: Callable[..., tuple[State, dict[str, float]]]
 
 
-def evaluate_prompts(
-    actors: Actors,
-    params: PyTree,
-    prompts: Sequence[data.PromptExample],
-    config: PPOConfig,
-) -> Evaluation:
-    """Samples one completion for each prompt, with the same draw every time.
-
-    Args:
-      actors: of make_actors.
-      params: the policy's.
-      prompts: held-out ones; none gives no figures.
-      config: for the seed and the batch size.
-    """
-    if not prompts:
-        return Evaluation({}, [])
-    key = jax.random.fold_in(jax.random.key(config.seed), _EVAL_STREAM)
-    batch_size = config.batch_size
-    parts = []
-    for number, start in enumerate(range(0, len(prompts), batch_size)):
-        part = prompts[start : start + batch_size]
-        part_key = jax.random.fold_in(key, number)
-        parts.append(sample_and_score(actors, params, part, part_key))
-
-    def mean(of) -> float:
-        return float(np.concatenate([of(part) for part in parts]).mean())
-
-    figures = {
-        "reward": mean(lambda x: x.rewards),
-        "kl": mean(lambda x: np.asarray(losses.kl_k1(x.logps, x.ref_logps)).sum(1)),
-        "completion_length": mean(lambda x: x.batch.completion_mask.sum(1)),
-        "stopped": mean(lambda x: x.stopped),
-    }
-    return Evaluation(figures, parts[0].texts[:_SAMPLES])
+PPO = Method(
+    "ppo", load_cast, ppo.make_learner, ppo.PPOState, ppo.start_state, ppo.iterate
+)
+GRPO = Method(
+    "grpo",
+    functools.partial(load_cast, with_critic=False),
+    grpo.make_learner,
+    grpo.GRPOState,
+    grpo.start_state,
+    grpo.iterate,
+)
 
 
 def run_ppo(config: PPOConfig) -> dict[str, Any]:
@@ -86,47 +73,69 @@ def run_ppo(config: PPOConfig) -> dict[str, Any]:
     Raises: ValueError for settings or data that do not fit; Preempted after a SIGTERM,
       when the state is saved; Diverged.
     """
-    with open_run(config, "ppo") as run:
+    return _run(config, PPO)
+
+
+def run_grpo(config: GRPOConfig) -> dict[str, Any]:
+    """As run_ppo, without a critic: the completions of a prompt judge each other.
+
+    Returns: as run_ppo; eval_kl where beta > 0, no kl_coef.
+    Raises: as run_ppo.
+    """
+    return _run(config, GRPO)
+
+
+def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
+    with open_run(config, method.name) as run:
         clock = Clock()
-        cast = load_cast(config, run.mesh)
+        cast = method.load_cast(config, run.mesh)
         prompts = load_prompts(config.data, cast, config)
         held_out = load_prompts(config.eval_data, cast, config)
         total = config.steps or data.num_steps(
             len(prompts), config.batch_size, config.epochs
         )
-        actors = make_actors(cast, config)
-        learner = make_learner(cast, config, total)
+        actors, judges = (
+            make_actors(cast, config, group_size=n) for n in (config.group_size, 1)
+        )
+        learner = method.make_learner(cast, config, total)
         clock.lap("load")
-        state, meta = restore(run, cast, learner)
+        state, meta = restore(run, cast, learner, method)
         if state is None:
-            before = evaluate_prompts(actors, cast.policy_params, held_out, config)
-            state = start_state(cast, learner, config)
+            before = evaluate_prompts(judges, cast.policy_params, held_out, config)
+            state = method.start_state(cast, learner, config)
             meta = {"before": list(before), "num_tokens": 0.0}
             clock.lap("evaluate before")
+        if not config.has_reference:
+            cast = cast._replace(policy_params=None)  # the state has its own
         before = Evaluation(*meta["before"])
         state = fit(
             state,
-            prompts,
-            actors=actors,
-            learner=learner,
+            functools.partial(
+                method.iterate,
+                prompts=prompts,
+                actors=actors,
+                learner=learner,
+                config=config,
+                mesh=run.mesh,
+            ),
             config=config,
             iterations=total,
             checkpointer=run.checkpointer,
             meta=meta | run.meta,
-            mesh=run.mesh,
+            title=method.name,
         )
         clock.lap("train")
-        after = evaluate_prompts(actors, state.policy.params, held_out, config)
+        after = evaluate_prompts(judges, state.policy.params, held_out, config)
         clock.lap("evaluate after")
         save_models(state, cast, config)
         clock.lap("save model")
         summary = before_and_after(before.figures, after.figures)
-        summary |= {"iterations": state.iteration, "kl_coef": state.kl_coef}
+        summary |= {"iterations": state.iteration} | _divide(state)[1]
         if sharding.is_main_process():
             texts = zip(held_out, before.texts, after.texts, strict=False)
             report.write_report(
                 run.out,
-                title=f"PPO of {Path(config.model).name}",
+                title=f"{method.name.upper()} of {Path(config.model).name}",
                 config=dataclasses.asdict(config),
                 samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
                 summary=summary,
@@ -136,29 +145,28 @@ def run_ppo(config: PPOConfig) -> dict[str, Any]:
 
 
 def fit(
-    state: PPOState,
-    prompts: Sequence[data.PromptExample],
+    state: State,
+    advance: Callable[[State], tuple[State, dict[str, float]]],
     *,
-    actors: Actors,
-    learner: Learner,
-    config: PPOConfig,
+    config: OnlineConfig,
     iterations: int,
     checkpointer: Checkpointer | None = None,
     meta: Mapping[str, Any] | None = None,
-    mesh: Any = None,
-) -> PPOState:
+    title: str = "online",
+) -> State:
     """Iterates until `iterations` rollouts have been learned from.
 
-    Policy, critic, KL coefficient and position are saved in one step, between
-    iterations only: a kill at any time goes back to a boundary, with all four.
+    Models, controllers and position are saved in one step, between iterations only: a
+    kill at any time goes back to a boundary, with all of them.
 
     Args:
       state: from where; donated.
-      prompts: all prompts.
-      actors, learner, config, mesh: as in iterate.
+      advance: state -> (next state, metrics), one iteration.
+      config: for OUT and how often to save.
       iterations: of the whole run.
       checkpointer: None saves nothing.
       meta: JSON values stored with each checkpoint.
+      title: of the progress bar.
 
     Raises: Preempted, once the state is saved; Diverged.
     """
@@ -168,27 +176,20 @@ def fit(
         total_steps=iterations,
         start_step=state.iteration,
         num_tokens=meta.get("num_tokens", 0.0),
-        title="ppo",
+        title=title,
     )
 
     def save() -> None:
         if checkpointer is not None:
-            record = {"kl_coef": state.kl_coef, "num_tokens": writer.num_tokens}
-            tree = {"policy": state.policy, "critic": state.critic}
-            checkpointer.save(state.iteration, tree, meta | record)
+            tree, numbers = _divide(state)
+            record = meta | numbers | {"num_tokens": writer.num_tokens}
+            checkpointer.save(state.iteration, tree, record)
         writer.restart_clock()
 
     every = config.checkpoint_every
     with StopSignal() as stop:
         while state.iteration < iterations:
-            state, metrics = iterate(
-                state,
-                prompts,
-                actors=actors,
-                learner=learner,
-                config=config,
-                mesh=mesh,
-            )
+            state, metrics = advance(state)
             number = state.iteration
             # The metrics are on the host already: written now, with their own time.
             writer.log(number, metrics)
@@ -203,8 +204,16 @@ def fit(
     return state
 
 
+def _divide(state: State) -> tuple[dict[str, TrainState], dict[str, float]]:
+    """A state's models and its numbers, by name; the iteration is neither."""
+    fields = state._asdict()
+    fields.pop("iteration")
+    trees = {k: v for k, v in fields.items() if isinstance(v, TrainState)}
+    return trees, {k: v for k, v in fields.items() if k not in trees}
+
+
 def load_prompts(
-    source: str | None, cast: Cast, config: PPOConfig
+    source: str | None, cast: Cast, config: OnlineConfig
 ) -> list[data.PromptExample]:
     """The prompts that leave room for a completion; none without a source.
 
@@ -212,41 +221,40 @@ def load_prompts(
     """
     if source is None:
         return []
-    room = config.max_length - config.ppo.sampling.max_new_tokens
+    room = config.max_length - config.options.sampling.max_new_tokens
     prompts, counts = data.prompt_examples(
-        data.load_rows(source, bad_rows=config.ppo.bad_rows),
+        data.load_rows(source, bad_rows=config.options.bad_rows),
         cast.tokenizer,
         max_prompt_length=room,
-        bad_rows=config.ppo.bad_rows,
+        bad_rows=config.options.bad_rows,
     )
     _log.info("%s: %d prompts %s", source, len(prompts), counts or "")
     return prompts
 
 
-def save_models(state: PPOState, cast: Cast, config: PPOConfig) -> None:
+def save_models(state: State, cast: Cast, config: OnlineConfig) -> None:
     """OUT/model, and OUT/critic where asked for, in HF format."""
     out = Path(config.out)
     models.save(out / "model", cast.policy, state.policy.params, cast.tokenizer)
-    if config.ppo.save_critic:
+    if isinstance(config, PPOConfig) and config.ppo.save_critic:
         models.save(out / "critic", cast.critic, state.critic.params, cast.tokenizer)
 
 
 def restore(
-    run: Run, cast: Cast, learner: Learner
-) -> tuple[PPOState | None, dict[str, Any]]:
+    run: Run, cast: Cast, learner: Learner, method: Method
+) -> tuple[State | None, dict[str, Any]]:
     """The newest good checkpoint's state and record, or (None, {})."""
-
-    def abstract(model, tx):
-        return abstract_state(model.param_shapes(), tx, mesh=run.mesh)
-
     found = restore_state(
         run,
         {
-            "policy": abstract(cast.policy, learner.policy_tx),
-            "critic": abstract(cast.critic, learner.critic_tx),
+            name: abstract_state(
+                getattr(cast, name).param_shapes(), trainer.tx, mesh=run.mesh
+            )
+            for name, trainer in learner.items()
         },
     )
     if found is None:
         return None, {}
-    states, kl_coef = found.tree, found.meta["kl_coef"]
-    return PPOState(states["policy"], states["critic"], kl_coef, found.step), found.meta
+    names = set(method.state._fields) - found.tree.keys() - {"iteration"}
+    numbers = {name: found.meta[name] for name in names}
+    return method.state(**found.tree, **numbers, iteration=found.step), found.meta

@@ -1,4 +1,6 @@
-"""The objectives of PPO's two models, on a Rollout."""
+"""The objectives of online runs, on a Rollout: policies, and PPO's critic."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 from jalign import losses
 from jalign.models import Model
 from jalign.train.forward import token_stats, token_values
-from jalign.train.objectives import Objective, PyTree
+from jalign.train.objectives import Objective, PyTree, Terms, sum_terms
 from jalign.types import Loss, Rollout
 
 
@@ -51,6 +53,92 @@ def make_ppo_objective(
     return objective
 
 
+def make_grpo_objective(
+    model: Model,
+    *,
+    terms: Terms,
+    reduction: Callable[..., tuple[jax.Array, jax.Array]] = losses.token_mean,
+    beta: float = 0.0,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+) -> Objective:
+    """A policy loss on a Rollout whose advantages are there already: GRPO's family.
+
+    Args:
+      model: the policy.
+      terms: what to sum, functions of "logps", "old_logps", "advantages" and "mask",
+        [B, T] each, to [B, T].
+      reduction: (x [B, T], mask) -> (sum, count), of losses and KL alike.
+      beta: weight of the KL to the reference (kl_k3); with 0 ref_logps may be None.
+      entropy_coef: weight of the entropy bonus.
+      temperature: the sampler's; old_logps must have been taken at the same one.
+
+    Returns: objective whose count is that of the reduction.
+    """
+
+    def objective(params: PyTree, batch: Rollout, key: jax.Array) -> Loss:
+        del key
+        mask = batch.completion_mask
+        stats = token_stats(model, params, batch, temperature=temperature)
+        inputs = {
+            "logps": stats.logps,
+            "old_logps": batch.old_logps,
+            "advantages": batch.advantages,
+            "mask": mask,
+        }
+        policy, parts = sum_terms(terms, inputs)
+        loss, metrics = policy, {"entropy": losses.token_mean(stats.entropy, mask)}
+        if beta:
+            kl = losses.kl_k3(stats.logps, batch.ref_logps)
+            loss = loss + beta * kl
+            metrics["kl"] = losses.token_mean(kl, mask)
+        if entropy_coef:
+            loss = loss - entropy_coef * stats.entropy
+        ratio = jnp.exp(stats.logps - batch.old_logps)
+        metrics |= {
+            "policy_loss": reduction(policy, mask),
+            "ratio": losses.token_mean(ratio, mask),
+            "approx_kl": losses.token_mean(
+                losses.approx_kl(stats.logps, batch.old_logps), mask
+            ),
+        }
+        metrics |= {name: reduction(x, mask) for name, x in parts.items()}
+        metrics |= clip_ratios(lambda x: sum_terms(terms, x)[0], inputs)
+        total, count = reduction(loss, mask)
+        return Loss(total, count, jax.lax.stop_gradient(metrics))
+
+    return objective
+
+
+def clip_ratios(
+    policy: Callable[[dict[str, jax.Array]], jax.Array], inputs: dict[str, jax.Array]
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Shares of tokens that a policy loss gives no gradient though A is not 0.
+
+    Read off the gradient, so that it is right for any loss: clipped by token or by
+    sequence, or never.
+
+    Args:
+      policy: from the named arrays, [B, T] each, to the loss of each token.
+      inputs: "logps", "advantages" and "mask" among them.
+
+    Returns: TRL's names -> (sum, count); low where A < 0, high where A > 0.
+    """
+    inputs = jax.lax.stop_gradient(inputs)
+    mask, advantages = inputs["mask"], inputs["advantages"]
+
+    def total(logps):
+        return losses.token_mean(policy(inputs | {"logps": logps}), mask)[0]
+
+    idle = jax.grad(total)(inputs["logps"]) == 0
+    where = {
+        "clip_ratio/low_mean": idle & (advantages < 0),
+        "clip_ratio/high_mean": idle & (advantages > 0),
+        "clip_ratio/region_mean": idle & (advantages != 0),
+    }
+    return {k: losses.token_mean(x.astype(jnp.float32), mask) for k, x in where.items()}
+
+
 def make_value_objective(model: Model, *, clip_eps: float = 0.2) -> Objective:
     """PPO's clipped value loss on a Rollout, a mean over all trained tokens.
 
@@ -63,6 +151,7 @@ def make_value_objective(model: Model, *, clip_eps: float = 0.2) -> Objective:
 
     def objective(params: PyTree, batch: Rollout, key: jax.Array) -> Loss:
         del key
+        assert batch.values is not None, "the rollout has no values"
         mask = batch.completion_mask
         values = token_values(model, params, batch)
         loss = losses.ppo_value_loss(

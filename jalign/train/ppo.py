@@ -8,17 +8,15 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from jalign import data, losses, sharding
+from jalign import data, losses
 from jalign.models import Model
 from jalign.train.actors import Cast, local_rows
-from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.optim import OptimConfig
 from jalign.train.policy_objectives import make_ppo_objective, make_value_objective
 from jalign.train.ppo_config import PPOConfig, PPOOptions
 from jalign.train.rollout import (
@@ -28,7 +26,16 @@ from jalign.train.rollout import (
     sample_and_score,
     shape_scores,
 )
-from jalign.train.step import TrainStep, abstract_state, init_state, make_train_step
+from jalign.train.updates import (
+    Learner,
+    columns,
+    first_state,
+    loop_metrics,
+    make_trainer,
+    minibatches,
+    num_updates,
+    rollout_prompts,
+)
 from jalign.types import Rollout, TrainState
 
 
@@ -47,18 +54,9 @@ class PPOState(NamedTuple):
     iteration: int
 
 
-class Learner(NamedTuple):
-    """How a run updates each of its two models: the step and its optax chain."""
-
-    policy_step: TrainStep
-    critic_step: TrainStep
-    policy_tx: Any
-    critic_tx: Any
-
-
 def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:
-    """Optimizers and compiled steps; the schedules run over all updates."""
-    updates = iterations * config.ppo.num_epochs * config.ppo.num_minibatches
+    """Optimizers and compiled steps of "policy" and "critic"."""
+    updates = num_updates(config, iterations)
     return _learner(cast.policy, cast.critic, config.optim, config.ppo, updates)
 
 
@@ -76,40 +74,24 @@ def _learner(
         temperature=ppo.sampling.temperature,
     )
     critic_objective = make_value_objective(critic, clip_eps=ppo.value_clip_eps)
-
-    def make(objective, model, optim):
-        tx, schedule = make_optimizer(optim, updates)
-        shapes = abstract_state(model.param_shapes(), tx, mesh=model.mesh)
-        shardings = None
-        if model.mesh is not None:
-            shardings = sharding.state_shardings(model.mesh, shapes)
-        step = make_train_step(
-            objective,
-            tx,
-            microbatches=ppo.compute.microbatches,
-            state_shardings=shardings,
-            schedule=schedule,
-        )
-        return step, tx
-
-    policy_step, policy_tx = make(policy_objective, policy, optim)
-    critic_step, critic_tx = make(critic_objective, critic, critic_optim)
-    return Learner(policy_step, critic_step, policy_tx, critic_tx)
+    how = {"updates": updates, "microbatches": ppo.compute.microbatches}
+    return {
+        "policy": make_trainer(policy_objective, policy, optim, **how),
+        "critic": make_trainer(critic_objective, critic, critic_optim, **how),
+    }
 
 
 def start_state(cast: Cast, learner: Learner, config: PPOConfig) -> PPOState:
     """The state before the first rollout; the cast's parameters are copied."""
-    mesh, keys = cast.policy.mesh, jax.random.split(jax.random.key(config.seed))
-
-    def make(params, tx, key):
-        return init_state(jax.tree.map(jnp.copy, params), tx, key, mesh=mesh)
-
-    return PPOState(
-        make(cast.policy_params, learner.policy_tx, keys[0]),
-        make(cast.critic_params, learner.critic_tx, keys[1]),
-        config.ppo.kl.kl_coef,
-        0,
+    keys = jax.random.split(jax.random.key(config.seed))
+    policy, critic = (
+        first_state(model, params, learner[name], key, keep=True)
+        for name, model, params, key in (
+            ("policy", cast.policy, cast.policy_params, keys[0]),
+            ("critic", cast.critic, cast.critic_params, keys[1]),
+        )
     )
+    return PPOState(policy, critic, config.ppo.kl.kl_coef, 0)
 
 
 def iterate(
@@ -133,18 +115,15 @@ def iterate(
     Returns: the next state and this iteration's metrics.
     """
     ppo, began, number = config.ppo, time.perf_counter(), state.iteration
-    chosen = data.batch_indices(len(prompts), config.batch_size, config.seed, number)
-    scored = sample_and_score(
-        actors,
-        state.policy.params,
-        [prompts[i] for i in chosen],
-        jax.random.fold_in(jax.random.key(config.seed), number),
-    )
+    chosen, key = rollout_prompts(prompts, config, number)
+    scored = sample_and_score(actors, state.policy.params, chosen, key)
     scores = shape_scores(scored.rewards, scored.stopped, ppo.rewards)
+    assert actors.critic is not None
+    values = actors.critic(state.critic.params, scored.batch)
     rollout = make_rollout(
         scored,
         scores,
-        actors.critic(state.critic.params, scored.batch),
+        values,
         kl_coef=state.kl_coef,
         gamma=ppo.gamma,
         gae_lambda=ppo.gae_lambda,
@@ -155,15 +134,8 @@ def iterate(
     policy, critic, update_metrics = update(
         state, rollout, learner=learner, config=config, mesh=mesh
     )
-    done = time.perf_counter()
     metrics = update_metrics | rollout_metrics(scored, scores, kl_coef=state.kl_coef)
-    metrics |= {
-        "num_tokens": float(np.sum(rollout.segment_ids > 0)),
-        "episode": float((number + 1) * config.batch_size),
-        "eps": config.batch_size / (done - began),
-        "time/rollout": sampled - began,
-        "time/update": done - sampled,
-    }
+    metrics |= loop_metrics(rollout, config, number, began, sampled)
     kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
     return PPOState(policy, critic, kl_coef, number + 1), metrics
 
@@ -196,30 +168,21 @@ def update(
     Returns: policy and critic states, and the metrics' means over the updates.
     """
     policy, critic, rows = state.policy, state.critic, []
-    for epoch in range(config.ppo.num_epochs):
-        random = np.random.default_rng([config.seed, state.iteration, epoch])
-        order = random.permutation(config.batch_size)
-        for part in np.split(order, config.ppo.num_minibatches):
-            picked = jax.tree.map(lambda x, part=part: x[part], rollout)
-            batch = local_rows(picked, mesh)
-            policy, policy_metrics = learner.policy_step(policy, batch)
-            critic, critic_metrics = learner.critic_step(critic, batch)
-            rows.append((policy_metrics, critic_metrics))
+    for part in minibatches(rollout, config, state.iteration):
+        batch = local_rows(part, mesh)
+        policy, policy_metrics = learner["policy"].step(policy, batch)
+        critic, critic_metrics = learner["critic"].step(critic, batch)
+        rows.append((policy_metrics, critic_metrics))
     return policy, critic, update_metrics(jax.device_get(rows))
 
 
 def update_metrics(rows: Sequence[tuple[Mapping, Mapping]]) -> dict[str, float]:
     """Means over the updates of an iteration; the critic's own are `critic/...`."""
     shared = {"loss", "grad_norm", "learning_rate", "skipped"}
-    policy = {k: np.array([float(p[k]) for p, _ in rows]) for k in rows[0][0]}
-    critic = {
-        f"critic/{k}" if k in shared else k: np.array([float(c[k]) for _, c in rows])
-        for k in rows[0][1]
-        if k != "num_tokens"
-    }
+    policy, critic = (columns(side) for side in zip(*rows, strict=True))
+    critic = {f"critic/{k}" if k in shared else k: x for k, x in critic.items()}
     ratios = policy["val/ratio"]
-    means = {name: float(x.mean()) for name, x in (critic | policy).items()}
-    return means | {
+    return {name: float(x.mean()) for name, x in (critic | policy).items()} | {
         "skipped": float(policy["skipped"].sum() + critic["critic/skipped"].sum()),
         "lr": float(policy["learning_rate"][-1]),
         "learning_rate": float(policy["learning_rate"][-1]),

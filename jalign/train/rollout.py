@@ -6,7 +6,7 @@ The models come in as functions (`Actors`); nothing here knows of parameters.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jalign import data, losses
 from jalign.rewards import RewardFn
 from jalign.train.forward import TokenStats
-from jalign.train.ppo_config import ScoreOptions
+from jalign.train.online_config import ScoreLimits
 from jalign.types import Completion, PyTree, Rollout, TokenBatch
 
 
@@ -24,25 +24,31 @@ class Actors(NamedTuple):
     """What a rollout asks of the models, from host arrays to host arrays.
 
     Attributes:
-      sample: (policy params, prompts, key) -> Completion [B, N].
+      sample: (policy params, P prompts, key) -> Completion [P * group_size, N], the
+        completions of a prompt behind each other.
       policy: (policy params, TokenBatch) -> TokenStats, the trainer's own.
-      reference: TokenBatch -> float32 [B, T], nats, of the frozen reference.
-      critic: (critic params, TokenBatch) -> float32 [B, T].
-      reward: (prompts, completions, rows) -> float32 [B]; jalign.rewards.checked
-        makes one that names the row whose reward is no finite number.
+      reference: TokenBatch -> float32 [B, T], nats, of the frozen reference; or None.
+      critic: (critic params, TokenBatch) -> float32 [B, T]; or None.
+      reward: (prompts, completions, rows) -> float32 [B], or [B, K] of K rewards;
+        jalign.rewards.checked makes one that names the row whose reward is no finite
+        number.
       decode: token id lists -> texts.
       stop_tokens: ids that end a completion.
       max_length: no row is longer.
+      reward_weights: name -> weight of each of the K rewards, in their order.
+      group_size: completions of each prompt.
     """
 
     sample: Callable[[PyTree, Sequence[Any], jax.Array], Completion]
     policy: Callable[[PyTree, TokenBatch], TokenStats]
-    reference: Callable[[TokenBatch], np.ndarray]
-    critic: Callable[[PyTree, TokenBatch], np.ndarray]
+    reference: Callable[[TokenBatch], np.ndarray] | None
+    critic: Callable[[PyTree, TokenBatch], np.ndarray] | None
     reward: RewardFn
     decode: Callable[[list[list[int]]], list[str]]
     stop_tokens: tuple[int, ...]
     max_length: int
+    reward_weights: Mapping[str, float] = {"reward": 1.0}
+    group_size: int = 1
 
 
 class Scored(NamedTuple):
@@ -51,21 +57,26 @@ class Scored(NamedTuple):
     Attributes:
       batch: TokenBatch [B, T], prompt and completion in a row.
       logps, entropy: float32 [B, T], nats, the sampling policy's, by the trainer.
-      ref_logps: float32 [B, T], nats.
-      rewards: float32 [B], as the judge gave them.
+      ref_logps: float32 [B, T], nats; None without a reference.
+      rewards: float32 [B], as the judge gave them, weighted and summed.
       stopped: bool [B], ended by a stop token and not by the length limit.
       texts: the B completions as text.
       sampler_gap: largest |trainer's - sampler's| log-probability of a token, nats.
+      reward_parts: name -> float32 [B], each reward before its weight.
+      gaps: float32 [number of completion tokens], trainer's less sampler's
+        log-probability of each.
     """
 
     batch: TokenBatch
     logps: np.ndarray
     entropy: np.ndarray
-    ref_logps: np.ndarray
+    ref_logps: np.ndarray | None
     rewards: np.ndarray
     stopped: np.ndarray
     texts: list[str]
     sampler_gap: float
+    reward_parts: Mapping[str, np.ndarray] = {}
+    gaps: np.ndarray = np.zeros(0, np.float32)
 
 
 def join(
@@ -104,31 +115,51 @@ def sample_and_score(
     examples: Sequence[data.PromptExample],
     key: jax.Array,
 ) -> Scored:
-    """One completion for each prompt, its reward, and its log-probabilities."""
+    """group_size completions of each prompt, their rewards and log-probabilities."""
     prompts = [example.tokens.tolist() for example in examples]
     completion = actors.sample(policy_params, prompts, key)
+    examples = in_groups(examples, actors.group_size)
+    prompts = in_groups(prompts, actors.group_size)
     longest = max(map(len, prompts)) + completion.tokens.shape[1]
     batch = join(prompts, completion, data.bucket_length(longest, actors.max_length))
     rows = zip(completion.tokens, completion.mask, strict=True)
     texts = actors.decode([tokens[mask].tolist() for tokens, mask in rows])
-    texts_in = [example.text for example in examples]
-    rewards = actors.reward(texts_in, texts, [example.row for example in examples])
+    rewards, parts = judge(actors, examples, texts)
     stats = actors.policy(policy_params, batch)
-    gap = stats.logps[batch.completion_mask] - completion.logps[completion.mask]
+    gaps = stats.logps[batch.completion_mask] - completion.logps[completion.mask]
     return Scored(
         batch,
         np.asarray(stats.logps),
         np.asarray(stats.entropy),
-        ref_logps=actors.reference(batch),
+        ref_logps=actors.reference(batch) if actors.reference else None,
         rewards=rewards,
         stopped=ended(completion, actors.stop_tokens),
         texts=texts,
-        sampler_gap=float(np.max(np.abs(gap), initial=0.0)),
+        sampler_gap=float(np.max(np.abs(gaps), initial=0.0)),
+        reward_parts=parts,
+        gaps=np.asarray(gaps),
     )
 
 
+def in_groups(items: Sequence[Any], group_size: int) -> list[Any]:
+    """Each item group_size times, behind each other."""
+    return [item for item in items for _ in range(group_size)]
+
+
+def judge(
+    actors: Actors, examples: Sequence[data.PromptExample], texts: list[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(weighted sum of the rewards [B], each reward [B] by name)."""
+    prompts = [example.text for example in examples]
+    values = actors.reward(prompts, texts, [example.row for example in examples])
+    columns = np.asarray(values, np.float32).reshape(len(texts), -1)
+    weights = np.array(list(actors.reward_weights.values()), np.float32)
+    parts = dict(zip(actors.reward_weights, columns.T, strict=True))
+    return columns @ weights, parts
+
+
 def shape_scores(
-    rewards: np.ndarray, stopped: np.ndarray, options: ScoreOptions
+    rewards: np.ndarray, stopped: np.ndarray, options: ScoreLimits
 ) -> np.ndarray:
     """The rewards clipped, then less the penalty where the completion never stopped.
 
@@ -207,6 +238,13 @@ def make_rollout(
     )
 
 
+def reference_kl(scored: Scored) -> np.ndarray:
+    """float32 [B], nats: the sum of kl_k1 to the reference over each completion."""
+    assert scored.ref_logps is not None, "there is no reference"
+    k1 = np.asarray(losses.kl_k1(scored.logps, scored.ref_logps))
+    return np.where(scored.batch.completion_mask, k1, 0.0).sum(axis=1)
+
+
 def rollout_metrics(
     scored: Scored, scores: np.ndarray, *, kl_coef: float
 ) -> dict[str, float]:
@@ -216,9 +254,7 @@ def rollout_metrics(
     `objective/entropy` the sum of -log p. `reward` is the judge's own, before
     clipping and penalty; `objective/scores` is after them.
     """
-    mask = scored.batch.completion_mask
-    k1 = np.asarray(losses.kl_k1(scored.logps, scored.ref_logps))
-    kl = np.where(mask, k1, 0.0).sum(axis=1)
+    mask, kl = scored.batch.completion_mask, reference_kl(scored)
     lengths = mask.sum(axis=1)
     penalty = -kl_coef * kl.mean()
     means = {
@@ -235,4 +271,6 @@ def rollout_metrics(
         "completions/clipped_ratio": 1.0 - scored.stopped.mean(),
         "sampling/sampling_logp_difference/max": scored.sampler_gap,
     }
+    if len(scored.reward_parts) > 1:
+        means |= {f"rewards/{k}/mean": x.mean() for k, x in scored.reward_parts.items()}
     return {name: float(value) for name, value in means.items()}

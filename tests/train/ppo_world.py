@@ -8,8 +8,9 @@ import numpy as np
 
 from jalign import data, models
 from jalign.train.actors import Cast
+from jalign.train.online_config import SampleConfig
 from jalign.train.optim import OptimConfig
-from jalign.train.ppo_config import PPOConfig, PPOOptions, SampleConfig
+from jalign.train.ppo_config import PPOConfig, PPOOptions
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklm"]
 STOP = WORDS.index("</s>")
@@ -102,7 +103,9 @@ def write_world(folder: Path) -> dict[str, str]:
         "import jax\n"
         "def share_of_a(prompts, completions, rows):\n"
         "    assert jax.process_index() == 0, 'process 0 alone is asked'\n"
-        "    return [text.split().count('a') / 8 for text in completions]\n",
+        "    return [text.split().count('a') / 8 for text in completions]\n"
+        "def words(prompts, completions, rows):\n"
+        "    return [len(text.split()) for text in completions]\n",
         encoding="utf-8",
     )
     return {

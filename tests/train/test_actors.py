@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jalign import models, sharding
-from jalign.train.actors import in_pieces, is_function, load_cast, stop_tokens
-from jalign.train.ppo_config import SampleConfig
+from jalign.train.actors import in_pieces, load_cast, stop_tokens
+from jalign.train.online_config import SampleConfig
 from tests.train.ppo_world import STOP, make_cast, make_config, write_world
 
 
@@ -27,11 +27,6 @@ def test_stop_tokens_are_the_models_own_or_the_users():
     assert stop_tokens(cast, SampleConfig(stop_token_ids=(5,))) == (5,)
     with pytest.raises(ValueError, match="stop_token_ids: 99"):
         stop_tokens(cast, SampleConfig(stop_token_ids=(99,)))
-
-
-def test_a_reward_is_a_function_or_a_checkpoint():
-    assert is_function("some/reward.py:score") and is_function("C:/reward.py:score")
-    assert not is_function("org/reward-model") and not is_function("out/model")
 
 
 def test_the_critic_starts_from_the_reward_model(tmp_path):

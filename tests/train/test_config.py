@@ -10,8 +10,8 @@ from jalign.train.config import (
     SFTConfig,
     SFTOptions,
 )
+from jalign.train.online_config import ComputeOptions
 from jalign.train.optim import OptimConfig
-from jalign.train.ppo_config import ComputeOptions
 
 HERE = dict(model="m", data="d", out="o")
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from jalign import models
-from jalign.train import online, ppo
+from jalign.train import grpo, online, ppo
 from jalign.train.loop import Preempted
 from jalign.train.ppo_config import KLConfig
 from tests.sharding import processes
+from tests.train.grpo_world import make_grpo_config
 from tests.train.ppo_world import make_config, write_world
 
 
@@ -57,7 +58,8 @@ def assert_same_run(one, other):
 def test_a_run_leaves_models_metrics_and_a_report(finished):
     out, summary = finished
     assert {"eval_reward", "eval_kl", "kl_coef", "iterations"} <= summary.keys()
-    assert abs(summary["eval_kl_before"]) < 1e-4 < summary["eval_kl"]
+    # k1 of a few completions: far from 0, of either sign.
+    assert abs(summary["eval_kl_before"]) < 1e-4 < abs(summary["eval_kl"])
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
     assert rows(out)[0]["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
     assert "PPO" in (out / "report.html").read_text(encoding="utf-8")
@@ -146,6 +148,61 @@ def test_a_failing_reward_names_itself(world, tmp_path):
     config = config_of(world | {"reward": f"{bad}:nan"}, tmp_path / "out")
     with pytest.raises(ValueError, match="nan for row 0"):
         online.run_ppo(config)
+
+
+def grpo_config_of(world, out, **changes):
+    file = world["reward"].rpartition(":")[0]
+    reward = f"{world['reward']} + -0.01*{file}:words"
+    return make_grpo_config(out, **(world | {"reward": reward} | changes))
+
+
+@pytest.fixture(scope="module")
+def finished_groups(world, tmp_path_factory):
+    """An uninterrupted GRPO run: (OUT, summary)."""
+    out = tmp_path_factory.mktemp("groups")
+    return out, online.run_grpo(grpo_config_of(world, out))
+
+
+def test_a_grpo_run_leaves_a_model_metrics_and_a_report(finished_groups):
+    out, summary = finished_groups
+    assert {"eval_reward", "iterations", "eval_rewards/words"} <= summary.keys()
+    assert not {"eval_kl", "kl_coef"} & summary.keys()
+    found = rows(out)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    assert found[0]["ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    total = found[0]["rewards/share_of_a/mean"] - 0.01 * found[0]["rewards/words/mean"]
+    assert found[0]["reward"] == pytest.approx(total, abs=1e-6)
+    assert "GRPO" in (out / "report.html").read_text(encoding="utf-8")
+    assert models.load(out / "model")[0].config.num_labels == 0
+    assert not (out / "critic").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [
+        (grpo, "sample_and_score", 3),  # inside a rollout
+        (grpo, "local_rows", 4),  # inside the epochs of an update
+    ],
+)
+def test_a_killed_grpo_run_continues_to_identical_weights(
+    module, name, number, finished_groups, world, tmp_path, monkeypatch
+):
+    config = grpo_config_of(world, tmp_path, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        kill_at_call(patch, module, name, number)
+        with pytest.raises(Killed):
+            online.run_grpo(config)
+    online.run_grpo(config)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(models.load(out / "model")[1] for out in (finished_groups[0], tmp_path)),
+    )
+    assert rows(finished_groups[0]) == rows(tmp_path)
+
+
+def test_grpo_does_not_continue_a_ppo_run(finished, world):
+    with pytest.raises(ValueError, match="kind was 'ppo' and is 'grpo'"):
+        online.run_grpo(make_grpo_config(finished[0], **world))
 
 
 def two_process_body():

@@ -202,3 +202,38 @@ def test_sample_and_score_hands_on_texts_rows_and_the_sampler_gap(key):
     assert scored.sampler_gap == pytest.approx(0.5)
     np.testing.assert_array_equal(scored.stopped, [False, False, True])
     assert scored.batch.tokens.shape == (3, 16)
+
+
+def test_the_completions_of_a_prompt_lie_behind_each_other(key):
+    """Two rewards, two prompts, two completions each: names, weights and order."""
+    prompts, seen = make_prompts(2), {}
+    made = completion([[4], [5], [6], [7]], 1)
+
+    def reward(texts_in, texts, rows):
+        seen["reward"] = texts_in, texts, rows
+        return np.float32([[1, 10], [2, 20], [3, 30], [4, 40]])
+
+    def zeros(*args):
+        return np.zeros(args[-1].tokens.shape, np.float32)
+
+    actors = Actors(
+        sample=lambda params, prompts, key: made,
+        policy=lambda *args: TokenStats(zeros(*args), zeros(*args)),
+        reference=None,
+        critic=None,
+        reward=reward,
+        decode=lambda ids: [" ".join(map(str, row)) for row in ids],
+        stop_tokens=(2,),
+        max_length=16,
+        reward_weights={"a": 1.0, "b": -0.5},
+        group_size=2,
+    )
+    scored = sample_and_score(actors, "params", prompts, key)
+    texts_in, texts, rows = seen["reward"]
+    assert texts_in == [prompts[0].text] * 2 + [prompts[1].text] * 2
+    assert texts == ["4", "5", "6", "7"] and rows[2] is prompts[1].row
+    first = len(prompts[1].tokens)
+    np.testing.assert_array_equal(scored.batch.tokens[2:, first], [6, 7])
+    np.testing.assert_array_equal(scored.rewards, [-4, -8, -12, -16])
+    np.testing.assert_array_equal(scored.reward_parts["b"], [10, 20, 30, 40])
+    assert scored.ref_logps is None

@@ -1,0 +1,150 @@
+"""One iteration of GRPO and its relatives: groups of completions, then updates.
+
+No critic: a completion's baseline are the other completions of its prompt. After Shao
+et al. 2024 (arXiv:2402.03300); the variants differ in the loss of a token, in what the
+advantages are divided by, and in how tokens are averaged (`losses.registry`).
+"""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jalign import data
+from jalign.models import Model
+from jalign.train.actors import Cast, local_rows
+from jalign.train.group_rollout import group_metrics, make_group_rollout
+from jalign.train.grpo_config import GRPOConfig, GRPOOptions
+from jalign.train.optim import OptimConfig
+from jalign.train.policy_objectives import make_grpo_objective
+from jalign.train.rollout import Actors, sample_and_score, shape_scores
+from jalign.train.updates import (
+    Learner,
+    columns,
+    first_state,
+    loop_metrics,
+    make_trainer,
+    minibatches,
+    num_updates,
+    rollout_prompts,
+)
+from jalign.types import Rollout, TrainState
+
+
+class GRPOState(NamedTuple):
+    """All that changes in a run; saved together, or not at all.
+
+    Attributes:
+      policy: its training state.
+      iteration: rollouts done, which is also the position in the prompts.
+    """
+
+    policy: TrainState
+    iteration: int
+
+
+def make_learner(cast: Cast, config: GRPOConfig, iterations: int) -> Learner:
+    """Optimizer and compiled step of "policy"."""
+    updates = num_updates(config, iterations)
+    return _learner(cast.policy, config.optim, config.grpo, updates)
+
+
+@functools.lru_cache(maxsize=4)
+def _learner(
+    policy: Model, optim: OptimConfig, grpo: GRPOOptions, updates: int
+) -> Learner:
+    """Kept, so that a second run in one process (a notebook) compiles nothing."""
+    objective = make_grpo_objective(
+        policy,
+        terms=grpo.terms(),
+        reduction=grpo.reduction,
+        beta=grpo.beta,
+        entropy_coef=grpo.entropy_coef,
+        temperature=grpo.sampling.temperature,
+    )
+    microbatches = grpo.compute.microbatches
+    trainer = make_trainer(
+        objective, policy, optim, updates=updates, microbatches=microbatches
+    )
+    return {"policy": trainer}
+
+
+def start_state(cast: Cast, learner: Learner, config: GRPOConfig) -> GRPOState:
+    """The state before the first rollout. The cast's parameters are copied where they
+    are the reference's too, else taken over."""
+    policy = first_state(
+        cast.policy,
+        cast.policy_params,
+        learner["policy"],
+        jax.random.key(config.seed),
+        keep=config.has_reference,
+    )
+    return GRPOState(policy, 0)
+
+
+def iterate(
+    state: GRPOState,
+    prompts: Sequence[data.PromptExample],
+    *,
+    actors: Actors,
+    learner: Learner,
+    config: GRPOConfig,
+    mesh: Mesh | None = None,
+) -> tuple[GRPOState, dict[str, float]]:
+    """One rollout and its updates. A pure function of the state, but for its clocks.
+
+    Args:
+      state: donated; continue with the returned one.
+      prompts: all of them; the iteration number picks the batch.
+      actors: of make_actors, with the config's group_size.
+      learner: of make_learner.
+      config: the run's.
+      mesh: the model's.
+
+    Returns: the next state and this iteration's metrics.
+    """
+    grpo, began, number = config.grpo, time.perf_counter(), state.iteration
+    chosen, key = rollout_prompts(prompts, config, number)
+    scored = sample_and_score(actors, state.policy.params, chosen, key)
+    scores = shape_scores(scored.rewards, scored.stopped, grpo.rewards)
+    rollout = make_group_rollout(scored, scores, grpo)
+    sampled = time.perf_counter()
+    policy, metrics = update(state, rollout, learner=learner, config=config, mesh=mesh)
+    metrics |= group_metrics(scored, scores, grpo.group_size)
+    metrics |= loop_metrics(rollout, config, number, began, sampled)
+    return GRPOState(policy, number + 1), metrics
+
+
+def update(
+    state: GRPOState,
+    rollout: Rollout,
+    *,
+    learner: Learner,
+    config: GRPOConfig,
+    mesh: Mesh | None,
+) -> tuple[TrainState, dict[str, float]]:
+    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
+
+    Returns: the policy's state, and the metrics' means over the updates.
+    """
+    policy, rows = state.policy, []
+    for part in minibatches(rollout, config, state.iteration):
+        policy, row = learner["policy"].step(policy, local_rows(part, mesh))
+        rows.append(row)
+    return policy, update_metrics(jax.device_get(rows))
+
+
+def update_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
+    """Means over the updates of an iteration; the clip ratios' extremes as well."""
+    found = columns(rows)
+    return {name: float(x.mean()) for name, x in found.items()} | {
+        "skipped": float(found["skipped"].sum()),
+        "learning_rate": float(found["learning_rate"][-1]),
+        "clip_ratio/low_min": float(found["clip_ratio/low_mean"].min()),
+        "clip_ratio/high_max": float(found["clip_ratio/high_mean"].max()),
+        # 1 up to rounding, or sampling and training do not share one model.
+        "ratio_first": float(found["ratio"][0]),
+    }

@@ -1,0 +1,177 @@
+"""What a user picks for any online run: frozen dataclasses that PPO and GRPO share.
+
+A contradiction raises ValueError here, naming the fields; nothing is rewritten.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jalign.rewards import parse_rewards
+from jalign.train.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class ScoreLimits:
+    """What happens to a completion's reward before it is learned from."""
+
+    reward_clip: float | None = None
+    """Clip each sequence's reward to [-reward_clip, reward_clip]."""
+    missing_eos_penalty: float | None = None
+    """Subtracted, after clipping, from a completion that never stopped by itself."""
+
+    def __post_init__(self):
+        clip, penalty = self.reward_clip, self.missing_eos_penalty
+        check(clip is None or clip > 0, f"reward_clip must be > 0, got {clip}")
+        check(
+            penalty is None or penalty > 0,
+            f"missing_eos_penalty is subtracted and must be > 0, got {penalty}",
+        )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How completions are sampled in a rollout."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    """Divides the logits of sampler, policy and reference alike."""
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a completion; empty means the tokenizer's end-of-sequence."""
+
+    def __post_init__(self):
+        check(
+            self.max_new_tokens > 0,
+            f"max_new_tokens must be > 0, got {self.max_new_tokens}",
+        )
+        check(
+            self.temperature > 0,
+            f"temperature must be > 0, got {self.temperature}: "
+            "greedy rollouts explore nothing",
+        )
+        check(self.top_k >= 0, f"top_k must be >= 0, got {self.top_k}")
+        check(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """Memory against time: none of these changes what is computed, but for bfloat16."""
+
+    microbatches: int = 1
+    """Parts each update is cut into; their gradients are added."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products; parameters and losses are float32 always."""
+    remat: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    def __post_init__(self):
+        check(
+            self.microbatches >= 1,
+            f"microbatches must be >= 1, got {self.microbatches}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineOptions:
+    """How a rollout is made and how often it is learned from."""
+
+    num_epochs: int = 1
+    """Passes over each rollout batch."""
+    num_minibatches: int = 1
+    """Updates in each pass; must divide the completions of a rollout."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus in the policy's loss."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with prompts that cannot be read: stop, or count and leave out."""
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+
+    def __post_init__(self):
+        for name in ("num_epochs", "num_minibatches"):
+            value = getattr(self, name)
+            check(value >= 1, f"{name} must be >= 1, got {value}")
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """The fields that all online runs share; a subclass adds its algorithm's own."""
+
+    model: str
+    """Policy to align, and the frozen reference: a directory or a hub id."""
+    data: str
+    """Prompts: a hub id, a file (.jsonl, .json, .parquet) or a directory."""
+    out: str
+    """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
+    reward: str
+    """`file.py:function`, a reward model, a check (gsm8k), or a sum with weights."""
+    eval_data: str | None = None
+    """Held-out prompts: reward and KL on them are measured before and after."""
+    steps: int | None = None
+    """Iterations, each a rollout batch and its updates; overrides epochs."""
+    epochs: float = 1.0
+    """Passes over the prompts, when steps is unset."""
+    batch_size: int = 64
+    """Prompts in a rollout batch, over all devices."""
+    max_length: int = 512
+    """Longest prompt with its completion, in tokens."""
+    seed: int = 0
+    mesh: str | None = None
+    """Such as "fsdp=8,tensor=2"; unset puts all devices on fsdp."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints; 0 saves only at the end."""
+    resume: bool = True
+    """Continue from the newest good checkpoint in OUT."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self):
+        parse_rewards(self.reward)
+        pieces = self.options.num_minibatches * self.options.compute.microbatches
+        size = f"batch_size {self.batch_size}"
+        if self.group_size > 1:
+            size += f" x group_size {self.group_size} = {self.completions}"
+        check(
+            self.batch_size >= 1 and self.completions % pieces == 0,
+            f"{size} must be a multiple of num_minibatches x microbatches = {pieces}",
+        )
+        new = self.options.sampling.max_new_tokens
+        check(
+            self.max_length >= new + 2,
+            f"max_length {self.max_length} leaves no room for a prompt before "
+            f"max_new_tokens {new}",
+        )
+        check(
+            self.steps is None or self.steps >= 1,
+            f"steps must be >= 1, got {self.steps}",
+        )
+        check(self.epochs > 0, f"epochs must be > 0, got {self.epochs}")
+        check(
+            self.checkpoint_every >= 0,
+            f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
+        )
+
+    @property
+    def options(self) -> OnlineOptions:
+        """The algorithm's own."""
+        raise NotImplementedError
+
+    @property
+    def group_size(self) -> int:
+        """Completions of each prompt in a rollout."""
+        return 1
+
+    @property
+    def completions(self) -> int:
+        """Rows of a rollout batch, over all devices."""
+        return self.batch_size * self.group_size
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss or the rewards need the frozen reference."""
+        return True
+
+
+def check(ok: bool, message: str) -> None:
+    """Raises ValueError with the message unless ok."""
+    if not ok:
+        raise ValueError(message)

@@ -1,0 +1,69 @@
+"""What a policy does on held-out prompts, before and after an online run."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jalign import data
+from jalign.train.online_config import OnlineConfig
+from jalign.train.rollout import Actors, reference_kl, sample_and_score
+from jalign.types import PyTree
+
+_EVAL_STREAM = 2**31 - 1  # no iteration gets as far, so no rollout uses its key
+_SAMPLES = 8  # completions kept for the report
+
+
+class Evaluation(NamedTuple):
+    """What a policy does on held-out prompts.
+
+    Attributes:
+      figures: name -> mean over the prompts: reward, each of several rewards, kl (to
+        the reference where there is one, nats a completion), completion_length
+        (tokens), stopped (share).
+      texts: its first completions.
+    """
+
+    figures: dict[str, float]
+    texts: list[str]
+
+
+def evaluate_prompts(
+    actors: Actors,
+    params: PyTree,
+    prompts: Sequence[data.PromptExample],
+    config: OnlineConfig,
+) -> Evaluation:
+    """Samples one completion for each prompt, with the same draw every time.
+
+    Args:
+      actors: of make_actors, with groups of one.
+      params: the policy's.
+      prompts: held-out ones; none gives no figures.
+      config: for the seed and the batch size.
+    """
+    if not prompts:
+        return Evaluation({}, [])
+    key = jax.random.fold_in(jax.random.key(config.seed), _EVAL_STREAM)
+    batch_size = config.completions  # as many rows as a rollout has
+    parts = []
+    for number, start in enumerate(range(0, len(prompts), batch_size)):
+        part = prompts[start : start + batch_size]
+        part_key = jax.random.fold_in(key, number)
+        parts.append(sample_and_score(actors, params, part, part_key))
+
+    def mean(of) -> float:
+        return float(np.concatenate([of(part) for part in parts]).mean())
+
+    figures = {"reward": mean(lambda x: x.rewards)}
+    if len(actors.reward_weights) > 1:
+        for name in actors.reward_weights:
+            figures[f"rewards/{name}"] = mean(lambda x, name=name: x.reward_parts[name])
+    if actors.reference:
+        figures["kl"] = mean(reference_kl)
+    figures |= {
+        "completion_length": mean(lambda x: x.batch.completion_mask.sum(1)),
+        "stopped": mean(lambda x: x.stopped),
+    }
+    return Evaluation(figures, parts[0].texts[:_SAMPLES])

@@ -1,0 +1,30 @@
+"""A tiny GRPO run in the world of tests/train/ppo_world.py."""
+
+from jalign.train.actors import Cast
+from jalign.train.grpo_config import GRPOConfig, GRPOOptions
+from jalign.train.online_config import SampleConfig
+from jalign.train.optim import OptimConfig
+from tests.train.ppo_world import make_cast
+
+
+def make_grpo_config(out="out", *, sampling=None, grpo=None, **changes) -> GRPOConfig:
+    options = {
+        "group_size": 4,
+        "num_epochs": 2,
+        "sampling": SampleConfig(max_new_tokens=8, **(sampling or {})),
+    } | (grpo or {})
+    fields = {
+        "model": "model",
+        "data": "prompts.jsonl",
+        "reward": "reward.py:share_of_a",
+        "steps": 3,
+        "batch_size": 4,
+        "max_length": 16,
+        "mesh": "fsdp=1",
+        "optim": OptimConfig(learning_rate=3e-3, schedule="constant"),
+    } | changes
+    return GRPOConfig(out=str(out), grpo=GRPOOptions(**options), **fields)
+
+
+def make_group_cast(mesh=None) -> Cast:
+    return make_cast(mesh=mesh)._replace(critic=None, critic_params=None)
