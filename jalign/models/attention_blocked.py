@@ -119,7 +119,9 @@ def _backward(ranges, window, saved, d_out):
     # sum_s weights * d_weights, which the softmax's gradient subtracts.
     delta = einsum("bkgth,bkgth->bkgt", d_out, out)[..., None]
     d_q = []
-    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    # [B,K,H,T]: so the narrow side of the products is transposed, not the scores.
+    B, K, T, H = k.shape
+    d_k = d_v = jnp.zeros((B, K, H, T), jnp.float32)
     for span in ranges:
         scores, queries, keys = _weighted_scores(q, k, segment_ids, span, window)
         weights = jnp.exp(scores - normalizer[:, :, :, queries])
@@ -129,10 +131,11 @@ def _backward(ranges, window, saved, d_out):
         d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
         d_q.append(einsum("bkgts,bksh->bkgth", d_scores, k[:, :, keys]))
         block_q = q[:, :, :, queries]
-        d_k = d_k.at[:, :, keys].add(einsum("bkgts,bkgth->bksh", d_scores, block_q))
-        d_v = d_v.at[:, :, keys].add(einsum("bkgts,bkgth->bksh", weights, d_block))
+        d_k = d_k.at[..., keys].add(einsum("bkgth,bkgts->bkhs", block_q, d_scores))
+        d_v = d_v.at[..., keys].add(einsum("bkgth,bkgts->bkhs", d_block, weights))
     d_q = jnp.concatenate(d_q, axis=3).astype(q.dtype)
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    d_k, d_v = d_k.astype(k.dtype).mT, d_v.astype(v.dtype).mT
+    return d_q, d_k, d_v, None
 
 
 _blocked.defvjp(_forward, _backward)

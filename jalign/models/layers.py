@@ -4,6 +4,7 @@ Parameters are float32 and cast to the activation dtype where they are used; nor
 rotations compute in float32.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -33,11 +34,45 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
-        y = jnp.einsum(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        y = project(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
         if self.bias_shape is None:
             return y
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
         return y + jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """jnp.einsum whose gradient transposes the narrower of two tall matrices.
+
+    The kernel's gradient is x^T dy. XLA on a CPU copies what it transposes, and left
+    alone it transposes dy, together with all that dy is computed from.
+    """
+    return jnp.einsum(equation, x, kernel)
+
+
+def _project_forward(equation, x, kernel):
+    return jnp.einsum(equation, x, kernel), (x, kernel)
+
+
+def _project_backward(equation, saved, d_y):
+    x, kernel = saved
+    inputs, y_axes = equation.split("->")
+    x_axes, kernel_axes = inputs.split(",")
+    d_x = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", d_y, kernel)
+    first, second = (x_axes, x), (y_axes, d_y)
+    if x.size > d_y.size:
+        first, second = second, first
+    axes = "".join(
+        axis for side in (first[0], second[0]) for axis in kernel_axes if axis in side
+    )
+    d_kernel = jnp.einsum(f"{first[0]},{second[0]}->{axes}", first[1], second[1])
+    # The barrier keeps XLA from turning the product round to save this small copy.
+    d_kernel = jax.lax.optimization_barrier(d_kernel)
+    return d_x, jnp.einsum(f"{axes}->{kernel_axes}", d_kernel)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 class Embedding(nn.Module):

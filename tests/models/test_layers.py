@@ -8,6 +8,7 @@ import pytest
 from jalign.models.layers import (
     Embedding,
     RMSNorm,
+    project,
     rope_frequencies,
     rope_tables,
     rotate,
@@ -54,3 +55,28 @@ def test_token_outside_of_the_vocabulary_gives_nan():
     params = layer.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     out = layer.apply(params, jnp.array([[0, 3, 4, -1]]))
     np.testing.assert_array_equal(np.isnan(out).all(-1), [[False, False, True, True]])
+
+
+@pytest.mark.parametrize("equation", ["btd,dnh->btnh", "btnh,nhd->btd", "btf,fd->btd"])
+@pytest.mark.parametrize("wide_in", [False, True])
+def test_the_gradient_of_a_projection_is_einsums(equation, wide_in):
+    inputs, out = equation.split("->")
+    x_axes, kernel_axes = inputs.split(",")
+    sizes = dict(b=2, t=5, n=2, h=3, f=7, d=4)
+    inner = set(x_axes) & set(kernel_axes)
+    for axis in kernel_axes:
+        sizes[axis] += 5 * ((axis in inner) == wide_in)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel, weights = (
+        jax.random.normal(key, tuple(sizes[a] for a in axes))
+        for key, axes in zip(keys, (x_axes, kernel_axes, out), strict=True)
+    )
+
+    def grads(function):
+        def total(x, kernel):
+            return jnp.sum(weights * function(equation, x, kernel))
+
+        return jax.jit(jax.grad(total, (0, 1)))(x, kernel)
+
+    for got, want in zip(grads(project), grads(jnp.einsum), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
