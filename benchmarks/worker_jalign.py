@@ -1,0 +1,155 @@
+"""jalign's share of the comparison, written as its notebooks are."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jalign as ja
+from benchmarks import assets, measure, settings
+from benchmarks.measure import Outcome
+
+
+def sft(model: str) -> Outcome:
+    """Full rows: nothing to pack, nothing padded."""
+    rows = assets.read_rows(model)["sft"]
+    lm, params = ja.models.load(assets.folder(model) / "model")
+    examples = [
+        ja.data.Example(np.array(ids, np.int32), np.ones(len(ids), bool))
+        for ids in rows
+    ]
+    step, state = make_step("sft", ja.train.make_sft_objective(lm), params)
+    seconds, losses = measure.laps(
+        train(step, state, batches(examples, ja.data.collate_tokens))
+    )
+    tokens = settings.TIMED_STEPS * settings.ROWS * settings.LENGTH
+    return outcome(seconds, losses, tokens)
+
+
+def reward(model: str) -> Outcome:
+    """From a checkpoint with a scalar head that all frameworks share."""
+    lm, params = ja.models.load(assets.folder(model) / "reward")
+    pairs, tokens = load_pairs(model)
+    step, state = make_step("reward", ja.train.make_reward_objective(lm), params)
+    seconds, losses = measure.laps(
+        train(step, state, batches(pairs, ja.data.collate_preferences))
+    )
+    return outcome(seconds, losses, tokens)
+
+
+def dpo(model: str) -> Outcome:
+    """As notebooks/02_dpo.ipynb: the reference's log-probabilities, then the step."""
+    lm, reference = ja.models.load(assets.folder(model) / "model")
+    pairs, tokens = load_pairs(model)
+    reference_logps = ja.train.make_reference_fn(lm)
+
+    def with_reference():
+        for batch in batches(pairs, ja.data.collate_preferences):
+            yield batch._replace(
+                ref_chosen_logps=reference_logps(reference, batch.chosen),
+                ref_rejected_logps=reference_logps(reference, batch.rejected),
+            )
+
+    objective = ja.train.make_dpo_objective(lm, beta=settings.BETA)
+    step, state = make_step("dpo", objective, jax.tree.map(jnp.copy, reference))
+    seconds, losses = measure.laps(train(step, state, with_reference()))
+    return outcome(seconds, losses, tokens)
+
+
+def sample(model: str) -> Outcome:
+    """No stop token: every row runs to the limit."""
+    prompts = assets.read_rows(model)["prompts"][: settings.FIXED_ROWS]
+    return sampling(assets.folder(model) / "model", prompts, (), None)
+
+
+def early(model: str) -> Outcome:
+    """Rows of known, different lengths."""
+    rows = assets.read_rows(model)
+    folder = assets.folder(model) / "chain"
+    return sampling(
+        folder, rows["early_prompts"], (rows["eos"],), rows["early_lengths"]
+    )
+
+
+def make_step(piece: str, objective, params):
+    """(step, first state) with the settings that all frameworks share."""
+    optim = ja.train.OptimConfig(
+        learning_rate=settings.LEARNING_RATE[piece],
+        schedule="constant",
+        max_grad_norm=settings.MAX_GRAD_NORM,
+    )
+    steps = settings.WARM_STEPS + settings.TIMED_STEPS
+    tx, schedule = ja.train.make_optimizer(optim, steps)
+    state = ja.train.init_state(params, tx, jax.random.key(0))
+    return ja.train.make_train_step(objective, tx, schedule=schedule), state
+
+
+def batches(examples, collate):
+    """The rows in their order, twice: once to warm up, once for the clock."""
+    for _ in range(2):
+        yield from ja.data.make_eval_loader(
+            examples,
+            batch_size=settings.ROWS,
+            collate=collate,
+            max_length=settings.LENGTH,
+        )
+
+
+def train(step, state, source):
+    """Yields each step's loss, once it is there."""
+    for batch in source:
+        state, metrics = step(state, batch)
+        yield float(metrics["loss"])
+
+
+def load_pairs(model: str):
+    """(PreferenceExamples, useful tokens of the timed steps)."""
+    rows = assets.read_rows(model)["pairs"]
+    tokenizer = ja.data.load_tokenizer(assets.folder(model) / "model")
+    texts = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows]
+    pairs, _ = ja.data.preference_examples(texts, tokenizer, max_length=settings.LENGTH)
+    return pairs, measure.pair_tokens(rows)
+
+
+def outcome(seconds, losses, tokens: int) -> Outcome:
+    """Of a training piece."""
+    return Outcome(
+        seconds,
+        settings.WARM_STEPS,
+        tokens,
+        settings.TIMED_STEPS * settings.ROWS,
+        losses[:5],
+    )
+
+
+def sampling(folder, prompts, stop_tokens, lengths) -> Outcome:
+    """Calls `generate` with another key each time; checks the lengths where known."""
+    lm, params = ja.models.load(folder)
+
+    def calls():
+        for number in range(1 + settings.TIMED_STEPS):
+            completion = ja.generate.generate(
+                lm,
+                params,
+                prompts,
+                key=jax.random.key(number),
+                max_new_tokens=settings.NEW_TOKENS,
+                stop_tokens=stop_tokens,
+            )
+            yield [len(ids) for ids in ja.generate.completion_lists(completion)]
+
+    seconds, counts = measure.laps(calls())
+    measure.check_lengths(counts, lengths)
+    return Outcome(
+        seconds,
+        1,
+        sum(map(sum, counts[1:])),
+        settings.TIMED_STEPS * len(prompts),
+    )
+
+
+PIECES = {"sft": sft, "reward": reward, "dpo": dpo, "sample": sample, "early": early}
+
+if __name__ == "__main__":
+    sys.exit(measure.main(PIECES, "jax", "flax", "optax"))
