@@ -13,7 +13,6 @@ and forward with backward three times that.
 import json
 import sys
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import settings
@@ -74,11 +73,7 @@ def matmul_rate(size: int = 2048, repeats: int = 12) -> float:
         multiply(a, a).block_until_ready()
         return time.perf_counter() - start
 
-    return 2.0 * size**3 / min(_times(seconds, repeats))
-
-
-def _times(run, repeats: int) -> Iterable[float]:
-    return [run() for _ in range(repeats)]
+    return 2.0 * size**3 / min(seconds() for _ in range(repeats))
 
 
 if __name__ == "__main__":
