@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import settings, text
 from benchmarks.settings import BUILD, MODELS, Shape
 
-VERSION = 2  # of what is written; a change here writes it anew
+VERSION = 3  # of what is written; a change here writes it anew
 
 
 def folder(model: str) -> Path:
@@ -35,6 +35,8 @@ def ensure(model: str) -> None:
     write_checkpoints(model, shape, tokenizer)
     rows = make_rows(pairs, tokenizer, shape)
     rows |= {"version": VERSION, "source": source, "eos": tokenizer.eos_token_id}
+    lines = [json.dumps({"prompt": text}) + "\n" for text in rows["questions"]]
+    (folder(model) / "prompts.jsonl").write_text("".join(lines), "utf-8")
     path.write_text(json.dumps(rows), "utf-8")
 
 
@@ -120,7 +122,7 @@ def make_rows(pairs: list[dict[str, str]], tokenizer: Any, shape: Shape) -> dict
             shape.vocab_size, tokenizer.eos_token_id, lengths
         ),
         "early_lengths": lengths,
-        "questions": [pair["prompt"] for pair in pairs if len(pair["prompt"]) < 120],
+        "questions": question_rows(pairs, tokenizer, settings.QUESTIONS),
     }
 
 
@@ -149,6 +151,16 @@ def pair_rows(pairs, tokenizer, count: int) -> list[dict[str, Any]]:
         if len(rows) == count:
             return rows
     raise ValueError(f"only {len(rows)} of {count} pairs fit {settings.LENGTH} tokens")
+
+
+def question_rows(pairs, tokenizer, count: int) -> list[str]:
+    """Prompts of at most PROMPT_LENGTH tokens, as text: what online runs start from."""
+    prompts = dict.fromkeys(pair["prompt"] for pair in pairs)
+    limit = settings.PROMPT_LENGTH
+    short = [text for text in prompts if len(tokenizer.encode(text)) <= limit]
+    if len(short) < count:
+        raise ValueError(f"only {len(short)} of {count} prompts have {limit} tokens")
+    return short[:count]
 
 
 def prompt_rows(vocab_size: int, count: int) -> list[list[int]]:

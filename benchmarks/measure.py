@@ -68,6 +68,16 @@ def pair_tokens(pairs: Iterable[Mapping[str, Any]]) -> int:
     )
 
 
+def online(seconds: list[float], **notes: Any) -> Outcome:
+    """Of iterations with rollouts in which every completion runs to the limit.
+
+    It does but for the random model's rare stop tokens (1 of V at every place).
+    """
+    completions = settings.QUESTIONS * settings.ONLINE_TIMED
+    tokens = completions * settings.ONLINE_NEW_TOKENS
+    return Outcome(seconds, settings.ONLINE_WARM, tokens, completions, notes=notes)
+
+
 def check_lengths(counts: Iterable[list[int]], lengths: list[int] | None) -> None:
     """Raises ValueError where completions are not as long as they must be.
 

@@ -20,8 +20,11 @@ PROMPT_LENGTH = 32
 FIXED_ROWS, NEW_TOKENS = 16, 128
 EARLY_ROWS, EARLY_MEAN = 64, 32  # of at most NEW_TOKENS
 
+# GRPO: ONLINE_PROMPTS x GROUP_SIZE completions; PPO: as many prompts, one of each.
 ONLINE_PROMPTS, GROUP_SIZE, ONLINE_NEW_TOKENS = 8, 8, 64
+QUESTIONS = ONLINE_PROMPTS * GROUP_SIZE
 ONLINE_WARM, ONLINE_TIMED = 2, 3
+KL_COEF = 0.04  # above 0, so that every framework runs its reference
 
 EOS, PAD = "<eos>", "<pad>"
 

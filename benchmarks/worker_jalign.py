@@ -1,14 +1,17 @@
 """jalign's share of the comparison, written as its notebooks are."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jalign as ja
-from benchmarks import assets, measure, settings
+from benchmarks import assets, measure, rewards, settings
 from benchmarks.measure import Outcome
+from jalign.train.ppo_config import KLConfig, SampleConfig
 
 
 def sft(model: str) -> Outcome:
@@ -149,7 +152,75 @@ def sampling(folder, prompts, stop_tokens, lengths) -> Outcome:
     )
 
 
-PIECES = {"sft": sft, "reward": reward, "dpo": dpo, "sample": sample, "early": early}
+def ppo(model: str) -> Outcome:
+    """`jalign ppo`: a rollout, then one update of policy and critic."""
+    config = ja.train.PPOConfig(
+        **online_options("ppo", model, batch_size=settings.QUESTIONS),
+        ppo=ja.train.PPOOptions(
+            num_epochs=1,
+            kl=KLConfig(kl_coef=settings.KL_COEF),
+            sampling=SampleConfig(max_new_tokens=settings.ONLINE_NEW_TOKENS),
+        ),
+    )
+    return online_run(ja.train.run_ppo, config)
+
+
+def grpo(model: str) -> Outcome:
+    """`jalign grpo`: a rollout of groups, then one update."""
+    config = ja.train.GRPOConfig(
+        **online_options("grpo", model, batch_size=settings.ONLINE_PROMPTS),
+        grpo=ja.train.GRPOOptions(
+            group_size=settings.GROUP_SIZE,
+            beta=settings.KL_COEF,
+            sampling=SampleConfig(max_new_tokens=settings.ONLINE_NEW_TOKENS),
+        ),
+    )
+    return online_run(ja.train.run_grpo, config)
+
+
+def online_options(piece: str, model: str, batch_size: int) -> dict:
+    """The settings that all frameworks share, and a directory of its own."""
+    folder = assets.folder(model)
+    reward = f"{Path(rewards.__file__)}:distinct"
+    return {
+        "model": str(folder / "model"),
+        "data": str(folder / "prompts.jsonl"),
+        "reward": reward,
+        "out": str(folder / f"jalign-{piece}"),
+        "steps": settings.ONLINE_WARM + settings.ONLINE_TIMED,
+        "batch_size": batch_size,
+        "max_length": settings.PROMPT_LENGTH + settings.ONLINE_NEW_TOKENS,
+        "checkpoint_every": 0,
+        "optim": ja.train.OptimConfig(
+            learning_rate=settings.LEARNING_RATE[piece],
+            schedule="constant",
+            max_grad_norm=settings.MAX_GRAD_NORM,
+        ),
+    }
+
+
+def online_run(run, config) -> Outcome:
+    """Runs a recipe from the start; the times are those of its metrics.jsonl."""
+    shutil.rmtree(config.out, ignore_errors=True)
+    run(config)
+    rows = ja.report.read_metrics(f"{config.out}/metrics.jsonl")
+    last = rows[-1]
+    notes = {k: last[k] for k in ("time/rollout", "time/update") if k in last}
+    return measure.online([row["step_time"] for row in rows], **notes)
+
+
+PIECES = {
+    "sft": sft,
+    "reward": reward,
+    "dpo": dpo,
+    "sample": sample,
+    "early": early,
+    "grpo": grpo,
+    "ppo": ppo,
+}
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["grpo"] and not hasattr(ja.train, "run_grpo"):
+        print("this version of jalign has no GRPO", file=sys.stderr)
+        sys.exit(3)
     sys.exit(measure.main(PIECES, "jax", "flax", "optax"))
