@@ -42,11 +42,11 @@ def _generated(count: int) -> list[dict[str, str]]:
     words = _lexicon(rng, 20_000)
     # Zipf's law, as in natural text: a word's frequency falls with its rank.
     weights = 1.0 / np.arange(2, len(words) + 2)
-    weights /= weights.sum()
+    heights = np.cumsum(weights / weights.sum())
 
     def sentence(mean: float, deviation: float) -> str:
         length = int(np.clip(np.exp(rng.normal(mean, deviation)), 3, 600))
-        picked = rng.choice(len(words), size=length, p=weights)
+        picked = np.searchsorted(heights[:-1], rng.random(length))
         return " ".join(words[i] for i in picked) + "."
 
     return [

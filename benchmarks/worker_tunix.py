@@ -8,23 +8,37 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it installs the TPU's library
 
 import jax
 import numpy as np
-import optax
-from transformers import AutoTokenizer
 from tunix.generate.sampler import CacheConfig, Sampler
-from tunix.models.llama3 import model as llama3
-from tunix.models.llama3 import params as llama3_params
-from tunix.rl import rl_cluster as cluster_lib
-from tunix.rl import utils as rl_utils
-from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
-from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
-from tunix.rl.rollout.base_rollout import RolloutConfig
 from tunix.sft import peft_trainer
 from tunix.sft import utils as sft_utils
 from tunix.sft.dpo import dpo_trainer
 from tunix.sft.hooks import TrainingHooks
 
-from benchmarks import assets, measure, rewards, settings
+from benchmarks import assets, measure, settings, tunix_model, tunix_online
 from benchmarks.measure import Outcome
+
+
+class NumberTokenizer:
+    """The sampler takes text only: ids written as numbers."""
+
+    def encode(self, text: str, **_) -> list[int]:
+        """The numbers in a text."""
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids, **_) -> str:
+        """Numbers with spaces between them."""
+        return " ".join(map(str, ids))
+
+    def bos_id(self):
+        """There is none."""
+
+    def eos_id(self) -> int:
+        """As in the shared tokenizer."""
+        return 1
+
+    def pad_id(self) -> int:
+        """As in the shared tokenizer."""
+        return 0
 
 
 class Laps(TrainingHooks):
@@ -55,69 +69,13 @@ class Laps(TrainingHooks):
         """There is no evaluation."""
 
 
-class NumberTokenizer:
-    """The sampler takes text only: ids written as numbers."""
-
-    def encode(self, text: str, **_) -> list[int]:
-        """The numbers in a text."""
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids, **_) -> str:
-        """Numbers with spaces between them."""
-        return " ".join(map(str, ids))
-
-    def bos_id(self):
-        """There is none."""
-
-    def eos_id(self) -> int:
-        """As in the shared tokenizer."""
-        return 1
-
-    def pad_id(self) -> int:
-        """As in the shared tokenizer."""
-        return 0
-
-
-def load(model: str, folder: str, *, tied: bool = True):
-    """The shared checkpoint as a Llama3, float32, on a mesh of one device."""
-    shape = settings.MODELS[model]
-    config = llama3.ModelConfig(
-        num_layers=shape.num_layers,
-        vocab_size=shape.vocab_size,
-        embed_dim=shape.hidden_size,
-        hidden_dim=shape.intermediate_size,
-        num_heads=shape.num_heads,
-        head_dim=shape.head_dim,
-        num_kv_heads=shape.num_kv_heads,
-        rope_theta=1_000_000,
-        norm_eps=1e-6,
-        weight_tying=tied,
-    )
-    path = str(assets.folder(model) / folder)
-    return llama3_params.create_model_from_safe_tensors(path, config, make_mesh())
-
-
-def make_mesh():
-    """As in its notebooks, on one device."""
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=auto)
-
-
-def optimizer(piece: str) -> optax.GradientTransformation:
-    """The settings that all frameworks share."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings.MAX_GRAD_NORM),
-        optax.adam(settings.LEARNING_RATE[piece]),
-    )
-
-
 def sft(model: str) -> Outcome:
     """PeftTrainer on all weights, with the masks of its own command line."""
     rows = np.array(assets.read_rows(model)["sft"], np.int32)
     trainer = peft_trainer.PeftTrainer(
-        load(model, "model"),
-        optimizer("sft"),
-        peft_trainer.TrainingConfig(**options()),
+        tunix_model.load(model, "model"),
+        tunix_model.optimizer("sft"),
+        peft_trainer.TrainingConfig(**tunix_model.options()),
     )
 
     def model_input(x):
@@ -149,10 +107,10 @@ def dpo(model: str) -> Outcome:
         for parts in (["prompt"], ["chosen", "rejected"])
     ]
     trainer = dpo_trainer.DPOTrainer(
-        load(model, "model"),
-        load(model, "model"),
-        optimizer("dpo"),
-        dpo_trainer.DPOTrainingConfig(beta=settings.BETA, **options()),
+        tunix_model.load(model, "model"),
+        tunix_model.load(model, "model"),
+        tunix_model.optimizer("dpo"),
+        dpo_trainer.DPOTrainingConfig(beta=settings.BETA, **tunix_model.options()),
     )
     starts = range(0, len(rows), settings.ROWS)
     parts = [pairs(rows[i : i + settings.ROWS], *lengths) for i in starts]
@@ -175,17 +133,11 @@ def pairs(rows, prompt_length: int, reply_length: int) -> dpo_trainer.TrainingIn
     return dpo_trainer.TrainingInput(**fields)
 
 
-def options() -> dict:
-    """Of every trainer; without directories it keeps no checkpoints and no logs."""
-    steps = settings.WARM_STEPS + settings.TIMED_STEPS
-    return {"eval_every_n_steps": 10**6, "max_steps": steps}
-
-
 def train(trainer, batches, tokens: int) -> Outcome:
     """Trains with the clock on."""
     laps = Laps()
     trainer.with_training_hooks(laps)
-    with jax.set_mesh(make_mesh()):
+    with jax.set_mesh(tunix_model.make_mesh()):
         trainer.train(batches)
     seconds = [b - a for a, b in zip(laps.ends, laps.ends[1:], strict=False)]
     return Outcome(
@@ -200,13 +152,13 @@ def train(trainer, batches, tokens: int) -> Outcome:
 def sample(model: str) -> Outcome:
     """No stop token: every row runs to the limit."""
     prompts = assets.read_rows(model)["prompts"][: settings.FIXED_ROWS]
-    return sampling(model, load(model, "model"), prompts, None, None)
+    return sampling(model, tunix_model.load(model, "model"), prompts, None, None)
 
 
 def early(model: str) -> Outcome:
     """Rows of known, different lengths."""
     rows = assets.read_rows(model)
-    transformer = load(model, "chain", tied=False)
+    transformer = tunix_model.load(model, "chain", tied=False)
     return sampling(
         model, transformer, rows["early_prompts"], rows["eos"], rows["early_lengths"]
     )
@@ -248,98 +200,13 @@ def sampling(model: str, transformer, prompts, eos, lengths) -> Outcome:
     )
 
 
-def grpo(model: str) -> Outcome:
-    """A rollout of groups and one update, everything on one mesh."""
-    ends, reward = clocked_reward()
-    learner = GRPOLearner(
-        make_cluster("grpo", model, critic=None),
-        GRPOConfig(
-            num_generations=settings.GROUP_SIZE,
-            num_iterations=1,
-            beta=settings.KL_COEF,
-        ),
-        reward_fns=[reward],
-    )
-    learner.train(question_batches(model, settings.ONLINE_PROMPTS))
-    return online(ends)
-
-
-def ppo(model: str) -> Outcome:
-    """A rollout, then one update of policy and critic."""
-    ends, reward = clocked_reward()
-    # Its helper replaces an unembedding, which a tied model does not have: the critic
-    # starts from the untied checkpoint, of the same shape.
-    critic = rl_utils.create_critic_model(load(model, "chain", tied=False))
-    learner = PPOLearner(
-        make_cluster("ppo", model, critic=critic),
-        PPOConfig(num_iterations=1, beta=settings.KL_COEF),
-        reward_fns=[reward],
-    )
-    learner.train(question_batches(model, settings.QUESTIONS))
-    return online(ends)
-
-
-def clocked_reward():
-    """(times of the calls, the reward): it is called once in every iteration."""
-    ends: list[float] = []
-
-    def reward(prompts, completions, **_):
-        ends.append(time.perf_counter())
-        return rewards.distinct(prompts, completions)
-
-    return ends, reward
-
-
-def online(ends: list[float]) -> Outcome:
-    """An iteration goes from reward to reward: an update, then the next rollout."""
-    return measure.online([b - a for a, b in zip(ends, ends[1:], strict=False)])
-
-
-def question_batches(model: str, size: int):
-    """The prompts in their order, one batch more than iterations are measured."""
-    texts = assets.read_rows(model)["questions"]
-    steps = settings.ONLINE_WARM + settings.ONLINE_TIMED + 1
-    parts = [texts[i : i + size] for i in range(0, len(texts), size)]
-    return [{"prompts": parts[i % len(parts)]} for i in range(steps)]
-
-
-def make_cluster(piece: str, model: str, critic) -> cluster_lib.RLCluster:
-    """Policy, reference (and critic) beside each other, with the vanilla rollout."""
-    mesh, role = make_mesh(), cluster_lib.Role
-    roles = [role.ACTOR, role.REFERENCE, role.ROLLOUT] + [role.CRITIC] * bool(critic)
-    steps = settings.ONLINE_WARM + settings.ONLINE_TIMED + 1
-    config = cluster_lib.ClusterConfig(
-        role_to_mesh=dict.fromkeys(roles, mesh),
-        rollout_engine="vanilla",
-        training_config=cluster_lib.RLTrainingConfig(
-            actor_optimizer=optimizer(piece),
-            critic_optimizer=optimizer(piece) if critic else None,
-            **options() | {"max_steps": steps},
-        ),
-        rollout_config=RolloutConfig(
-            max_tokens_to_generate=settings.ONLINE_NEW_TOKENS,
-            max_prompt_length=settings.PROMPT_LENGTH,
-            kv_cache_size=settings.PROMPT_LENGTH + settings.ONLINE_NEW_TOKENS,
-            temperature=1.0,
-            top_p=1.0,
-        ),
-    )
-    return cluster_lib.RLCluster(
-        actor=load(model, "model"),
-        critic=critic,
-        reference=load(model, "model"),
-        tokenizer=AutoTokenizer.from_pretrained(assets.folder(model) / "model"),
-        cluster_config=config,
-    )
-
-
 PIECES = {
     "sft": sft,
     "dpo": dpo,
     "sample": sample,
     "early": early,
-    "grpo": grpo,
-    "ppo": ppo,
+    "grpo": tunix_online.grpo,
+    "ppo": tunix_online.ppo,
 }
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_generated_pairs_are_deterministic_and_their_prompts_end_in_a_newline():
     pairs = text._generated(20)
     assert pairs == text._generated(20)
     assert all(pair["prompt"].endswith("\n") for pair in pairs)
-    words = [len(pair["chosen"].split()) for pair in text._generated(200)]
+    words = [len(pair["chosen"].split()) for pair in text._generated(100)]
     assert 60 < np.median(words) < 300
 
 
