@@ -61,10 +61,9 @@ def _generated(count: int) -> list[dict[str, str]]:
 
 def _lexicon(rng: np.random.Generator, count: int) -> list[str]:
     """Pronounceable words of two to eight letters."""
-    consonants, vowels = list("bcdfghklmnprstvw"), list("aeiou")
-
-    def word() -> str:
-        pairs = zip(rng.choice(consonants, 4), rng.choice(vowels, 4), strict=True)
-        return "".join(c + v for c, v in pairs)[: 2 * int(rng.integers(1, 5))]
-
-    return [word() for _ in range(count)]
+    shape = (count, 4)
+    first = rng.choice(list("bcdfghklmnprstvw"), shape)
+    second = rng.choice(list("aeiou"), shape)
+    lengths = 2 * rng.integers(1, 5, count)
+    letters = np.stack([first, second], axis=-1).reshape(count, 8)
+    return ["".join(row[:n]) for row, n in zip(letters, lengths, strict=True)]
