@@ -12,6 +12,12 @@ def step_seconds(result: Mapping[str, Any]) -> float:
     return median(result["seconds"][result["warm"] :])
 
 
+def cpu_seconds(result: Mapping[str, Any]) -> float | None:
+    """CPU time of a timed step, on average; None where it was not measured."""
+    timed = result["cpu"][result["warm"] :]
+    return sum(timed) / len(timed) if timed else None
+
+
 def total_seconds(result: Mapping[str, Any]) -> float:
     """All timed steps of a run together."""
     return sum(result["seconds"][result["warm"] :])
@@ -45,10 +51,12 @@ def compile_seconds(result: Mapping[str, Any]) -> float:
 
 def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Medians over a framework's runs of one piece of work."""
+    cpu = [cpu_seconds(run) for run in runs]
     return {
         "runs": len(runs),
         "step_s": median(map(step_seconds, runs)),
         "step_s_range": [min(map(step_seconds, runs)), max(map(step_seconds, runs))],
+        "cpu_s": None if None in cpu else median(cpu),
         "tokens_per_s": median(r["tokens"] / total_seconds(r) for r in runs),
         "examples_per_s": median(r["examples"] / total_seconds(r) for r in runs),
         "first_step_s": median(r["seconds"][0] for r in runs),

@@ -97,11 +97,11 @@ def train(objective, params, make_batch):
 
 def timed(steps) -> dict[str, Any]:
     """Seconds of each step, the device's name and its peak memory in bytes."""
-    seconds, _ = measure.laps(steps)
+    spans, _ = measure.laps(steps)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     return {
-        "seconds": seconds,
+        "seconds": spans.seconds,
         "device": device.device_kind,
         "peak": stats.get("peak_bytes_in_use"),
     }

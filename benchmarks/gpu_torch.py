@@ -133,11 +133,11 @@ def timed(steps, device: str) -> dict[str, Any]:
                 torch.cuda.synchronize()
             yield value
 
-    seconds, _ = measure.laps(synchronized())
+    spans, _ = measure.laps(synchronized())
     if device == "cpu":
-        return {"seconds": seconds, "device": "cpu", "peak": None}
+        return {"seconds": spans.seconds, "device": "cpu", "peak": None}
     return {
-        "seconds": seconds,
+        "seconds": spans.seconds,
         "device": torch.cuda.get_device_name(),
         "peak": torch.cuda.max_memory_allocated(),
     }

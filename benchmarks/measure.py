@@ -4,7 +4,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -13,11 +13,26 @@ from benchmarks import settings
 MARK = "BENCH-RESULT "
 
 
+Moment = tuple[float, float]  # wall clock and CPU time of all threads, s
+
+
+class Spans(NamedTuple):
+    """How long each step took, the warm ones first; the first one with compilation.
+
+    Attributes:
+      seconds: by the clock on the wall.
+      cpu: CPU time of all threads together, which other processes disturb less.
+    """
+
+    seconds: list[float]
+    cpu: list[float]
+
+
 class Outcome(NamedTuple):
     """What a piece of work measured.
 
     Attributes:
-      seconds: of each step, the warm ones first; the first one with compilation.
+      spans: of all steps.
       warm: how many steps are not timed.
       tokens: useful tokens of all timed steps together, padding not counted.
       examples: rows, pairs or completions of all timed steps together.
@@ -25,7 +40,7 @@ class Outcome(NamedTuple):
       notes: anything else, by name.
     """
 
-    seconds: list[float]
+    spans: Spans
     warm: int
     tokens: int
     examples: int
@@ -33,19 +48,28 @@ class Outcome(NamedTuple):
     notes: dict[str, Any] = {}
 
 
-def laps(steps: Iterable[Any]) -> tuple[list[float], list[Any]]:
-    """Runs the steps; (seconds of each, what each gave).
+def now() -> Moment:
+    """This moment, for `spans`."""
+    return time.perf_counter(), time.process_time()
+
+
+def spans(moments: Sequence[Moment]) -> Spans:
+    """From each moment to the next."""
+    pairs = list(zip(moments, moments[1:], strict=False))
+    return Spans([b[0] - a[0] for a, b in pairs], [b[1] - a[1] for a, b in pairs])
+
+
+def laps(steps: Iterable[Any]) -> tuple[Spans, list[Any]]:
+    """Runs the steps; (how long each took, what each gave).
 
     A step's time goes from the end of the one before to its own end, so that reading
     and padding its rows counts. The steps must give host values: the wait counts too.
     """
-    seconds, values, last = [], [], time.perf_counter()
+    moments, values = [now()], []
     for value in steps:
-        now = time.perf_counter()
-        seconds.append(now - last)
+        moments.append(now())
         values.append(value)
-        last = now
-    return seconds, values
+    return spans(moments), values
 
 
 def rss_mib() -> float:
@@ -68,14 +92,14 @@ def pair_tokens(pairs: Iterable[Mapping[str, Any]]) -> int:
     )
 
 
-def online(seconds: list[float], **notes: Any) -> Outcome:
+def online(spans: Spans, **notes: Any) -> Outcome:
     """Of iterations with rollouts in which every completion runs to the limit.
 
     It does but for the random model's rare stop tokens (1 of V at every place).
     """
     completions = settings.QUESTIONS * settings.ONLINE_TIMED
     tokens = completions * settings.ONLINE_NEW_TOKENS
-    return Outcome(seconds, settings.ONLINE_WARM, tokens, completions, notes=notes)
+    return Outcome(spans, settings.ONLINE_WARM, tokens, completions, notes=notes)
 
 
 def check_lengths(counts: Iterable[list[int]], lengths: list[int] | None) -> None:
@@ -97,7 +121,9 @@ def main(pieces: Mapping[str, Callable[[str], Outcome]], *packages: str) -> int:
     piece, model = sys.argv[1:]
     before = rss_mib()
     outcome = pieces[piece](model)
-    result = outcome._asdict() | {
+    result = outcome._asdict()
+    result |= result.pop("spans")._asdict()
+    result |= {
         "piece": piece,
         "model": model,
         "rss_imported": before,

@@ -7,6 +7,7 @@ HEADER = (
     "work",
     "framework",
     "step, s (range)",
+    "CPU s",
     "times jalign",
     "useful tokens/s",
     "examples/s",
@@ -35,6 +36,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     low, high = row["step_s_range"]
     return head + [
         f"{row['step_s']:.3f} ({low:.3f} to {high:.3f})",
+        "" if row["cpu_s"] is None else f"{row['cpu_s']:.2f}",
         f"{row['ratio']:.2f}" if "ratio" in row else "",
         f"{row['tokens_per_s']:,.0f}",
         f"{row['examples_per_s']:.2f}",

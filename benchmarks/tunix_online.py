@@ -1,7 +1,5 @@
 """GRPO and PPO with Tunix's learners, rollouts by its own sampler."""
 
-import time
-
 from transformers import AutoTokenizer
 from tunix.rl import rl_cluster as cluster_lib
 from tunix.rl import utils as rl_utils
@@ -46,18 +44,18 @@ def ppo(model: str) -> Outcome:
 
 def clocked_reward():
     """(times of the calls, the reward): it is called once in every iteration."""
-    ends: list[float] = []
+    ends: list[measure.Moment] = []
 
     def reward(prompts, completions, **_):
-        ends.append(time.perf_counter())
+        ends.append(measure.now())
         return rewards.distinct(prompts, completions)
 
     return ends, reward
 
 
-def online(ends: list[float]) -> Outcome:
+def online(ends: list[measure.Moment]) -> Outcome:
     """An iteration goes from reward to reward: an update, then the next rollout."""
-    return measure.online([b - a for a, b in zip(ends, ends[1:], strict=False)])
+    return measure.online(measure.spans(ends))
 
 
 def question_batches(model: str, size: int):

@@ -23,11 +23,11 @@ def sft(model: str) -> Outcome:
         for ids in rows
     ]
     step, state = make_step("sft", ja.train.make_sft_objective(lm), params)
-    seconds, losses = measure.laps(
+    spans, losses = measure.laps(
         train(step, state, batches(examples, ja.data.collate_tokens))
     )
     tokens = settings.TIMED_STEPS * settings.ROWS * settings.LENGTH
-    return outcome(seconds, losses, tokens)
+    return outcome(spans, losses, tokens)
 
 
 def reward(model: str) -> Outcome:
@@ -35,10 +35,10 @@ def reward(model: str) -> Outcome:
     lm, params = ja.models.load(assets.folder(model) / "reward")
     pairs, tokens = load_pairs(model)
     step, state = make_step("reward", ja.train.make_reward_objective(lm), params)
-    seconds, losses = measure.laps(
+    spans, losses = measure.laps(
         train(step, state, batches(pairs, ja.data.collate_preferences))
     )
-    return outcome(seconds, losses, tokens)
+    return outcome(spans, losses, tokens)
 
 
 def dpo(model: str) -> Outcome:
@@ -56,8 +56,8 @@ def dpo(model: str) -> Outcome:
 
     objective = ja.train.make_dpo_objective(lm, beta=settings.BETA)
     step, state = make_step("dpo", objective, jax.tree.map(jnp.copy, reference))
-    seconds, losses = measure.laps(train(step, state, with_reference()))
-    return outcome(seconds, losses, tokens)
+    spans, losses = measure.laps(train(step, state, with_reference()))
+    return outcome(spans, losses, tokens)
 
 
 def sample(model: str) -> Outcome:
@@ -115,10 +115,10 @@ def load_pairs(model: str):
     return pairs, measure.pair_tokens(rows)
 
 
-def outcome(seconds, losses, tokens: int) -> Outcome:
+def outcome(spans, losses, tokens: int) -> Outcome:
     """Of a training piece."""
     return Outcome(
-        seconds,
+        spans,
         settings.WARM_STEPS,
         tokens,
         settings.TIMED_STEPS * settings.ROWS,
@@ -142,10 +142,10 @@ def sampling(folder, prompts, stop_tokens, lengths) -> Outcome:
             )
             yield [len(ids) for ids in ja.generate.completion_lists(completion)]
 
-    seconds, counts = measure.laps(calls())
+    spans, counts = measure.laps(calls())
     measure.check_lengths(counts, lengths)
     return Outcome(
-        seconds,
+        spans,
         1,
         sum(map(sum, counts[1:])),
         settings.TIMED_STEPS * len(prompts),
@@ -206,7 +206,8 @@ def online_run(run, config) -> Outcome:
     rows = ja.report.read_metrics(f"{config.out}/metrics.jsonl")
     last = rows[-1]
     notes = {k: last[k] for k in ("time/rollout", "time/update") if k in last}
-    return measure.online([row["step_time"] for row in rows], **notes)
+    spans = measure.Spans([row["step_time"] for row in rows], [])
+    return measure.online(spans, **notes)
 
 
 PIECES = {

@@ -1,7 +1,6 @@
 """TRL's share, through its trainers and `generate`, as its documentation shows them."""
 
 import sys
-import time
 
 import torch
 from datasets import Dataset
@@ -29,20 +28,16 @@ class Laps(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """The clock starts."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(measure.now())
 
     def on_step_end(self, args, state, control, **kwargs):
         """A step is done."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(measure.now())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """The loss of the last step, and not the summary at the end."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
-
-    def seconds(self) -> list[float]:
-        """Of each step, from the end of the one before."""
-        return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
 
 
 def options(piece: str, model: str) -> dict:
@@ -121,7 +116,7 @@ def train(trainer, tokens: int) -> Outcome:
     trainer.add_callback(laps)
     trainer.train()
     return Outcome(
-        laps.seconds(),
+        measure.spans(laps.ends),
         settings.WARM_STEPS,
         tokens,
         settings.TIMED_STEPS * settings.ROWS,
@@ -154,7 +149,7 @@ def grpo(model: str) -> Outcome:
     laps = Laps()
     trainer.add_callback(laps)
     trainer.train()
-    return measure.online(laps.seconds())
+    return measure.online(measure.spans(laps.ends))
 
 
 def sample(model: str) -> Outcome:
@@ -189,10 +184,10 @@ def sampling(folder, prompts, eos, lengths) -> Outcome:
                 out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
             yield [length_of(row, eos) for row in out[:, ids.shape[1] :].tolist()]
 
-    seconds, counts = measure.laps(calls())
+    spans, counts = measure.laps(calls())
     measure.check_lengths(counts, lengths)
     return Outcome(
-        seconds, 1, sum(map(sum, counts[1:])), settings.TIMED_STEPS * len(prompts)
+        spans, 1, sum(map(sum, counts[1:])), settings.TIMED_STEPS * len(prompts)
     )
 
 

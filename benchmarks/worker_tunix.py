@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it installs the TPU's library
 
@@ -49,11 +48,11 @@ class Laps(TrainingHooks):
 
     def on_train_start(self, train_ctx):
         """The clock starts."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(measure.now())
 
     def on_train_step_end(self, train_ctx, train_step, train_loss):
         """Called when a step's loss has been fetched, the next step being queued."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(measure.now())
         self.losses.append(float(train_loss))
 
     def on_train_end(self, train_ctx):
@@ -139,9 +138,8 @@ def train(trainer, batches, tokens: int) -> Outcome:
     trainer.with_training_hooks(laps)
     with jax.set_mesh(tunix_model.make_mesh()):
         trainer.train(batches)
-    seconds = [b - a for a, b in zip(laps.ends, laps.ends[1:], strict=False)]
     return Outcome(
-        seconds,
+        measure.spans(laps.ends),
         settings.WARM_STEPS,
         tokens,
         settings.TIMED_STEPS * settings.ROWS,
@@ -190,13 +188,13 @@ def sampling(model: str, transformer, prompts, eos, lengths) -> Outcome:
             )
             yield [len(tokens) for tokens in out.tokens]
 
-    seconds, counts = measure.laps(calls())
+    spans, counts = measure.laps(calls())
     if eos is not None:  # it leaves the stop token out
         limit = settings.NEW_TOKENS
         counts = [[min(n + 1, limit) for n in found] for found in counts]
     measure.check_lengths(counts, lengths)
     return Outcome(
-        seconds, 1, sum(map(sum, counts[1:])), settings.TIMED_STEPS * len(prompts)
+        spans, 1, sum(map(sum, counts[1:])), settings.TIMED_STEPS * len(prompts)
     )
 
 

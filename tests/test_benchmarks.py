@@ -13,6 +13,7 @@ from benchmarks.settings import MODELS, ROOT, Shape
 def run_of(seconds, losses=(), tokens=80, rss=100.0):
     return {
         "seconds": [9.0, *seconds],
+        "cpu": [18.0, *(2 * x for x in seconds)],
         "warm": 1,
         "tokens": tokens,
         "examples": 4,
@@ -69,7 +70,7 @@ def test_rows_hold_ratios_floor_and_the_loss_gap():
     }
     ours, trl, tunix = compare.rows_of(results, {"7m/sft": 0.5})
     assert ours["floor"] == 0.5 and "ratio" not in ours
-    assert ours["tokens_per_s"] == 40.0
+    assert ours["tokens_per_s"] == 40.0 and ours["cpu_s"] == 2.0
     assert trl["ratio"] == 2.0 and trl["loss_gap"] == pytest.approx(0.1 / 8.1)
     assert tunix["missing"].startswith("not measured")
     (warning,) = compare.disagreements([ours, trl, tunix])
@@ -85,8 +86,9 @@ def test_table_has_a_line_for_each_row():
 
 
 def test_laps_count_from_end_to_end():
-    seconds, values = measure.laps(iter([3, 4]))
-    assert values == [3, 4] and len(seconds) == 2 and min(seconds) >= 0
+    spans, values = measure.laps(iter([3, 4]))
+    assert values == [3, 4] and len(spans.seconds) == len(spans.cpu) == 2
+    assert measure.spans([(1.0, 0.0), (3.0, 1.0)]) == ([2.0], [1.0])
 
 
 def test_completions_of_another_length_are_an_error():
