@@ -34,6 +34,15 @@ def ratio(
     return median(total_seconds(p) / total_seconds(o) for p, o in pairs)
 
 
+def cpu_ratio(
+    peer: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]
+) -> float | None:
+    """The same of CPU time, where both have it."""
+    times = [(cpu_seconds(p), cpu_seconds(o)) for p, o in zip(peer, ours, strict=True)]
+    known = [p / o for p, o in times if p is not None and o is not None]
+    return median(known) if known else None
+
+
 def loss_gap(a: Sequence[float], b: Sequence[float]) -> float | None:
     """The largest relative difference of the first losses; None without any."""
     if not a or not b:
@@ -87,6 +96,7 @@ def rows_of(results: Mapping[str, Any], floors: Mapping[str, float]) -> list[dic
                 row["floor"] = floors[name] / row["step_s"]
             elif framework != "jalign" and isinstance(ours, list):
                 row["ratio"] = ratio(runs, ours)
+                row["cpu_ratio"] = cpu_ratio(runs, ours)
                 row["loss_gap"] = loss_gap(runs[0]["losses"], ours[0]["losses"])
             rows.append(row)
     return rows
