@@ -13,14 +13,14 @@ def step_seconds(result: Mapping[str, Any]) -> float:
 
 
 def cpu_seconds(result: Mapping[str, Any]) -> float | None:
-    """CPU time of a timed step, on average; None where it was not measured."""
+    """CPU time of a timed step, their median; None where it was not measured."""
     timed = result["cpu"][result["warm"] :]
-    return sum(timed) / len(timed) if timed else None
+    return median(timed) if timed else None
 
 
 def total_seconds(result: Mapping[str, Any]) -> float:
-    """All timed steps of a run together."""
-    return sum(result["seconds"][result["warm"] :])
+    """All timed steps, each as long as the median: one may have been held up."""
+    return step_seconds(result) * (len(result["seconds"]) - result["warm"])
 
 
 def ratio(
@@ -31,7 +31,7 @@ def ratio(
     The runs alternate, so a pair saw the same machine; a slow minute cancels.
     """
     pairs = zip(peer, ours, strict=True)
-    return median(total_seconds(p) / total_seconds(o) for p, o in pairs)
+    return median(step_seconds(p) / step_seconds(o) for p, o in pairs)
 
 
 def cpu_ratio(

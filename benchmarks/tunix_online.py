@@ -1,5 +1,6 @@
 """GRPO and PPO with Tunix's learners, rollouts by its own sampler."""
 
+import numpy as np
 from transformers import AutoTokenizer
 from tunix.rl import rl_cluster as cluster_lib
 from tunix.rl import utils as rl_utils
@@ -63,7 +64,7 @@ def question_batches(model: str, size: int):
     texts = assets.read_rows(model)["questions"]
     steps = settings.ONLINE_WARM + settings.ONLINE_TIMED + 1
     parts = [texts[i : i + size] for i in range(0, len(texts), size)]
-    return [{"prompts": parts[i % len(parts)]} for i in range(steps)]
+    return [{"prompts": np.array(parts[i % len(parts)])} for i in range(steps)]
 
 
 def make_cluster(piece: str, model: str, critic) -> cluster_lib.RLCluster:
