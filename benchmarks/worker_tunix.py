@@ -1,5 +1,6 @@
 """Tunix's share, through its trainers and sampler, as its documentation shows them."""
 
+import inspect
 import os
 import sys
 
@@ -8,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it installs the TPU's library
 import jax
 import numpy as np
 from tunix.generate.sampler import CacheConfig, Sampler
+from tunix.models.llama3.model import Llama3
 from tunix.sft import peft_trainer
 from tunix.sft import utils as sft_utils
 from tunix.sft.dpo import dpo_trainer
@@ -210,5 +212,13 @@ PIECES = {
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] == "reward":
         print("not in Tunix: it has no reward-model trainer", file=sys.stderr)
+        sys.exit(3)
+    taken = inspect.signature(Llama3.__call__).parameters
+    if sys.argv[1:2] == ["ppo"] and "segment_ids" not in taken:
+        print(
+            "fails in this Tunix: its PPO gives the critic segment_ids, which its "
+            "Llama3 does not take",
+            file=sys.stderr,
+        )
         sys.exit(3)
     sys.exit(measure.main(PIECES, "google-tunix", "jax", "flax"))
