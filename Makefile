@@ -7,6 +7,7 @@ TUNIX_VENV ?= .venv-tunix
 TUNIX_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) python3.13)
 # Only the parity environment holds torch; jalign itself never needs it.
 TORCH ?= torch==2.13.0
+TUNIX ?= 0.1.7
 
 .PHONY: demo test lint parity bench clean
 
