@@ -23,8 +23,9 @@ class PackedRow(NamedTuple):
 def bucket_length(length: int, max_length: int) -> int:
     """The padded length for `length` tokens: few values, so few compilations.
 
-    16, 32, 64, 128, 256, then powers of two and the points halfway between them
-    (384, 512, 768, 1024, 1536, ...), but never more than `max_length`.
+    16, 32, 64, 128, 256, then powers of two and the points a quarter, a half and three
+    quarters of the way between them (320, 384, 448, 512, 640, ...), but never more
+    than `max_length`.
 
     Raises: ValueError if `length` is more than `max_length`.
     """
@@ -33,8 +34,8 @@ def bucket_length(length: int, max_length: int) -> int:
     power = 16
     while power < length:
         power *= 2
-    halfway = power // 4 * 3
-    bucket = halfway if halfway >= max(length, 384) else power
+    quarter = power // 8 if power > 256 else power
+    bucket = -(-length // quarter) * quarter
     return min(bucket, max_length)
 
 

@@ -34,7 +34,9 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
-        y = project(self.equation, x.astype(self.dtype), kernel.astype(self.dtype))
+        y: jax.Array = project(  # pyright: ignore[reportAssignmentType]
+            self.equation, x.astype(self.dtype), kernel.astype(self.dtype)
+        )
         if self.bias_shape is None:
             return y
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)

@@ -21,7 +21,8 @@ def example(n, first=1, start=1):
 
 def test_buckets_are_few_and_fit():
     buckets = {bucket_length(n, 3000) for n in range(1, 3001)}
-    want = {16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3000}
+    want = {16, 32, 64, 128, 256, 320, 384, 448, 512, 640, 768, 896, 1024}
+    want |= {1280, 1536, 1792, 2048, 2560, 3000}
     assert buckets == want
     assert all(n <= bucket_length(n, 3000) for n in range(1, 3001))
     assert bucket_length(5, 8) == 8

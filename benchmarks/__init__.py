@@ -1,0 +1,1 @@
+"""jalign beside its peers, on the same rows: `make bench`, see docs/performance.md."""
