@@ -11,7 +11,8 @@ import numpy as np
 import jalign as ja
 from benchmarks import assets, measure, rewards, settings
 from benchmarks.measure import Outcome
-from jalign.train.ppo_config import KLConfig, SampleConfig
+from jalign.train import SampleConfig
+from jalign.train.ppo_config import KLConfig
 
 
 def sft(model: str) -> Outcome:
