@@ -3,36 +3,61 @@
 The loop over query blocks is unrolled, so each block multiplies only with the keys that
 causality and the window leave it: half the work of a full score matrix. The backward
 pass recomputes the weights of a block from the saved log-normalizers, as in
-FlashAttention (arXiv:2205.14135).
+FlashAttention (arXiv:2205.14135). In long rows a block goes piece by piece, so that
+memory grows with T and not with T^2.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
-MIN_BLOCK, MAX_BLOCKS = 128, 16
+PIECE, MAX_BLOCKS = 128, 16
 
 
-def block_ranges(
-    length: int, window: int | None, block: int | None = None
-) -> list[tuple[int, int, int]]:
-    """(first query, end, first key) of each query block; its keys end with it.
+class Span(NamedTuple):
+    """A block of queries and the keys that they may see.
+
+    Attributes:
+      start, end: its queries.
+      first_key: its keys begin here and end with the queries.
+      pieces: equal parts of which one at a time has its scores in memory.
+    """
+
+    start: int
+    end: int
+    first_key: int
+    pieces: int
+
+
+def block_spans(
+    length: int, window: int | None, block: int | None = None, piece: int = PIECE
+) -> tuple[Span, ...]:
+    """The blocks of a row.
 
     Args:
       length: T.
       window: sliding window in tokens, or None.
-      block: queries a block; by default 128, or more where that makes over 16 blocks.
+      block: queries a block, a multiple of piece or less; by default one piece, or
+        more where that makes over 16 blocks.
+      piece: queries whose scores are in memory at once.
     """
     if block is None:
-        block = max(MIN_BLOCK, -(-length // (MAX_BLOCKS * MIN_BLOCK)) * MIN_BLOCK)
-    ranges = []
-    for start in range(0, length, block):
+        block = max(piece, -(-length // (MAX_BLOCKS * piece)) * piece)
+    spans, start = [], 0
+    while start < length:
+        size = min(block, length - start)
+        if size > piece:
+            size -= size % piece  # what is left over is a block of its own
         first_key = 0 if window is None else max(0, start - window + 1)
-        ranges.append((start, min(start + block, length), first_key))
-    return ranges
+        pieces = max(1, size // piece)
+        spans.append(Span(start, start + size, first_key, pieces))
+        start += size
+    return tuple(spans)
 
 
 def blocked_attention(
@@ -42,6 +67,7 @@ def blocked_attention(
     segment_ids: jax.Array | None,
     sliding_window: int | None,
     block: int | None = None,
+    piece: int = PIECE,
 ) -> jax.Array:
     """attention.attend for queries and keys of the same tokens, in order.
 
@@ -50,7 +76,7 @@ def blocked_attention(
       k, v: [B, T, K, H].
       segment_ids: int32 [B, T] or None.
       sliding_window: tokens, or None.
-      block: queries a block, see `block_ranges`.
+      block, piece: see `block_spans`.
 
     Returns: [B, T, N, H] in q's dtype.
     """
@@ -59,83 +85,130 @@ def blocked_attention(
     # Heads outside, a kv head's queries together: each product is a plain matmul.
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    ranges = tuple(block_ranges(T, sliding_window, block))
-    out: jax.Array = _blocked(ranges, sliding_window, q, k, v, segment_ids)  # pyright: ignore[reportAssignmentType]
+    spans = block_spans(T, sliding_window, block, piece)
+    out: jax.Array = _blocked(spans, sliding_window, q, k, v, segment_ids)  # pyright: ignore[reportAssignmentType]
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _weighted_scores(q, k, segment_ids, span, window):
-    """Masked float32 scores [B,K,G,t,s] of one block, and its query and key slices."""
-    start, end, first_key = span
-    queries, keys = slice(start, end), slice(first_key, end)
+def _over_pieces(span: Span, body: Callable, carry: Any) -> tuple[Any, Any]:
+    """lax.scan of body(carry, first query) over a span's pieces -> (carry, outputs).
+
+    Args:
+      body: gives (carry, arrays [B, K, G, t, ...]), which are joined along t.
+    """
+    size = (span.end - span.start) // span.pieces
+    if span.pieces == 1:
+        return body(carry, span.start)
+    starts = span.start + size * jnp.arange(span.pieces)
+    carry, outs = jax.lax.scan(body, carry, starts)
+
+    def join(x):  # [pieces, B, K, G, t, ...] -> [B, K, G, pieces * t, ...]
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+    return carry, jax.tree.map(join, outs)
+
+
+def _rows(x: jax.Array, start, span: Span, axis: int = 3) -> jax.Array:
+    """The queries of a piece out of all."""
+    size = (span.end - span.start) // span.pieces
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _scores(q, k, segment_ids, start, span: Span, window):
+    """Masked float32 scores [B,K,G,t,s] of a piece q [B,K,G,t,H] with a span's keys."""
     scale = 1 / math.sqrt(q.shape[-1])
     scores = scale * jnp.einsum(
-        "bkgth,bksh->bkgts",
-        q[:, :, :, queries],
-        k[:, :, keys],
-        preferred_element_type=jnp.float32,
+        "bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32
     )
-    distance = jnp.arange(start, end)[:, None] - jnp.arange(first_key, end)[None, :]
+    queries = start + jnp.arange(q.shape[3])
+    distance = queries[:, None] - jnp.arange(span.first_key, span.end)[None, :]
     mask = distance >= 0
     if window is not None:
         mask &= distance < window
     mask = mask[None]
     if segment_ids is not None:
-        same = segment_ids[:, queries, None] == segment_ids[:, None, keys]
+        of_queries = _rows(segment_ids, start, span, axis=1)
+        of_keys = segment_ids[:, span.first_key : span.end]
+        same = of_queries[:, :, None] == of_keys[:, None, :]
         mask = jnp.broadcast_to(mask, same.shape) & same
-    return jnp.where(mask[:, None, None], scores, MASKED), queries, keys
+    return jnp.where(mask[:, None, None], scores, MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(ranges, window, q, k, v, segment_ids):
-    return _forward(ranges, window, q, k, v, segment_ids)[0]
+def _blocked(spans, window, q, k, v, segment_ids):
+    return _forward(spans, window, q, k, v, segment_ids)[0]
 
 
-def _forward(ranges, window, q, k, v, segment_ids):
+def _forward(spans, window, q, k, v, segment_ids):
     """q [B,K,G,T,H], k and v [B,K,T,H] -> out as q, and what the backward needs."""
-    outs, normalizers = [], []
-    for span in ranges:
-        scores, _, keys = _weighted_scores(q, k, segment_ids, span, window)
-        top = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
-        out = jnp.einsum(
-            "bkgts,bksh->bkgth",
-            weights.astype(v.dtype),
-            v[:, :, keys],
-            preferred_element_type=jnp.float32,
+    outs = []
+    for span in spans:
+        keys = slice(span.first_key, span.end)
+        attend = functools.partial(
+            _attend_piece, q, k[:, :, keys], v[:, :, keys], segment_ids, span, window
         )
-        outs.append((out / total).astype(q.dtype))
-        normalizers.append(top + jnp.log(total))
-    out = jnp.concatenate(outs, axis=3)
-    normalizer = jnp.concatenate(normalizers, axis=3)
+        outs.append(_over_pieces(span, attend, None)[1])
+    out, normalizer = (jnp.concatenate(x, axis=3) for x in zip(*outs, strict=True))
     return out, (q, k, v, segment_ids, out, normalizer)
 
 
-def _backward(ranges, window, saved, d_out):
+def _attend_piece(q, k, v, segment_ids, span, window, carry, start):
+    """-> (carry, (out [B,K,G,t,H], log-normalizers [B,K,G,t,1]))."""
+    scores = _scores(_rows(q, start, span), k, segment_ids, start, span, window)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum(
+        "bkgts,bksh->bkgth",
+        weights.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    return carry, ((out / total).astype(q.dtype), top + jnp.log(total))
+
+
+def _backward(spans, window, saved, d_out):
     q, k, v, segment_ids, out, normalizer = saved
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scale = 1 / math.sqrt(q.shape[-1])
     # sum_s weights * d_weights, which the softmax's gradient subtracts.
-    delta = einsum("bkgth,bkgth->bkgt", d_out, out)[..., None]
-    d_q = []
+    delta = jnp.einsum(
+        "bkgth,bkgth->bkgt", d_out, out, preferred_element_type=jnp.float32
+    )[..., None]
     # [B,K,H,T]: so the narrow side of the products is transposed, not the scores.
     B, K, T, H = k.shape
-    d_k = d_v = jnp.zeros((B, K, H, T), jnp.float32)
-    for span in ranges:
-        scores, queries, keys = _weighted_scores(q, k, segment_ids, span, window)
-        weights = jnp.exp(scores - normalizer[:, :, :, queries])
-        d_block = d_out[:, :, :, queries]
-        d_weights = einsum("bkgth,bksh->bkgts", d_block, v[:, :, keys])
-        d_scores = scale * weights * (d_weights - delta[:, :, :, queries])
-        d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
-        d_q.append(einsum("bkgts,bksh->bkgth", d_scores, k[:, :, keys]))
-        block_q = q[:, :, :, queries]
-        d_k = d_k.at[..., keys].add(einsum("bkgth,bkgts->bkhs", block_q, d_scores))
-        d_v = d_v.at[..., keys].add(einsum("bkgth,bkgts->bkhs", d_block, weights))
+    d_q, d_kv = [], (jnp.zeros((B, K, H, T), jnp.float32),) * 2
+    for span in spans:
+        keys = slice(span.first_key, span.end)
+        piece = functools.partial(
+            _piece_gradients,
+            *(q, k[:, :, keys], v[:, :, keys], d_out, normalizer, delta),
+            *(segment_ids, span, window),
+        )
+        width = span.end - span.first_key
+        zeros = (jnp.zeros((B, K, H, width), jnp.float32),) * 2
+        added, d_block = _over_pieces(span, piece, zeros)
+        d_q.append(d_block)
+        d_kv = tuple(x.at[..., keys].add(y) for x, y in zip(d_kv, added, strict=True))
     d_q = jnp.concatenate(d_q, axis=3).astype(q.dtype)
-    d_k, d_v = d_k.astype(k.dtype).mT, d_v.astype(v.dtype).mT
-    return d_q, d_k, d_v, None
+    return d_q, d_kv[0].astype(k.dtype).mT, d_kv[1].astype(v.dtype).mT, None
+
+
+def _piece_gradients(
+    q, k, v, d_out, normalizer, delta, segment_ids, span, window, carry, start
+):
+    """carry (d_k, d_v) [B,K,H,s] of a span's keys -> (carry, d_q [B,K,G,t,H])."""
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    q, d_out, normalizer, delta = (
+        _rows(x, start, span) for x in (q, d_out, normalizer, delta)
+    )
+    scores = _scores(q, k, segment_ids, start, span, window)
+    weights = jnp.exp(scores - normalizer)
+    d_weights = einsum("bkgth,bksh->bkgts", d_out, v)
+    d_scores = weights * (d_weights - delta) / math.sqrt(q.shape[-1])
+    d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
+    d_k = carry[0] + einsum("bkgth,bkgts->bkhs", q, d_scores)
+    d_v = carry[1] + einsum("bkgth,bkgts->bkhs", d_out, weights)
+    return (d_k, d_v), einsum("bkgts,bksh->bkgth", d_scores, k)
 
 
 _blocked.defvjp(_forward, _backward)

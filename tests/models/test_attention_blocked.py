@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jalign.models.attention import attention_mask, plain_attention
-from jalign.models.attention_blocked import block_ranges, blocked_attention
+from jalign.models.attention_blocked import block_spans, blocked_attention
 from tests.models.rows import packed_rows, random_qkv
 
 IDS, POSITIONS = packed_rows([[7, 6], [3, 10]], 13)
@@ -15,7 +15,8 @@ QKV = random_qkv((2, 13, 4, 8), 2)
 
 @pytest.mark.parametrize("segments", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
-def test_values_and_gradients_match_plain(window, segments):
+@pytest.mark.parametrize("block, piece", [(4, 4), (4, 2), (8, 2)])
+def test_values_and_gradients_match_plain(window, segments, block, piece):
     ids = IDS if segments else np.ones_like(IDS)
     positions = POSITIONS if segments else np.broadcast_to(np.arange(13), IDS.shape)
     mask = attention_mask(positions, positions, ids, ids, window)
@@ -25,7 +26,8 @@ def test_values_and_gradients_match_plain(window, segments):
         return (weight * plain_attention(*qkv, jnp.asarray(mask))).sum()
 
     def blocked(*qkv):
-        out = blocked_attention(*qkv, ids if segments else None, window, block=4)
+        segment_ids = ids if segments else None
+        out = blocked_attention(*qkv, segment_ids, window, block=block, piece=piece)
         return (weight * out).sum()
 
     want = jax.value_and_grad(plain, (0, 1, 2))(*QKV)
@@ -35,18 +37,36 @@ def test_values_and_gradients_match_plain(window, segments):
     )
 
 
-def test_ranges_cover_queries_once_and_skip_masked_keys():
-    assert block_ranges(10, None, 4) == [(0, 4, 0), (4, 8, 0), (8, 10, 0)]
-    assert block_ranges(10, 3, 4) == [(0, 4, 0), (4, 8, 2), (8, 10, 6)]
-    assert len(block_ranges(32768, None)) <= 16
-    assert len(block_ranges(512, None)) == 4
+def test_spans_cover_queries_once_and_skip_masked_keys():
+    whole = [(0, 4, 0, 1), (4, 8, 0, 1), (8, 10, 0, 1)]
+    assert block_spans(10, None, 4, 4) == tuple(whole)
+    assert block_spans(10, 3, 4, 4)[1:] == ((4, 8, 2, 1), (8, 10, 6, 1))
+    assert block_spans(15, None, 8, 4)[1:] == ((8, 12, 0, 1), (12, 15, 0, 1))
+    assert block_spans(512, None) == tuple(
+        (n, n + 128, 0, 1) for n in (0, 128, 256, 384)
+    )
+    long = block_spans(32768 - 5, None)
+    assert len(long) == 17 and {span.pieces for span in long} == {16, 15, 1}
+    assert [span.start for span in long[1:]] == [span.end for span in long[:-1]]
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square():
+    def loss(q, k, v):
+        return blocked_attention(q, k, v, None, None).sum()
+
+    def bytes_a_token(length):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape)
+        return lowered.compile().memory_analysis().temp_size_in_bytes / length
+
+    assert bytes_a_token(8192) < 1.05 * bytes_a_token(4096)
 
 
 def test_no_array_of_all_scores_is_stored():
     q, k, v = random_qkv((1, 512, 2, 8), 2)
 
     def loss(q):
-        return blocked_attention(q, k, v, None, None, block=64).sum()
+        return blocked_attention(q, k, v, None, None, block=64, piece=64).sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(loss))(q)
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
