@@ -57,7 +57,7 @@ class DemoConfig:
     reward_steps: int = 400
     ppo_steps: int = 44
     """Iterations: 64 completions and the updates on them."""
-    dpo_steps: int = 160
+    dpo_steps: int = 200
     eval_prompts: int = 256
     """Held-out prompts that every model answers; at most 256."""
 
