@@ -157,7 +157,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 model=sft,
                 steps=config.dpo_steps,
                 batch_size=16,
-                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 2*sft", compute=COMPUTE),
+                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 4*sft", compute=COMPUTE),
                 **pairs("dpo", learning_rate=2e-4),
             ),
         ),
