@@ -57,7 +57,7 @@ class DemoConfig:
     reward_steps: int = 400
     ppo_steps: int = 44
     """Iterations: 64 completions and the updates on them."""
-    dpo_steps: int = 160
+    dpo_steps: int = 200
     eval_prompts: int = 256
     """Held-out prompts that every model answers; at most 256."""
 
@@ -157,7 +157,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 model=sft,
                 steps=config.dpo_steps,
                 batch_size=16,
-                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 2*sft", compute=COMPUTE),
+                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 4*sft", compute=COMPUTE),
                 **pairs("dpo", learning_rate=2e-4),
             ),
         ),

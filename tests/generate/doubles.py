@@ -51,8 +51,9 @@ class HistoryModel:
     def apply(self, params, tokens, *, positions=None, segment_ids=None, cache=None):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, seen = params["embed"][tokens], positions
+        x, seen = params["embed"][tokens], jnp.arange(tokens.shape[1])[None]
         if cache is not None:
+            seen = positions
             if segment_ids is not None:
                 seen = jnp.where(segment_ids == 0, kv.NEVER, positions)
             slot, cache = cache.next, kv.advance(cache, seen)
