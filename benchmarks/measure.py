@@ -92,6 +92,14 @@ def pair_tokens(pairs: Iterable[Mapping[str, Any]]) -> int:
     )
 
 
+def trained(moments: Sequence[Moment], losses: Sequence[float], tokens: int) -> Outcome:
+    """Of a trainer's steps, by the moments at which they ended."""
+    examples = settings.TIMED_STEPS * settings.ROWS
+    return Outcome(
+        spans(moments), settings.WARM_STEPS, tokens, examples, list(losses[:5])
+    )
+
+
 def online(spans: Spans, **notes: Any) -> Outcome:
     """Of iterations with rollouts in which every completion runs to the limit.
 

@@ -222,7 +222,4 @@ PIECES = {
 }
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["grpo"] and not hasattr(ja.train, "run_grpo"):
-        print("this version of jalign has no GRPO", file=sys.stderr)
-        sys.exit(3)
     sys.exit(measure.main(PIECES, "jax", "flax", "optax"))

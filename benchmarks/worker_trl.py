@@ -115,13 +115,7 @@ def train(trainer, tokens: int) -> Outcome:
     laps = Laps()
     trainer.add_callback(laps)
     trainer.train()
-    return Outcome(
-        measure.spans(laps.ends),
-        settings.WARM_STEPS,
-        tokens,
-        settings.TIMED_STEPS * settings.ROWS,
-        laps.losses[:5],
-    )
+    return measure.trained(laps.ends, laps.losses, tokens)
 
 
 def grpo(model: str) -> Outcome:

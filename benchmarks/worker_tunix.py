@@ -140,13 +140,7 @@ def train(trainer, batches, tokens: int) -> Outcome:
     trainer.with_training_hooks(laps)
     with jax.set_mesh(tunix_model.make_mesh()):
         trainer.train(batches)
-    return Outcome(
-        measure.spans(laps.ends),
-        settings.WARM_STEPS,
-        tokens,
-        settings.TIMED_STEPS * settings.ROWS,
-        laps.losses[:5],
-    )
+    return measure.trained(laps.ends, laps.losses, tokens)
 
 
 def sample(model: str) -> Outcome:
