@@ -56,10 +56,8 @@ def dpo(shape: Shape, size: dict[str, int], device: str) -> dict[str, Any]:
     reference_logps = ja.train.make_reference_fn(model)
 
     def with_reference():
-        return batch._replace(
-            ref_chosen_logps=reference_logps(reference, batch.chosen),
-            ref_rejected_logps=reference_logps(reference, batch.rejected),
-        )
+        chosen, rejected = reference_logps(reference, batch)
+        return batch._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
     objective = ja.train.make_dpo_objective(model, beta=0.1)
     return timed(train(objective, jax.tree.map(jnp.copy, reference), with_reference))

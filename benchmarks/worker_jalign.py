@@ -37,7 +37,7 @@ def reward(model: str) -> Outcome:
     pairs, tokens = load_pairs(model)
     step, state = make_step("reward", ja.train.make_reward_objective(lm), params)
     spans, losses = measure.laps(
-        train(step, state, batches(pairs, ja.data.collate_preferences))
+        train(step, state, batches(pairs, ja.data.collate_preferences, pack_rows=1))
     )
     return outcome(spans, losses, tokens)
 
@@ -49,11 +49,9 @@ def dpo(model: str) -> Outcome:
     reference_logps = ja.train.make_reference_fn(lm)
 
     def with_reference():
-        for batch in batches(pairs, ja.data.collate_preferences):
-            yield batch._replace(
-                ref_chosen_logps=reference_logps(reference, batch.chosen),
-                ref_rejected_logps=reference_logps(reference, batch.rejected),
-            )
+        for batch in batches(pairs, ja.data.collate_preferences, pack_rows=1):
+            chosen, rejected = reference_logps(reference, batch)
+            yield batch._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
     objective = ja.train.make_dpo_objective(lm, beta=settings.BETA)
     step, state = make_step("dpo", objective, jax.tree.map(jnp.copy, reference))
@@ -89,7 +87,7 @@ def make_step(piece: str, objective, params):
     return ja.train.make_train_step(objective, tx, schedule=schedule), state
 
 
-def batches(examples, collate):
+def batches(examples, collate, pack_rows=0):
     """The rows in their order, twice: once to warm up, once for the clock."""
     for _ in range(2):
         yield from ja.data.make_eval_loader(
@@ -97,6 +95,7 @@ def batches(examples, collate):
             batch_size=settings.ROWS,
             collate=collate,
             max_length=settings.LENGTH,
+            pack_rows=pack_rows,
         )
 
 

@@ -81,8 +81,8 @@ def preference_accuracy(
 
     Args:
       model, params: the model.
-      batches: PreferenceBatches of this process's rows (NumPy). Filler rows (without
-        a segment) count nothing.
+      batches: PreferenceBatches of this process's rows (NumPy). Filler counts
+        nothing.
       beta: scale of the implicit reward.
 
     Returns: `accuracy` (ties count one half), `margin` (mean reward of chosen minus
@@ -101,17 +101,13 @@ def preference_accuracy(
 
 @partial(jax.jit, static_argnames="model")
 def _margin_sums(params, batch: PreferenceBatch, beta, *, model):
-    rows = forward.interleave(batch)
     if model.config.num_labels:
-        rewards = forward.sequence_rewards(model, params, rows)
-        chosen, rejected = forward.split_pairs(rewards)
+        chosen, rejected = forward.pair_rewards(model, params, batch)
     else:
-        logps = forward.token_logps(model, params, rows)
-        sums = losses.sequence_logps(logps, rows.completion_mask)
-        chosen, rejected = forward.split_pairs(sums)
+        chosen, rejected = forward.pair_logps(model, params, batch)
         chosen = beta * (chosen - batch.ref_chosen_logps)
         rejected = beta * (rejected - batch.ref_rejected_logps)
-    valid = (batch.chosen.segment_ids > 0).any(-1)
+    valid = forward.valid_pairs(batch)
     margin = jnp.where(valid, chosen - rejected, 0.0)
     right = jnp.where(valid, (margin > 0) + 0.5 * (margin == 0), 0.0)
     return jnp.stack([right.sum(), margin.sum(), valid.sum()])

@@ -33,12 +33,15 @@ class TokenBatch(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Pairs of completions of one prompt. A filler row has no segment and counts 0.
+    """Pairs of completions of one prompt, up to P of them behind each other in a row.
+
+    Pair p of a row, from 0, is segment p + 1 of that row of both sides. A place without
+    a segment is filler and counts 0.
 
     Attributes:
       chosen, rejected: TokenBatch [B, T].
-      margins: float32 [B], how much better the chosen one was judged; 0 if unknown.
-      ref_chosen_logps, ref_rejected_logps: float32 [B], nats, summed over the
+      margins: float32 [B, P], how much better the chosen one was judged; 0 if unknown.
+      ref_chosen_logps, ref_rejected_logps: float32 [B, P], nats, summed over the
         completion under the frozen reference; 0 where no reference is used.
     """
 

@@ -5,11 +5,9 @@ imported when a function needs them.
 """
 
 from jalign.data.batching import (
-    PackedRow,
     bucket_length,
     collate_preferences,
     collate_tokens,
-    pack,
 )
 from jalign.data.chat import DEFAULT_CHAT_TEMPLATE, ensure_chat_template
 from jalign.data.encoding import Example
@@ -28,6 +26,7 @@ from jalign.data.loader import (
     make_loader,
     num_steps,
 )
+from jalign.data.packing import PackedRow, pack
 from jalign.data.rows import BadRow, Row, Rows
 from jalign.data.sources import load_rows
 from jalign.data.tokenizer import check_vocab, load_tokenizer

@@ -1,23 +1,14 @@
-"""Examples to arrays: padding to few lengths, and packing."""
+"""Examples to arrays: padding to few lengths."""
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jalign.data.encoding import Example
 from jalign.data.examples import PreferenceExample
+from jalign.data.packing import MAX_PACKED, PackedRow, join
 from jalign.types import PreferenceBatch, TokenBatch
-
-
-class PackedRow(NamedTuple):
-    """Several documents behind each other; fields as in `TokenBatch`, each [T]."""
-
-    tokens: np.ndarray
-    completion_mask: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
 
 
 def bucket_length(length: int, max_length: int) -> int:
@@ -39,11 +30,14 @@ def bucket_length(length: int, max_length: int) -> int:
     return min(bucket, max_length)
 
 
-def collate_tokens(examples: Sequence[Example | PackedRow], length: int) -> TokenBatch:
+def collate_tokens(
+    examples: Sequence[Example | PackedRow | Sequence[Example]], length: int
+) -> TokenBatch:
     """Pads on the right. An example without tokens becomes a filler row.
 
     Args:
-      examples: B documents or packed rows, none longer than `length`.
+      examples: B documents, packed rows, or lists of documents to put behind each
+        other, none longer than `length` in all.
       length: T.
 
     Returns: TokenBatch of int32 and bool arrays [B, T]; padding is 0 and False.
@@ -56,81 +50,52 @@ def collate_tokens(examples: Sequence[Example | PackedRow], length: int) -> Toke
         positions=np.zeros(shape, np.int32),
     )
     for i, example in enumerate(examples):
-        n = len(example.tokens)
+        if isinstance(example, Example):
+            row = PackedRow(*example, np.array(1), np.arange(len(example.tokens)))
+        else:
+            row = example if isinstance(example, PackedRow) else join(example)
+        n = len(row.tokens)
         if n > length:
-            raise ValueError(f"example of {n} tokens does not fit into {length}")
-        batch.tokens[i, :n] = example.tokens
-        batch.completion_mask[i, :n] = example.completion_mask
-        packed = isinstance(example, PackedRow)
-        batch.segment_ids[i, :n] = example.segment_ids if packed else 1
-        batch.positions[i, :n] = example.positions if packed else np.arange(n)
+            raise ValueError(f"row of {n} tokens does not fit into {length}")
+        for leaf, values in zip(batch, row, strict=True):
+            leaf[i, :n] = values
     return batch
 
 
 def collate_preferences(
-    examples: Sequence[PreferenceExample],
+    examples: Sequence[PreferenceExample | Sequence[PreferenceExample]],
     length: int,
     *,
-    ref_chosen_logps: np.ndarray | None = None,
-    ref_rejected_logps: np.ndarray | None = None,
+    pairs_per_row: int | None = None,
 ) -> PreferenceBatch:
-    """Pads both sides to one length; reference logps are the examples' own, or given.
+    """Both sides of the pairs; one without tokens, and room left over, are filler.
 
     Args:
-      examples: B pairs.
+      examples: B pairs, or B lists of up to `pairs_per_row` pairs for a row. Neither
+        side of a row is longer than `length` in all.
       length: T.
-      ref_chosen_logps, ref_rejected_logps: float32 [B], nats, instead of the examples'.
+      pairs_per_row: P; by default 1 for pairs and MAX_PACKED for lists of them.
 
-    Returns: PreferenceBatch of [B, T] and float32 [B] arrays.
+    Returns: PreferenceBatch of [B, T] and float32 [B, P] arrays.
+    Raises: ValueError if a row has too many pairs or tokens.
     """
-    if ref_chosen_logps is None:
-        ref_chosen_logps = np.array([e.ref_chosen_logp for e in examples])
-    if ref_rejected_logps is None:
-        ref_rejected_logps = np.array([e.ref_rejected_logp for e in examples])
-    return PreferenceBatch(
-        chosen=collate_tokens([e.chosen for e in examples], length),
-        rejected=collate_tokens([e.rejected for e in examples], length),
-        margins=np.array([e.margin for e in examples], np.float32),
-        ref_chosen_logps=np.asarray(ref_chosen_logps, np.float32),
-        ref_rejected_logps=np.asarray(ref_rejected_logps, np.float32),
+    rows: list[Sequence[Any]] = [
+        [row] if isinstance(row, PreferenceExample) else row for row in examples
+    ]
+    if pairs_per_row is None:
+        single = all(isinstance(row, PreferenceExample) for row in examples)
+        pairs_per_row = 1 if single else MAX_PACKED
+    shape = (len(rows), pairs_per_row)
+    margins, ref_chosen, ref_rejected = (np.zeros(shape, np.float32) for _ in range(3))
+    for i, row in enumerate(rows):
+        if len(row) > pairs_per_row:
+            raise ValueError(f"{len(row)} pairs in a row, not {pairs_per_row}")
+        for p, pair in enumerate(row):
+            margins[i, p] = pair.margin
+            ref_chosen[i, p] = pair.ref_chosen_logp
+            ref_rejected[i, p] = pair.ref_rejected_logp
+    chosen, rejected = (
+        collate_tokens([[pair[side] for pair in row] for row in rows], length)
+        for side in (0, 1)
     )
-
-
-def pack(examples: Sequence[Example], length: int) -> list[PackedRow]:
-    """Puts whole documents into rows of at most `length` tokens, each exactly once.
-
-    Longest first, each into the fullest row that still has room (best fit decreasing):
-    a function of the examples and the length only, over the whole data set.
-
-    Raises: ValueError if an example is longer than `length`.
-    """
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in order:
-        n = len(examples[i].tokens)
-        if n > length:
-            raise ValueError(f"example of {n} tokens does not fit into {length}")
-        place = bisect_left(room, (n, -1))
-        if place < len(room):
-            free, row = room.pop(place)
-        else:
-            free, row = length, len(rows)
-            rows.append([])
-        rows[row].append(i)
-        if free > n:
-            insort(room, (free - n, row))
-    return [_packed_row([examples[i] for i in row]) for row in rows]
-
-
-def _packed_row(documents: Sequence[Example]) -> PackedRow:
-    lengths = [len(document.tokens) for document in documents]
-    masks = [np.array(document.completion_mask) for document in documents]
-    for mask in masks:
-        mask[:1] = False  # nothing in this document predicts its first token
-    return PackedRow(
-        tokens=np.concatenate([d.tokens for d in documents]).astype(np.int32),
-        completion_mask=np.concatenate(masks),
-        segment_ids=np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths),
-        positions=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-    )
+    return PreferenceBatch(chosen, rejected, margins, ref_chosen, ref_rejected)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -47,15 +48,49 @@ def map_logits(
     Raises: AssertionError at trace time on wrong rank, shape or dtype, ValueError if
       chunk_size < 1.
     """
+    _check(hidden, unembed, rows, chunk_size)
+    rows, consts = jax.lax.stop_gradient((rows, consts))
+    row_fn = _Static(row_fn)
+    return _map_logits(row_fn, chunk_size, hidden, unembed, rows, consts)
+
+
+def sum_over_logits(
+    row_fn: RowFn,
+    hidden: Array,
+    unembed: Array,
+    rows: PyTree,
+    mask: Array,
+    *,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+) -> tuple[jax.Array, PyTree]:
+    """The sum of a loss of the logits, for less than `map_logits` and a sum.
+
+    What the loss is multiplied with is known to be 0 or 1, so each chunk's gradient is
+    taken right after its loss, and its logits are computed once, not twice.
+
+    Args:
+      row_fn: (logits float32 [R, S, V], rows) -> (loss [R, S], tree of [R, S]); as of
+        `map_logits`. No gradient flows through the tree.
+      hidden, unembed, rows, chunk_size: as of `map_logits`.
+      mask: bool [B, T], True where the loss counts.
+
+    Returns: (the sum of the loss where the mask is True, float32 []; the tree [B, T]).
+    Raises: as `map_logits`.
+    """
+    _check(hidden, unembed, (rows, mask), chunk_size)
+    chex.assert_type(mask, jnp.bool_)
+    rows = jax.lax.stop_gradient(rows)
+    row_fn = _Static(row_fn)
+    return _sum_over_logits(row_fn, chunk_size, hidden, unembed, rows, mask)  # pyright: ignore
+
+
+def _check(hidden, unembed, rows, chunk_size: int) -> None:
     chex.assert_rank([hidden, unembed], [3, 2])
     chex.assert_type([hidden, unembed], float)
     chex.assert_equal(hidden.shape[2], unembed.shape[0])
     chex.assert_tree_shape_prefix(rows, hidden.shape[:2])
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    rows, consts = jax.lax.stop_gradient((rows, consts))
-    row_fn = _Static(row_fn)
-    return _map_logits(row_fn, chunk_size, hidden, unembed, rows, consts)
 
 
 class _Static:
@@ -105,11 +140,7 @@ def _backward(row_fn, chunk_size, residuals, cotangents):
     def one_chunk(d_unembed, chunk):
         x, r, g = chunk
         _, vjp = jax.vjp(lambda z: row_fn(z, r, consts), _logits(x, weights))
-        d_logits = vjp(g)[0].astype(x.dtype)
-        d_hidden = _product("bsv,dv->bsd", d_logits, weights).astype(x.dtype)
-        # As split as the weights are: on a mesh of explicit axes it has to be said.
-        sharding = jax.typeof(weights).sharding
-        d_weights = _product("bsd,bsv->dv", x, d_logits, out_sharding=sharding)
+        d_hidden, d_weights = _gradients(x, weights, vjp(g)[0])
         return d_unembed + d_weights, d_hidden
 
     zeros = jnp.zeros_like(unembed, jnp.float32)
@@ -120,6 +151,53 @@ def _backward(row_fn, chunk_size, residuals, cotangents):
 
 
 _map_logits.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_over_logits(row_fn, chunk_size, hidden, unembed, rows, mask):
+    plain_fn = _Static(lambda z, r, _: row_fn(z, r))
+    out: Any = _map_logits(plain_fn, chunk_size, hidden, unembed, rows, ())
+    loss, tree = out
+    return jnp.sum(jnp.where(mask, loss, 0.0)), tree
+
+
+def _sum_forward(row_fn, chunk_size, hidden, unembed, rows, mask):
+    batch, time, _ = hidden.shape
+    grid = _grid(batch, time, chunk_size)
+    weights = unembed.astype(hidden.dtype)
+
+    def one_chunk(carry, chunk):
+        x, r, counts = chunk
+        loss, vjp, tree = jax.vjp(
+            lambda z: row_fn(z, r), _logits(x, weights), has_aux=True
+        )
+        d_hidden, d_weights = _gradients(x, weights, vjp(counts.astype(loss.dtype))[0])
+        total = carry[0] + jnp.sum(jnp.where(counts, loss, 0.0))
+        return (total, carry[1] + d_weights), (tree, d_hidden)
+
+    zeros = jnp.float32(0.0), jnp.zeros_like(unembed, jnp.float32)
+    chunks = _split((hidden, rows, mask), grid)
+    (total, d_unembed), outs = jax.lax.scan(one_chunk, zeros, chunks)
+    tree, d_hidden = _join(outs, grid, batch, time)
+    return (total, tree), (d_hidden, d_unembed.astype(unembed.dtype))
+
+
+def _sum_backward(row_fn, chunk_size, gradients, cotangents):
+    scale = cotangents[0]
+    d_hidden, d_unembed = (g * scale.astype(g.dtype) for g in gradients)
+    return d_hidden, d_unembed, None, None
+
+
+_sum_over_logits.defvjp(_sum_forward, _sum_backward)
+
+
+def _gradients(x, weights, d_logits):
+    """Of hidden, in its dtype, and of the unembedding, float32."""
+    d_logits = d_logits.astype(x.dtype)
+    d_hidden = _product("bsv,dv->bsd", d_logits, weights).astype(x.dtype)
+    # As split as the weights are: on a mesh of explicit axes it has to be said.
+    sharding = jax.typeof(weights).sharding
+    return d_hidden, _product("bsd,bsv->dv", x, d_logits, out_sharding=sharding)
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:

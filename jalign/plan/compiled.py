@@ -60,5 +60,5 @@ def _batch(config: PlanConfig, mesh) -> PyTree:
         return Rollout(*tokens, *[array(np.float32, *size)] * 5)
     if config.recipe == "sft":
         return tokens
-    per_pair = array(np.float32, config.batch_size)
+    per_pair = array(np.float32, config.batch_size, 1)
     return PreferenceBatch(tokens, tokens, per_pair, per_pair, per_pair)

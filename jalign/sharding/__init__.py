@@ -17,6 +17,7 @@ from jalign.sharding.multihost import (
     put_batch,
 )
 from jalign.sharding.partition import (
+    batch_parts,
     batch_sharding,
     constrain,
     param_shardings,
@@ -30,6 +31,7 @@ __all__ = [
     "abstract_mesh",
     "agree",
     "barrier",
+    "batch_parts",
     "batch_sharding",
     "constrain",
     "gather",

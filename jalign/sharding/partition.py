@@ -31,6 +31,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
 
 
+def batch_parts(mesh: Mesh | None) -> int:
+    """How many parts the rows of a batch are cut into, over all devices."""
+    return (
+        1
+        if mesh is None
+        else math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
+    )
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str | None) -> jax.Array:
     """Asks the compiler to lay x out along the mesh; values do not change.
 

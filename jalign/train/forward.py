@@ -88,19 +88,29 @@ def token_values(model: Model, params: PyTree, batch) -> jax.Array:
     return _align(model.score(params, hidden)[:, :-1], batch.completion_mask)
 
 
-def sequence_rewards(model: Model, params: PyTree, batch: TokenBatch) -> jax.Array:
-    """The reward model's score at each row's last token, float32 [B].
+def pair_rewards(
+    model: Model, params: PyTree, batch: PreferenceBatch
+) -> tuple[jax.Array, jax.Array]:
+    """The reward model's score at each side's last token: chosen, rejected [B, P].
 
-    The row is one document; a row without tokens gets the score at position 0.
+    float32; 0 where there is no pair.
     """
-    scores = model.score(params, hidden_states(model, params, batch))
-    index = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
-    last = jnp.max(jnp.where(batch.segment_ids > 0, index[None, :], 0), axis=1)
-    return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
+    rows = interleave(batch)
+    scores = model.score(params, hidden_states(model, params, rows))
+    ids = rows.segment_ids
+    last = ids != jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
+    return pair_sums(jnp.where(last, scores, 0.0), batch)
+
+
+def pair_logps(
+    model: Model, params: PyTree, batch: PreferenceBatch
+) -> tuple[jax.Array, jax.Array]:
+    """Each completion's log-probability, summed: chosen, rejected, float32 [B, P]."""
+    return pair_sums(token_logps(model, params, interleave(batch)), batch)
 
 
 def interleave(batch: PreferenceBatch) -> TokenBatch:
-    """The pairs as one TokenBatch [2B, T] of rows chosen, rejected, chosen, ...
+    """Both sides as one TokenBatch [2B, T] of rows chosen, rejected, chosen, ...
 
     Interleaved, not concatenated, so that no row leaves the device it lies on.
     """
@@ -111,23 +121,40 @@ def interleave(batch: PreferenceBatch) -> TokenBatch:
     )
 
 
-def split_pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[2B, ...] of interleaved rows -> (chosen [B, ...], rejected [B, ...])."""
-    pairs = x.reshape(-1, 2, *x.shape[1:])
+def pair_sums(x: jax.Array, batch: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
+    """Sums over the tokens of each side of each pair.
+
+    Args:
+      x: [2B, T], of the rows of `interleave(batch)`.
+
+    Returns: chosen, rejected, float32 [B, P]; 0 on filler.
+    """
+    places = batch.margins.shape[1]
+    ids, segments = interleave(batch).segment_ids, jnp.arange(1, places + 1)
+    of_segment = ids[:, None, :] == segments[None, :, None]
+    sums = jnp.sum(jnp.where(of_segment, x[:, None, :], 0.0), axis=2)
+    pairs = sums.reshape(-1, 2, places)
     return pairs[:, 0], pairs[:, 1]
 
 
-def make_reference_fn(model: Model) -> Callable[[PyTree, TokenBatch], jax.Array]:
-    """A jitted (params, TokenBatch) -> float32 [B], nats: log p of each completion.
+def valid_pairs(batch: PreferenceBatch) -> jax.Array:
+    """bool [B, P], False on filler."""
+    here = jnp.asarray(interleave(batch).segment_ids > 0, jnp.float32)
+    return pair_sums(here, batch)[0] > 0
 
-    Summed over the trained tokens. Give it the frozen reference's parameters once per
-    batch, before training; for pairs, give it `interleave(batch)` and split_pairs.
+
+def make_reference_fn(
+    model: Model,
+) -> Callable[[PyTree, PreferenceBatch], tuple[jax.Array, jax.Array]]:
+    """A jitted (params, PreferenceBatch) -> (chosen, rejected), float32 [B, P], nats.
+
+    The log-probability of each completion, summed over its trained tokens. Give it the
+    frozen reference's parameters once per batch, before training.
     """
 
     @jax.jit
-    def reference_logps(params: PyTree, batch: TokenBatch) -> jax.Array:
-        logps = token_logps(model, params, batch)
-        return losses.sequence_logps(logps, batch.completion_mask)
+    def reference_logps(params: PyTree, batch: PreferenceBatch):
+        return pair_logps(model, params, batch)
 
     return reference_logps
 

@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from jalign import losses
+from jalign.losses.chunked import sum_over_logits
 from jalign.models import Model
 from jalign.train.forward import (
     chunk_size,
     hidden_states,
     interleave,
-    sequence_rewards,
-    split_pairs,
-    token_logps,
+    pair_logps,
+    pair_rewards,
+    pair_sums,
+    valid_pairs,
 )
 from jalign.types import Loss, PreferenceBatch, TokenBatch
 
@@ -56,21 +58,22 @@ def make_sft_objective(
 
     def objective(params: PyTree, batch: TokenBatch, key: jax.Array) -> Loss:
         del key
-        loss, parts, nll, entropy, correct = losses.map_logits(
+        mask = batch.completion_mask[:, 1:]
+        total, (parts, nll, entropy, correct) = sum_over_logits(
             row_fn,
             hidden_states(model, params, batch)[:, :-1],
             model.unembed(params),
             batch.tokens[:, 1:],
+            mask,
             chunk_size=chunk_size(model),
         )
-        mask = batch.completion_mask[:, 1:]
         metrics = {
             "nll": losses.token_mean(nll, mask),
             "entropy": losses.token_mean(entropy, mask),
             "mean_token_accuracy": losses.token_mean(correct, mask),
         }
         metrics |= {name: losses.token_mean(x, mask) for name, x in parts.items()}
-        return Loss(*losses.token_mean(loss, mask), metrics)
+        return Loss(total, jnp.sum(mask, dtype=jnp.float32), metrics)
 
     return objective
 
@@ -83,11 +86,11 @@ def make_reward_objective(
     Args:
       model: with a scalar head (num_labels=1).
       terms: what to sum instead, functions of "chosen_rewards", "rejected_rewards" and
-        "margin", [B] each, to [B].
+        "margin", [N] each, to [N]; N is B * P, filler included.
       center_coef: weight of (chosen + rejected)^2, which keeps the mean reward of a
         pair near 0 (Eisenstein et al. 2023, arXiv:2312.09244).
 
-    Returns: objective whose count is the number of pairs, filler rows left out.
+    Returns: objective whose count is the number of pairs, filler left out.
     """
     if terms is None:
         terms = {"bradley_terry": _bradley_terry}
@@ -96,15 +99,14 @@ def make_reward_objective(
 
     def objective(params: PyTree, batch: PreferenceBatch, key: jax.Array) -> Loss:
         del key
-        rewards = sequence_rewards(model, params, interleave(batch))
-        chosen, rejected = split_pairs(rewards)
+        chosen, rejected = map(jnp.ravel, pair_rewards(model, params, batch))
         inputs = {
             "chosen_rewards": chosen,
             "rejected_rewards": rejected,
-            "margin": batch.margins,
+            "margin": jnp.ravel(batch.margins),
         }
         loss, parts = sum_terms(terms, inputs)
-        valid = _valid_rows(batch)
+        valid = jnp.ravel(valid_pairs(batch))
         metrics = {
             "accuracy": _mean(chosen > rejected, valid),
             "margin": _mean(chosen - rejected, valid),
@@ -129,11 +131,11 @@ def make_dpo_objective(
 
     Args:
       model: the policy, a causal language model.
-      terms: what to sum instead, functions of the arrays of `pair_inputs` to [B].
+      terms: what to sum instead, functions of the arrays of `pair_inputs` to [B * P].
       beta: strength of the implicit KL penalty; rewards are beta * log(policy/ref).
       label_smoothing: assumed share of flipped preferences, in [0, 0.5).
 
-    Returns: objective whose count is the number of pairs, filler rows left out.
+    Returns: objective whose count is the number of pairs, filler left out.
     """
     if terms is None:
         terms = {"dpo": functools.partial(_dpo, beta, label_smoothing)}
@@ -166,46 +168,39 @@ def make_dpo_objective(
 def pair_inputs(
     model: Model, params: PyTree, batch: PreferenceBatch
 ) -> dict[str, jax.Array]:
-    """What a preference loss may read, by name, [B] each.
+    """What a preference loss may read, by name, [B * P] each.
 
     Returns: {chosen,rejected}_logps, summed over the completion, and the same with
       ref_, average_ (over its tokens) and average_ref_ in front, float32, in nats;
-      `mask`, bool, False on filler rows.
+      `mask`, bool, False on filler.
     """
-    rows = interleave(batch)
-    logps = token_logps(model, params, rows)
-    sums = losses.sequence_logps(logps, rows.completion_mask)
-    lengths = jnp.maximum(jnp.sum(rows.completion_mask, axis=1), 1).astype(jnp.float32)
-    inputs: dict[str, Any] = {"mask": _valid_rows(batch)}
+    trained = jnp.asarray(interleave(batch).completion_mask, jnp.float32)
+    inputs = {"mask": valid_pairs(batch)}
     for side, total, length, ref in zip(
         ("chosen", "rejected"),
-        split_pairs(sums),
-        split_pairs(lengths),
+        pair_logps(model, params, batch),
+        pair_sums(trained, batch),
         (batch.ref_chosen_logps, batch.ref_rejected_logps),
         strict=True,
     ):
+        length = jnp.maximum(length, 1.0)
         inputs |= {
             f"{side}_logps": total,
             f"ref_{side}_logps": ref,
             f"average_{side}_logps": total / length,
             f"average_ref_{side}_logps": ref / length,
         }
-    return inputs
-
-
-def _valid_rows(batch: PreferenceBatch) -> jax.Array:
-    """bool [B], False on filler rows."""
-    return jnp.any(batch.chosen.segment_ids > 0, axis=1)
+    return {name: jnp.ravel(x) for name, x in inputs.items()}
 
 
 def _mean(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(sum, count) over the valid rows of [B]."""
+    """(sum, count) over the valid places."""
     kept = jnp.where(valid, x.astype(jnp.float32), 0.0)
     return jnp.sum(kept), jnp.sum(valid.astype(jnp.float32))
 
 
 def _extreme(x, valid, reduce) -> tuple[jax.Array, jax.Array]:
-    """(extreme, 1) over the valid rows; the step merges min_* and max_* as such."""
+    """(extreme, 1) over the valid places; the step merges min_* and max_* as such."""
     empty = jnp.inf if reduce is jnp.min else -jnp.inf
     return reduce(jnp.where(valid, x, empty)), jnp.float32(1.0)
 
@@ -245,8 +240,8 @@ def _dpo(beta: float, label_smoothing: float, inputs):
     return losses.dpo_loss(*logps, beta=beta, label_smoothing=label_smoothing)
 
 
-def _sft_rows(logits, targets, _, *, terms):
-    """A chunk's loss (differentiated); its parts, nll, entropy, accuracy (not)."""
+def _sft_rows(logits, targets, *, terms):
+    """A chunk's loss, and (its parts, nll, entropy, accuracy)."""
     logps = losses.logps_from_logits(logits, targets)
     inputs = {"logits": logits, "targets": targets, "logps": logps}
     loss, parts = sum_terms(dict(terms), inputs)
@@ -254,4 +249,4 @@ def _sft_rows(logits, targets, _, *, terms):
     # Not argmax == target: over a vocabulary split over devices, a max is cheaper.
     best = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
     entropy = losses.entropy_from_logits(logits)
-    return loss, parts, -logps, entropy, (logps >= best).astype(jnp.float32)
+    return loss, (parts, -logps, entropy, (logps >= best).astype(jnp.float32))

@@ -42,6 +42,7 @@ class Recipe(NamedTuple):
       objective: model -> Objective.
       measure: (model, params, batches) -> held-out figures.
       reference: whether the examples need reference log-probabilities.
+      pack: whether the examples of a batch may share a row.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Recipe(NamedTuple):
     objective: Callable[[Model], objectives.Objective]
     measure: Callable[[Model, PyTree, Any], dict[str, float]]
     reference: bool = False
+    pack: bool = True
 
 
 def run_sft(config: SFTConfig) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
             _as_language_model,
             objective,
             evaluate.eval_loss,
+            pack=not options.packing,
         ),
     )
 
@@ -286,12 +289,14 @@ def _first_state(config: RunConfig, run: Run, params, tx, steps: int):
 
 def _batches(config, recipe, run, examples, start, steps):
     index, count = sharding.process_slice(run.mesh)
+    pieces = sharding.batch_parts(run.mesh) * (recipe.compute.microbatches or 1)
     return data.make_loader(
         examples,
         batch_size=config.batch_size,
         seed=config.seed,
         collate=recipe.collate,
         max_length=config.max_length,
+        pack_rows=pieces if recipe.pack else 0,
         shard_index=index,
         shard_count=count,
         start_step=start,

@@ -15,7 +15,7 @@ from jalign import data, sharding
 from jalign.data import PreferenceExample
 from jalign.models import Model
 from jalign.train.digest import tree_digest
-from jalign.train.forward import interleave, make_reference_fn
+from jalign.train.forward import make_reference_fn
 
 PyTree = Any
 _log = logging.getLogger("jalign.train")
@@ -87,13 +87,12 @@ def reference_logps(
     )
     reference = make_reference_fn(model)
     found = [
-        sharding.gather(
-            reference(params, interleave(sharding.put_batch(batch, model.mesh)))
-        )
+        sharding.gather(reference(params, sharding.put_batch(batch, model.mesh)))
         for batch in batches
     ]
     result = np.empty((len(pairs), 2), np.float32)
-    result[order] = np.concatenate(found).reshape(-1, 2)[: len(pairs)]
+    # Of each batch (chosen, rejected), both [batch_size, 1].
+    result[order] = np.concatenate([np.hstack(both) for both in found])[: len(pairs)]
     return result
 
 

@@ -7,7 +7,6 @@ from jalign.data.batching import (
     bucket_length,
     collate_preferences,
     collate_tokens,
-    pack,
 )
 from jalign.data.encoding import Example
 from jalign.data.examples import PreferenceExample
@@ -62,56 +61,43 @@ def test_trap63_filler_rows_have_no_segment_and_train_nothing():
     pairs = collate_preferences([pair, filler(pair)], 4)
     assert not pairs.chosen.segment_ids[1].any()
     assert not pairs.rejected.completion_mask[1].any()
-    np.testing.assert_array_equal(pairs.margins, [1, 0])
+    np.testing.assert_array_equal(pairs.margins, [[1], [0]])
 
 
 def test_preferences_share_a_length_and_carry_reference_logps():
-    pair = PreferenceExample(example(3), example(2), 0.5, -1.0, -2.0)
+    pair = PreferenceExample(example(3), example(2, 7), 0.5, -1.0, -2.0)
     batch = collate_preferences([pair], 4)
-    assert batch.chosen.tokens.shape == batch.rejected.tokens.shape == (1, 4)
-    np.testing.assert_array_equal(batch.ref_chosen_logps, [-1])
-    given = collate_preferences([pair], 4, ref_rejected_logps=np.array([-3.0]))
-    np.testing.assert_array_equal(given.ref_rejected_logps, [-3])
-    assert all(leaf.dtype == np.float32 for leaf in given[2:])
+    np.testing.assert_array_equal(batch.chosen.tokens, [[1, 2, 3, 0]])
+    np.testing.assert_array_equal(batch.rejected.tokens, [[7, 8, 0, 0]])
+    for leaf, value in zip(batch[2:], (0.5, -1, -2), strict=True):
+        np.testing.assert_array_equal(leaf, np.full((1, 1), value))
+        assert leaf.dtype == np.float32
+
+
+def test_pairs_packed_into_a_row_have_their_own_places():
+    pairs = [
+        PreferenceExample(example(2, 10 * i), example(1, 10 * i + 5), float(i))
+        for i in range(1, 4)
+    ]
+    batch = collate_preferences([pairs[:2], pairs[2:]], 5, pairs_per_row=3)
+    chosen, rejected = batch.chosen, batch.rejected
+    want = [[10, 11, 20, 21, 0], [30, 31, 0, 0, 0]]
+    np.testing.assert_array_equal(chosen.tokens, want)
+    np.testing.assert_array_equal(
+        chosen.segment_ids, [[1, 1, 2, 2, 0], [1, 1, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(
+        rejected.tokens, [[15, 25, 0, 0, 0], [35, 0, 0, 0, 0]]
+    )
+    np.testing.assert_array_equal(rejected.segment_ids[0], [1, 2, 0, 0, 0])
+    np.testing.assert_array_equal(batch.margins, [[1, 2, 0], [3, 0, 0]])
+    assert collate_preferences([pairs[:2]], 5).margins.shape == (1, 16)
+    with pytest.raises(ValueError, match="3 pairs in a row, not 2"):
+        collate_preferences([pairs], 9, pairs_per_row=2)
 
 
 def test_too_long_an_example_is_an_error():
     with pytest.raises(ValueError, match="does not fit"):
         collate_tokens([example(5)], 4)
-    with pytest.raises(ValueError, match="does not fit"):
-        pack([example(5)], 4)
-
-
-def test_trap59_packing_keeps_every_document_whole_and_once():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 60, 3000)  # more than one map batch of 1,000 rows
-    documents = [example(n, first=100 * i) for i, n in enumerate(lengths)]
-    rows = pack(documents, 64)
-    found = {}
-    for row in rows:
-        assert len(row.tokens) <= 64
-        for segment in range(1, row.segment_ids.max() + 1):
-            tokens = row.tokens[row.segment_ids == segment]
-            found[int(tokens[0])] = tokens
-    assert len(found) == 3000
-    for document in documents:
-        np.testing.assert_array_equal(found[document.tokens[0]], document.tokens)
-    assert len(rows) <= np.ceil(lengths.sum() / 64) * 1.02
-
-
-def test_trap60_packed_documents_are_told_apart():
-    rows = pack([example(3, 10, start=0), example(2, 20, start=0)], 8)
-    batch = collate_tokens(rows, 8)
-    np.testing.assert_array_equal(batch.tokens, [[10, 11, 12, 20, 21, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.segment_ids, [[1, 1, 1, 2, 2, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.positions, [[0, 1, 2, 0, 1, 0, 0, 0]])
-    # The first token of a document is not predicted from the document before it.
-    np.testing.assert_array_equal(batch.completion_mask, [[0, 1, 1, 0, 1, 0, 0, 0]])
-
-
-def test_packing_trains_the_same_tokens():
-    documents = [example(n) for n in (5, 3, 8, 2)]
-    apart = collate_tokens(documents, 8)
-    packed = collate_tokens(pack(documents, 8), 8)
-    assert packed.completion_mask.sum() == apart.completion_mask.sum()
-    assert len(packed.tokens) == 3
+    with pytest.raises(ValueError, match="row of 5 tokens does not fit"):
+        collate_tokens([[example(3), example(2)]], 4)

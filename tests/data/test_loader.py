@@ -129,6 +129,95 @@ def test_each_new_length_is_logged(caplog):
     assert caplog.text.count("one more compilation") == 2
 
 
+def test_a_packed_batch_has_the_same_examples_in_fewer_rows():
+    apart = list(loader(batch_size=12, steps=5))
+    packed = list(loader(batch_size=12, steps=5, pack_rows=1))
+    for a, b in zip(apart, packed, strict=True):
+        assert b.tokens.size < 0.9 * a.tokens.size
+        firsts = np.sort(b.tokens[(b.segment_ids > 0) & (b.positions == 0)])
+        np.testing.assert_array_equal(firsts, np.sort(a.tokens[:, 0]))
+        assert a.completion_mask.sum() == b.completion_mask.sum()
+    resumed = list(loader(batch_size=12, start_step=3, steps=5, pack_rows=1))
+    for a, b in zip(packed[3:], resumed, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_agree_on_the_number_of_packed_rows(hosts):
+    long = [example(20 + 13 * i % 60, first=1000 * i) for i in range(64)]
+    parts = [
+        list(
+            make_loader(
+                long,
+                batch_size=32,
+                seed=1,
+                collate=collate_tokens,
+                max_length=256,
+                pack_rows=8,
+                shard_index=i,
+                shard_count=hosts,
+                steps=4,
+            )
+        )
+        for i in range(hosts)
+    ]
+    for step in range(4):
+        shapes = {part[step].tokens.shape for part in parts}
+        assert len(shapes) == 1
+        rows = hosts * shapes.pop()[0]
+        assert rows % 8 == 0 and rows < 32
+        starts = [p[step].tokens[p[step].positions == 0] for p in parts]
+        starts = np.sort(np.concatenate(starts))
+        places = batch_indices(64, 32, 1, step)
+        want = np.sort([long[i].tokens[0] for i in places])
+        np.testing.assert_array_equal(starts[starts >= 1000], want[want >= 1000])
+
+
+def test_rows_stay_apart_where_packing_saves_little():
+    full = [example(30 + i % 3) for i in range(64)]
+    how = dict(batch_size=16, seed=0, collate=collate_tokens, max_length=32, steps=2)
+    for batch in make_loader(full, pack_rows=1, **how):  # pyright: ignore
+        assert batch.tokens.shape == (16, 32)
+
+
+def test_few_numbers_of_packed_rows_occur():
+    rng = np.random.default_rng(0)
+    many = [example(int(n)) for n in rng.integers(2, 250, 300)]
+    how = dict(batch_size=64, seed=0, collate=collate_tokens, max_length=256, steps=40)
+    batches = make_loader(many, pack_rows=1, **how)  # pyright: ignore
+    assert len({len(batch.tokens) for batch in batches}) <= 8
+
+
+def test_eval_packs_every_example_once():
+    batches = make_eval_loader(
+        EXAMPLES, batch_size=8, collate=collate_tokens, max_length=32, pack_rows=1
+    )
+    starts = [b.tokens[(b.segment_ids > 0) & (b.positions == 0)] for b in batches]
+    want = [np.sort([e.tokens[0] for e in EXAMPLES[i : i + 8]]) for i in (0, 8, 16)]
+    for found, firsts in zip(starts, want, strict=True):
+        np.testing.assert_array_equal(np.sort(found), firsts)
+
+
+def test_packed_pairs_stay_together():
+    pairs = [PreferenceExample(e, e, float(i)) for i, e in enumerate(EXAMPLES)]
+    batch = next(
+        make_loader(
+            pairs,
+            batch_size=23,
+            seed=0,
+            collate=collate_preferences,
+            max_length=32,
+            pack_rows=1,
+        )
+    )
+    assert len(batch.margins) < 23
+    for r, margins in enumerate(batch.margins):
+        for p in range(batch.chosen.segment_ids[r].max()):
+            for side in (batch.chosen, batch.rejected):
+                tokens = side.tokens[r][side.segment_ids[r] == p + 1]
+                np.testing.assert_array_equal(tokens, EXAMPLES[int(margins[p])].tokens)
+
+
 def test_no_examples_and_undividable_batches_are_errors():
     with pytest.raises(ValueError, match="no examples"):
         make_loader([], batch_size=4, seed=0, collate=collate_tokens, max_length=32)

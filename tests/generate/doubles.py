@@ -51,7 +51,9 @@ class HistoryModel:
     def apply(self, params, tokens, *, positions=None, segment_ids=None, cache=None):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x, seen = params["embed"][tokens], jnp.arange(tokens.shape[1])[None]
+        x, seen, visible = params["embed"][tokens], positions, True
+        if cache is None and segment_ids is not None:
+            visible = segment_ids[:, :, None] == segment_ids[:, None, :]
         if cache is not None:
             seen = positions
             if segment_ids is not None:
@@ -60,7 +62,7 @@ class HistoryModel:
             k, x = kv.write(cache.k, 0, slot, x[:, :, None, :])
             cache, x, seen = cache._replace(k=k), x[:, :, 0], cache.positions
         age = positions[:, :, None] - seen[:, None, :]
-        weights = jnp.where(age >= 0, 0.7 ** jnp.maximum(age, 0), 0.0)
+        weights = jnp.where(visible & (age >= 0), 0.7 ** jnp.maximum(age, 0), 0.0)
         return jnp.einsum("bts,bsv->btv", weights, x), cache
 
     def unembed(self, params):

@@ -40,8 +40,8 @@ def _batch(recipe: str, step: int):
     rng = np.random.default_rng(step)
     if recipe == "sft":
         return _tokens(rng)
-    logps = rng.normal(-20, 2, (2, ROWS)).astype(np.float32)
-    zeros = np.zeros(ROWS, np.float32)
+    logps = rng.normal(-20, 2, (2, ROWS, 1)).astype(np.float32)
+    zeros = np.zeros((ROWS, 1), np.float32)
     return PreferenceBatch(_tokens(rng), _tokens(rng), zeros, *logps)
 
 

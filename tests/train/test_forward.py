@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from jalign import losses
+from jalign import data, losses
 from jalign.train import forward
 from tests.train import tiny
 
@@ -33,31 +34,56 @@ def test_logps_and_entropies_are_those_of_the_shifted_logits():
     assert not np.any(np.asarray(stats.logps)[~batch.completion_mask])
     plain = forward.token_logps(model, params, batch, temperature=0.7)
     np.testing.assert_allclose(plain, stats.logps, rtol=1e-6)
-    sums = forward.make_reference_fn(model)(params, batch)
-    expected = losses.sequence_logps(
-        forward.token_logps(model, params, batch), jnp.asarray(batch.completion_mask)
-    )
-    np.testing.assert_allclose(sums, expected, rtol=1e-5)
 
 
-def test_reward_is_read_at_the_last_token_and_values_before_each_token():
+def test_values_are_read_before_each_token():
     model = tiny.model(num_labels=1)
     params = model.init(jax.random.key(0))
     batch = tiny.token_batch(4)
     scores = np.asarray(
         model.score(params, forward.hidden_states(model, params, batch))
     )
-    last = (batch.segment_ids > 0).sum(1) - 1
-    rewards = forward.sequence_rewards(model, params, batch)
-    np.testing.assert_allclose(rewards, scores[np.arange(4), last], rtol=1e-6)
     values = np.asarray(forward.token_values(model, params, batch))
     mask = batch.completion_mask[:, 1:]
     np.testing.assert_allclose(values[:, 1:][mask], scores[:, :-1][mask], rtol=1e-6)
 
 
-def test_interleaved_rows_split_back():
-    batch = tiny.pair_batch(3)
-    rows = forward.interleave(batch)
-    chosen, rejected = forward.split_pairs(rows.tokens)
-    np.testing.assert_array_equal(chosen, batch.chosen.tokens)
-    np.testing.assert_array_equal(rejected, batch.rejected.tokens)
+def alone(pairs):
+    """The sides of pairs, each in a row of its own: chosen, rejected, chosen, ..."""
+    return data.collate_tokens([side for pair in pairs for side in pair[:2]], 16)
+
+
+@pytest.mark.parametrize("layout", ["a pair a row", "packed"])
+def test_log_probs_and_rewards_of_pairs_are_those_of_their_sides(layout):
+    pairs = tiny.pairs(5)
+    if layout == "packed":
+        rows = [[pairs[3], pairs[1]], [pairs[0], pairs[4], pairs[2]], []]
+        order = {(0, 0): 3, (0, 1): 1, (1, 0): 0, (1, 1): 4, (1, 2): 2}
+        batch = data.collate_preferences(rows, 40, pairs_per_row=4)
+    else:
+        order = {(i, 0): i for i in range(5)}
+        batch = data.collate_preferences([*pairs, data.filler(pairs[0])], 16)
+    valid = forward.valid_pairs(jax.tree.map(jnp.asarray, batch))
+    assert {(int(r), int(p)) for r, p in np.argwhere(valid)} == set(order)
+    model = tiny.model()
+    params = model.init(jax.random.key(0))
+    sides = alone(pairs)
+    logps = losses.sequence_logps(
+        forward.token_logps(model, params, sides), jnp.asarray(sides.completion_mask)
+    )
+    check(forward.make_reference_fn(model)(params, batch), order, logps)
+    scored = tiny.model(num_labels=1)
+    params = scored.init(jax.random.key(0))
+    scores = scored.score(params, forward.hidden_states(scored, params, sides))
+    last = (sides.segment_ids > 0).sum(1) - 1
+    rewards = np.asarray(scores)[np.arange(10), last]
+    check(forward.pair_rewards(scored, params, batch), order, rewards)
+
+
+def check(found, order, expected):
+    """(chosen, rejected) [B, P] against the sides' own values, 0 elsewhere."""
+    for side, got in enumerate(map(np.array, found)):
+        for place, pair in order.items():
+            np.testing.assert_allclose(got[place], expected[2 * pair + side], rtol=1e-4)
+            got[place] = 0.0
+        assert not got.any()

@@ -34,9 +34,7 @@ def test_sft(language_model):
 def test_dpo_starts_at_log_two(language_model):
     model, params = language_model
     batch = tiny.pair_batch(4)
-    chosen, rejected = forward.split_pairs(
-        forward.make_reference_fn(model)(params, forward.interleave(batch))
-    )
+    chosen, rejected = forward.make_reference_fn(model)(params, batch)
     batch = batch._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
     objective = objectives.make_dpo_objective(model, beta=0.3)
     loss = objective(params, batch, KEY)
@@ -54,10 +52,9 @@ def test_dpo_starts_at_log_two(language_model):
 def test_reward(scored_model):
     model, params = scored_model
     batch = tiny.pair_batch(4)
-    chosen = forward.sequence_rewards(model, params, batch.chosen)
-    rejected = forward.sequence_rewards(model, params, batch.rejected)
+    chosen, rejected = forward.pair_rewards(model, params, batch)
     loss = objectives.make_reward_objective(model)(params, batch, KEY)
-    expected = losses.bradley_terry_loss(chosen, rejected).sum()
+    expected = losses.bradley_terry_loss(chosen[:, 0], rejected[:, 0]).sum()
     np.testing.assert_allclose(loss.sum, expected, rtol=1e-5)
     low = jnp.minimum(chosen, rejected).min()
     np.testing.assert_allclose(loss.metrics["min_reward"][0], low, rtol=1e-5)
@@ -71,7 +68,8 @@ def test_terms_are_summed_and_reported(language_model):
     model, params = language_model
     batch = tiny.pair_batch(4)
     batch = batch._replace(
-        ref_chosen_logps=jnp.full(4, -9.0), ref_rejected_logps=jnp.full(4, -8.0)
+        ref_chosen_logps=jnp.full((4, 1), -9.0),
+        ref_rejected_logps=jnp.full((4, 1), -8.0),
     )
     inputs = objectives.pair_inputs(model, params, batch)
     terms = parse_losses("dpo:beta=0.3 + 0.5*sft", REGISTRY["dpo"])
@@ -91,7 +89,7 @@ def test_terms_are_summed_and_reported(language_model):
 
 def test_every_preference_loss_trains(language_model):
     model, params = language_model
-    refs = jnp.full(4, -9.0)
+    refs = jnp.full((4, 1), -9.0)
     batch = tiny.pair_batch(4)
     batch = batch._replace(ref_chosen_logps=refs, ref_rejected_logps=refs)
     inputs = objectives.pair_inputs(model, params, batch)
