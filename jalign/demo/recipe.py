@@ -36,7 +36,7 @@ FOLDERS = {
 # On a CPU reading activations back costs more than computing them twice.
 COMPUTE = train.ComputeOptions(remat=True)
 PPO_DECAY = {"schedule": "linear", "end_fraction": 0.5, "eps": 1e-5}
-SHOWN = 6  # held-out prompts whose replies the report shows
+REPLIES, SHOWN = 2, 6  # to each held-out prompt; prompts that the report shows
 NOTE = (
     "A LLaMA of 0.8M parameters learns to answer, then what to prefer: replies that "
     "are about the person and the thing of the prompt and end well. Little more than "
@@ -54,12 +54,12 @@ class DemoConfig:
     """Directory for sft/, reward/, ppo/, dpo/, table.json and report.html."""
     seed: int = 0
     sft_steps: int = 160
-    reward_steps: int = 400
-    ppo_steps: int = 44
+    reward_steps: int = 280
+    ppo_steps: int = 54
     """Iterations: 64 completions and the updates on them."""
-    dpo_steps: int = 200
+    dpo_steps: int = 280
     eval_prompts: int = 256
-    """Held-out prompts that every model answers; at most 256."""
+    """Held-out prompts that every model answers twice; at most 256."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self)[2:]:
@@ -135,7 +135,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.RewardConfig(
                 model=sft,
                 steps=config.reward_steps,
-                batch_size=16,
+                batch_size=32,
                 reward=train.RewardOptions(center_coef=0.01, compute=COMPUTE),
                 **pairs("reward", learning_rate=1e-3),
             ),
@@ -148,7 +148,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 steps=config.ppo_steps,
                 batch_size=64,
                 ppo=ppo_options(),
-                **common("ppo", "prompts", 2e-4, **PPO_DECAY),
+                **common("ppo", "prompts", 3e-4, **PPO_DECAY),
             ),
         ),
         "DPO": (
@@ -204,14 +204,15 @@ def held_out_prompts(count: int) -> list[str]:
 def judge_model(
     folder: Path, reference: tuple[Any, Any], prompts: Sequence[str], seed: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Samples a reply to each prompt (temperature 1), judges it, measures the KL."""
+    """Samples replies at temperature 1, all prompts again and again; judges them."""
+    asked = [*prompts] * REPLIES
     model, params = models.load(str(folder))
     tokenizer = data.load_tokenizer(folder)
     key = jax.random.key(seed)
     texts = evaluate.sample_texts(
-        model, params, tokenizer, prompts, key=key, max_new_tokens=REPLY_LENGTH
+        model, params, tokenizer, asked, key=key, max_new_tokens=REPLY_LENGTH
     )
-    verdicts = [task.judge(p, t) for p, t in zip(prompts, texts, strict=True)]
+    verdicts = [task.judge(p, t) for p, t in zip(asked, texts, strict=True)]
     kl = evaluate.kl_to_reference(
         model,
         params,
@@ -222,7 +223,6 @@ def judge_model(
         stop_tokens=(tokenizer.eos_token_id,),
         ref_model=reference[0],
     )
-
     figures = {
         name.replace("_", " "): sum(getattr(v, name) for v in verdicts) / len(verdicts)
         for name in ("preferred", "well_formed", "on_topic", "happy")

@@ -195,17 +195,34 @@ def sft_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
 
 
 def make_malformed(rng: random.Random, topic: dict[str, str]) -> str:
-    """A reply that is wanted but for its form: unfinished, repetitive or rambling."""
+    """A reply that is wanted but for its form.
+
+    It is unfinished, repetitive or rambling, or a word of it is missing or too many, as
+    the tuned model's own slips are.
+    """
     reply = make_reply(rng, topic, on_topic=True, happy=True)
+    if rng.random() < 0.6:
+        return _slip(rng, reply)
     opening, event, *_, ending = re.findall(r" [^.]+\.", reply)
     fact = " " + _fill(rng, FACTS, **topic)
     faults = (
         [event],
+        [ending],
         [event, event, ending],
         [fact, event, ending],
         [event] + 2 * [ending],
     )
     return opening + "".join(rng.choice(faults))
+
+
+def _slip(rng: random.Random, reply: str) -> str:
+    """The reply with a word left out, said twice, or put in from elsewhere."""
+    words = reply.split()
+    place = rng.randrange(len(words))
+    stray = rng.choice(WORDS[rng.choice(list(WORDS))])
+    word = words[place]
+    words[place : place + 1] = rng.choice(([], [word, word], [stray, word]))
+    return " " + " ".join(words)
 
 
 def preference_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -215,7 +232,7 @@ def preference_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str
         topic = parse(prompt, "prompt") or {}
         chosen = make_reply(rng, topic, on_topic=True, happy=True)
         # Topic is harder to see than mood and form: most pairs differ by topic.
-        (failure,) = rng.choices(("topic", "mood", "form"), (6, 2, 2))
+        (failure,) = rng.choices(("topic", "mood", "form"), (5, 2, 3))
         if failure == "form":
             rejected = make_malformed(rng, topic)
         else:
