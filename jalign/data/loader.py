@@ -15,7 +15,7 @@ import numpy as np
 from jalign.data.batching import bucket_length
 from jalign.data.encoding import Example
 from jalign.data.examples import PreferenceExample
-from jalign.data.packing import fill_rows
+from jalign.data.packing import PackedRow, fill_rows
 
 logger = logging.getLogger("jalign.data")
 
@@ -75,7 +75,8 @@ def make_loader(
       max_length: longest padded length. The length of a batch is the bucket of the
         longest example of the *global* batch, so that all hosts agree on it.
       pack_rows: if not 0, put the examples of a batch behind each other in as few rows
-        as hold them, a multiple of this number over all hosts, where that saves work.
+        as hold them, a multiple of this number over all hosts, where that saves work;
+        rows of `pack` stay as they are.
         All rows have one length then and `collate` gets a list of lists of at most
         MAX_PACKED examples.
       shard_index, shard_count: this host and the number of hosts; a host gets a
@@ -160,7 +161,7 @@ def _layout(examples, batch_size, max_length, pack_rows, hosts, sample) -> _Layo
     quantum = _row_quantum(batch_size // hosts, pack_rows or 1, hosts)
     longest = bucket_length(int(lengths.max()), max_length)
     layouts = [_Layout(lengths, max_length, 0, quantum, hosts)]
-    if pack_rows:
+    if pack_rows and not isinstance(examples[0], PackedRow):
         layouts += [layouts[0]._replace(row_length=n * longest) for n in (1, 2, 4)]
     work = [_work(layout, batch_size, sample[:_SAMPLE]) for layout in layouts]
     best = int(np.argmin(work))

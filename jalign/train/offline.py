@@ -1,7 +1,4 @@
-"""The offline recipes: SFT, reward models, DPO. From a checkpoint and rows to OUT.
-
-All three are one sequence, `_run`; a `Recipe` holds the functions that differ.
-"""
+"""SFT, reward models, DPO: one sequence, `_run`, with the functions of a `Recipe`."""
 
 import dataclasses
 import functools
@@ -42,7 +39,6 @@ class Recipe(NamedTuple):
       objective: model -> Objective.
       measure: (model, params, batches) -> held-out figures.
       reference: whether the examples need reference log-probabilities.
-      pack: whether the examples of a batch may share a row.
     """
 
     kind: str
@@ -53,7 +49,6 @@ class Recipe(NamedTuple):
     objective: Callable[[Model], objectives.Objective]
     measure: Callable[[Model, PyTree, Any], dict[str, float]]
     reference: bool = False
-    pack: bool = True
 
 
 def run_sft(config: SFTConfig) -> dict[str, Any]:
@@ -89,7 +84,6 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
             _as_language_model,
             objective,
             evaluate.eval_loss,
-            pack=not options.packing,
         ),
     )
 
@@ -227,8 +221,8 @@ def _as_language_model(model: Model, params: PyTree) -> tuple[Model, PyTree]:
 
 
 def _preference_examples(config: RunConfig):
-    limits = dict(max_length=config.max_length, bad_rows=config.bad_rows)
-    return functools.partial(data.preference_examples, **limits)  # pyright: ignore
+    fn, length = data.preference_examples, config.max_length
+    return functools.partial(fn, max_length=length, bad_rows=config.bad_rows)
 
 
 def _train(
@@ -289,14 +283,14 @@ def _first_state(config: RunConfig, run: Run, params, tx, steps: int):
 
 def _batches(config, recipe, run, examples, start, steps):
     index, count = sharding.process_slice(run.mesh)
-    pieces = sharding.batch_parts(run.mesh) * (recipe.compute.microbatches or 1)
+    pieces = sharding.batch_parts(run.mesh) * recipe.compute.microbatches
     return data.make_loader(
         examples,
         batch_size=config.batch_size,
         seed=config.seed,
         collate=recipe.collate,
         max_length=config.max_length,
-        pack_rows=pieces if recipe.pack else 0,
+        pack_rows=pieces,
         shard_index=index,
         shard_count=count,
         start_step=start,

@@ -10,6 +10,7 @@ import pytest
 from jalign.data.batching import collate_preferences, collate_tokens
 from jalign.data.examples import PreferenceExample
 from jalign.data.loader import batch_indices, make_eval_loader, make_loader, num_steps
+from jalign.data.packing import pack
 from tests.data.test_batching import example
 
 EXAMPLES = [example(2 + i % 30, first=100 * (i + 1)) for i in range(23)]
@@ -178,6 +179,11 @@ def test_rows_stay_apart_where_packing_saves_little():
     how = dict(batch_size=16, seed=0, collate=collate_tokens, max_length=32, steps=2)
     for batch in make_loader(full, pack_rows=1, **how):  # pyright: ignore
         assert batch.tokens.shape == (16, 32)
+    packed = pack([example(5) for _ in range(60)], 32)
+    (batch,) = make_eval_loader(
+        packed, batch_size=10, collate=collate_tokens, max_length=32, pack_rows=1
+    )
+    assert batch.tokens.shape == (10, 32) and batch.segment_ids.max() == 6
 
 
 def test_few_numbers_of_packed_rows_occur():
