@@ -68,6 +68,25 @@ def test_filler_rows_change_nothing():
     assert float(b[1]["min_reward"]) <= float(b[1]["mean_reward"])
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo"])
+def test_packing_changes_nothing(recipe, microbatches):
+    model = tiny.model(num_labels=int(recipe == "reward"))
+    params = model.init(jax.random.key(0))
+    make = getattr(objectives, f"make_{recipe}_objective")
+    items = tiny.examples(8) if recipe == "sft" else tiny.pairs(8)
+    collate = data.collate_tokens if recipe == "sft" else data.collate_preferences
+    rows = [items[:3], items[3:5], items[5:], []]
+    one, other = (
+        take_step(params, batch, objective=make(model), microbatches=parts)
+        for batch, parts in (
+            (collate(items, 16), 1),
+            (collate(rows, 40), microbatches),
+        )
+    )
+    assert_same_step(one, other)
+
+
 def test_rows_that_do_not_divide_raise(params):
     with pytest.raises(ValueError, match="microbatches 3 does not divide"):
         take_step(params, tiny.token_batch(), microbatches=3)
