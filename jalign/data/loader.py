@@ -6,25 +6,25 @@ at a step, on any number of hosts, with the batches it would have had.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from jalign.data.batching import bucket_length
 from jalign.data.encoding import Example
 from jalign.data.examples import PreferenceExample
-from jalign.data.packing import PackedRow, fill_rows
+from jalign.data.layout import (
+    SAMPLE,
+    Layout,
+    choose_layout,
+    length_of,
+    packed_rows,
+)
 
 logger = logging.getLogger("jalign.data")
 
 Batch = TypeVar("Batch")
 Collate = Callable[[Sequence[Any], int], Batch]
-
-_SAMPLE = 16  # batches from which it is judged whether packing pays
-_ATTENTION = 4096  # row length at which attention is taken to cost what the rest does
-_PAYS = 0.9  # of the work without packing: for less, rows are better kept apart
 
 _EMPTY = Example(np.zeros(0, np.int32), np.zeros(0, bool))
 
@@ -93,8 +93,14 @@ def make_loader(
         places = range(step * batch_size, (step + 1) * batch_size)
         return np.array([order[place] for place in places])
 
-    sample = [indices(step) for step in range(_SAMPLE if pack_rows else 0)]
-    layout = _layout(examples, batch_size, max_length, pack_rows, shard_count, sample)
+    layout = choose_layout(
+        examples,
+        batch_size,
+        max_length=max_length,
+        pack_rows=pack_rows,
+        hosts=shard_count,
+        sample=[indices(step) for step in range(SAMPLE if pack_rows else 0)],
+    )
     make_batch = _batch_maker(examples, batch_size, collate, layout, mine)
     if steps is None and epochs is not None:
         steps = num_steps(len(examples), batch_size, epochs)
@@ -133,65 +139,27 @@ def make_eval_loader(
     mine = _host_rows(len(examples), batch_size, shard_index, shard_count)
     starts = range(0, len(examples), batch_size)
     batches = [np.arange(len(examples))[start : start + batch_size] for start in starts]
-    layout = _layout(examples, batch_size, max_length, pack_rows, shard_count, batches)
+    layout = choose_layout(
+        examples,
+        batch_size,
+        max_length=max_length,
+        pack_rows=pack_rows,
+        hosts=shard_count,
+        sample=batches,
+    )
     return map(_batch_maker(examples, batch_size, collate, layout, mine), batches)
 
 
-class _Layout(NamedTuple):
-    """How batches lie in rows.
-
-    Attributes:
-      lengths: tokens of each side of each example [n, sides].
-      limit: the longest padded row without packing.
-      row_length: of packed rows; 0 where an example has a row of its own.
-      quantum: what the number of a host's packed rows is a multiple of.
-      hosts: how many share a batch.
-    """
-
-    lengths: np.ndarray
-    limit: int
-    row_length: int
-    quantum: int
-    hosts: int
-
-
-def _layout(examples, batch_size, max_length, pack_rows, hosts, sample) -> _Layout:
-    """Packed rows of the length that takes least work for the sample, if it is less."""
-    lengths = np.array([_side_lengths(example) for example in examples])
-    quantum = _row_quantum(batch_size // hosts, pack_rows or 1, hosts)
-    longest = bucket_length(int(lengths.max()), max_length)
-    layouts = [_Layout(lengths, max_length, 0, quantum, hosts)]
-    if pack_rows and not isinstance(examples[0], PackedRow):
-        layouts += [layouts[0]._replace(row_length=n * longest) for n in (1, 2, 4)]
-    work = [_work(layout, batch_size, sample[:_SAMPLE]) for layout in layouts]
-    best = int(np.argmin(work))
-    return layouts[best if work[best] < _PAYS * work[0] else 0]
-
-
-def _work(layout: _Layout, batch_size: int, sample: Sequence[np.ndarray]) -> float:
-    """Padded tokens of the batches, with attention's share, in no particular unit."""
-    total = 0.0
-    for indices in sample:
-        length, rows = layout.row_length, batch_size
-        if length:
-            rows = layout.hosts * len(_pack(indices, layout)[0])
-        else:
-            length = bucket_length(int(layout.lengths[indices].max()), layout.limit)
-        total += rows * length * (1 + length / _ATTENTION)
-    return total
-
-
-def _batch_maker(examples, batch_size, collate, layout: _Layout, mine: slice):
+def _batch_maker(examples, batch_size, collate, layout: Layout, mine: slice):
     """A function from the indices of a global batch's examples to this host's rows."""
     seen: set[tuple[int, int]] = set()
 
     def make_batch(indices: np.ndarray):
-        length = layout.row_length
-        if length:
-            rows = _pack(indices, layout)[mine.start // (mine.stop - mine.start)]
+        length = length_of(indices, layout)
+        if layout.row_length:
+            rows = packed_rows(indices, layout)[mine.start // (mine.stop - mine.start)]
             batch = [[examples[i] for i in row] for row in rows]
         else:
-            length = bucket_length(int(layout.lengths[indices].max()), layout.limit)
             batch = [examples[i] for i in indices]
             batch += [filler(batch[0])] * (batch_size - len(batch))
             batch = batch[mine]
@@ -199,29 +167,6 @@ def _batch_maker(examples, batch_size, collate, layout: _Layout, mine: slice):
         return collate(batch, length)
 
     return make_batch
-
-
-def _side_lengths(example: Any) -> list[int]:
-    if isinstance(example, PreferenceExample):
-        return [len(example.chosen.tokens), len(example.rejected.tokens)]
-    return [len(example.tokens)]
-
-
-def _row_quantum(share: int, pack_rows: int, hosts: int) -> int:
-    """What the rows of a host are a multiple of: at most 8 numbers of rows occur."""
-    least = pack_rows // math.gcd(pack_rows, hosts)
-    return least * -(-share // (8 * least))
-
-
-def _pack(indices: np.ndarray, layout: _Layout) -> list[list[list[int]]]:
-    """For each host, for each of its rows, the examples; equally many rows."""
-    filled = []
-    for part in np.array_split(indices, layout.hosts):
-        rows = fill_rows(layout.lengths[part], layout.row_length)
-        filled.append([part[row].tolist() for row in rows])
-    quantum = layout.quantum
-    count = -(-max(map(len, filled)) // quantum) * quantum
-    return [rows + [[]] * (count - len(rows)) for rows in filled]
 
 
 def filler(example: Any) -> Any:

@@ -10,15 +10,20 @@ import pytest
 from jalign.data.batching import collate_preferences, collate_tokens
 from jalign.data.examples import PreferenceExample
 from jalign.data.loader import batch_indices, make_eval_loader, make_loader, num_steps
-from jalign.data.packing import pack
 from tests.data.test_batching import example
 
 EXAMPLES = [example(2 + i % 30, first=100 * (i + 1)) for i in range(23)]
 
 
-def loader(**options):
-    defaults = {"batch_size": 4, "seed": 0, "collate": collate_tokens, "max_length": 32}
-    return make_loader(EXAMPLES, **{**defaults, **options})
+DEFAULTS = {"batch_size": 4, "collate": collate_tokens, "max_length": 32}
+
+
+def loader(examples=EXAMPLES, **options):
+    return make_loader(examples, **{"seed": 0, **DEFAULTS, **options})
+
+
+def eval_loader(examples=EXAMPLES, **options):
+    return make_eval_loader(examples, **{**DEFAULTS, **options})
 
 
 def test_every_epoch_holds_every_example_once_in_a_new_order():
@@ -80,22 +85,13 @@ def test_steps_epochs_and_endless():
 
 
 def test_fewer_examples_than_rows_repeat_with_a_warning(caplog):
-    batches = make_loader(
-        EXAMPLES[:1],
-        batch_size=4,
-        seed=0,
-        collate=collate_tokens,
-        max_length=32,
-        steps=1,
-    )
-    assert next(batches).tokens[:, 0].tolist() == [100] * 4
+    (batch,) = loader(EXAMPLES[:1], steps=1)
+    assert batch.tokens[:, 0].tolist() == [100] * 4
     assert "1 examples in batches of 4" in caplog.text
 
 
 def test_eval_sees_every_example_once_and_fills_up():
-    batches = list(
-        make_eval_loader(EXAMPLES, batch_size=4, collate=collate_tokens, max_length=32)
-    )
+    batches = list(eval_loader())
     assert [len(batch.tokens) for batch in batches] == [4] * 6
     firsts = np.concatenate([batch.tokens[:, 0] for batch in batches])
     want = [e.tokens[0] for e in EXAMPLES] + [0]
@@ -105,19 +101,8 @@ def test_eval_sees_every_example_once_and_fills_up():
 
 def test_eval_hosts_and_preferences():
     pairs = [PreferenceExample(e, e) for e in EXAMPLES[:3]]
-    parts = [
-        list(
-            make_eval_loader(
-                pairs,
-                batch_size=2,
-                collate=collate_preferences,
-                max_length=32,
-                shard_index=i,
-                shard_count=2,
-            )
-        )
-        for i in range(2)
-    ]
+    how = {"batch_size": 2, "collate": collate_preferences, "shard_count": 2}
+    parts = [list(eval_loader(pairs, shard_index=i, **how)) for i in range(2)]
     assert [len(part) for part in parts] == [2, 2]
     assert parts[0][1].chosen.segment_ids.any()
     assert not parts[1][1].chosen.segment_ids.any()
@@ -146,20 +131,9 @@ def test_a_packed_batch_has_the_same_examples_in_fewer_rows():
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_agree_on_the_number_of_packed_rows(hosts):
     long = [example(20 + 13 * i % 60, first=1000 * i) for i in range(64)]
+    how = {"batch_size": 32, "seed": 1, "max_length": 256, "pack_rows": 8, "steps": 4}
     parts = [
-        list(
-            make_loader(
-                long,
-                batch_size=32,
-                seed=1,
-                collate=collate_tokens,
-                max_length=256,
-                pack_rows=8,
-                shard_index=i,
-                shard_count=hosts,
-                steps=4,
-            )
-        )
+        list(loader(long, shard_index=i, shard_count=hosts, **how))
         for i in range(hosts)
     ]
     for step in range(4):
@@ -174,30 +148,8 @@ def test_hosts_agree_on_the_number_of_packed_rows(hosts):
         np.testing.assert_array_equal(starts[starts >= 1000], want[want >= 1000])
 
 
-def test_rows_stay_apart_where_packing_saves_little():
-    full = [example(30 + i % 3) for i in range(64)]
-    how = dict(batch_size=16, seed=0, collate=collate_tokens, max_length=32, steps=2)
-    for batch in make_loader(full, pack_rows=1, **how):  # pyright: ignore
-        assert batch.tokens.shape == (16, 32)
-    packed = pack([example(5) for _ in range(60)], 32)
-    (batch,) = make_eval_loader(
-        packed, batch_size=10, collate=collate_tokens, max_length=32, pack_rows=1
-    )
-    assert batch.tokens.shape == (10, 32) and batch.segment_ids.max() == 6
-
-
-def test_few_numbers_of_packed_rows_occur():
-    rng = np.random.default_rng(0)
-    many = [example(int(n)) for n in rng.integers(2, 250, 300)]
-    how = dict(batch_size=64, seed=0, collate=collate_tokens, max_length=256, steps=40)
-    batches = make_loader(many, pack_rows=1, **how)  # pyright: ignore
-    assert len({len(batch.tokens) for batch in batches}) <= 8
-
-
 def test_eval_packs_every_example_once():
-    batches = make_eval_loader(
-        EXAMPLES, batch_size=8, collate=collate_tokens, max_length=32, pack_rows=1
-    )
+    batches = eval_loader(batch_size=8, pack_rows=1)
     starts = [b.tokens[(b.segment_ids > 0) & (b.positions == 0)] for b in batches]
     want = [np.sort([e.tokens[0] for e in EXAMPLES[i : i + 8]]) for i in (0, 8, 16)]
     for found, firsts in zip(starts, want, strict=True):
@@ -206,16 +158,8 @@ def test_eval_packs_every_example_once():
 
 def test_packed_pairs_stay_together():
     pairs = [PreferenceExample(e, e, float(i)) for i, e in enumerate(EXAMPLES)]
-    batch = next(
-        make_loader(
-            pairs,
-            batch_size=23,
-            seed=0,
-            collate=collate_preferences,
-            max_length=32,
-            pack_rows=1,
-        )
-    )
+    how = {"batch_size": 23, "collate": collate_preferences, "pack_rows": 1}
+    batch = next(loader(pairs, **how))
     assert len(batch.margins) < 23
     for r, margins in enumerate(batch.margins):
         for p in range(batch.chosen.segment_ids[r].max()):
@@ -226,7 +170,7 @@ def test_packed_pairs_stay_together():
 
 def test_no_examples_and_undividable_batches_are_errors():
     with pytest.raises(ValueError, match="no examples"):
-        make_loader([], batch_size=4, seed=0, collate=collate_tokens, max_length=32)
+        loader([])
     with pytest.raises(ValueError, match="batch_size=4 cannot be divided over 3"):
         loader(shard_count=3)
     with pytest.raises(ValueError, match="shard_index=2"):
