@@ -12,9 +12,10 @@ _CACHE = {
     "jax_compilation_cache_dir": str(_ROOT / ".pytest_cache" / "xla"),
     "jax_persistent_cache_min_compile_time_secs": 0.3,
 }
-for _name, _value in _CACHE.items():
-    jax.config.update(_name, _value)
-    os.environ[_name.upper()] = str(_value)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    for _name, _value in _CACHE.items():
+        jax.config.update(_name, _value)
+        os.environ[_name.upper()] = str(_value)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

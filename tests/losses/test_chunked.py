@@ -1,7 +1,6 @@
 """Tests for jalign/losses/chunked.py: no [B, T, V], on one device or eight."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jalign.losses import (
     map_logits,
     token_logps,
 )
+from tests.hlo import largest_buffer
 
 B, T, D, V = 8, 32, 8, 512
 RNG = np.random.default_rng(0)
@@ -34,11 +34,6 @@ def total(hidden, unembed, targets, chunk_size=32):
 
 def compiled(function, *args):
     return jax.jit(function).lower(*args).compile().as_text()
-
-
-def largest_buffer(hlo: str) -> int:
-    shapes = re.findall(r"\b(?:f32|bf16|f16|s32|pred)\[([\d,]+)\]", hlo)
-    return max(int(np.prod([int(n) for n in s.split(",")])) for s in shapes)
 
 
 @pytest.mark.parametrize("function", [total, jax.value_and_grad(total, (0, 1))])

@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from jalign import data, sharding
+from jalign import data, models, sharding, types
+from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
 from jalign.train import objectives, optim, step
+from tests.hlo import largest_buffer
 from tests.train import tiny
 
 
@@ -66,6 +68,23 @@ def test_filler_rows_change_nothing():
     assert float(a[1].pop("num_tokens")) == float(b[1]["num_tokens"])
     assert_same_step(a, b)
     assert float(b[1]["min_reward"]) <= float(b[1]["mean_reward"])
+
+
+def test_a_long_row_makes_no_array_of_all_scores_or_all_logits():
+    length, vocab = 4096, 4096
+
+    def largest(attention):
+        config = tiny.config(vocab_size=vocab, num_layers=1)
+        model = models.Model(config, attention=attention)
+        tx, _ = optim.make_optimizer(optim.OptimConfig(), 10)
+        state = step.abstract_state(model.param_shapes(), tx)
+        ids, mask = (jax.ShapeDtypeStruct((1, length), t) for t in (jnp.int32, bool))
+        fn = step.make_train_step(objectives.make_sft_objective(model), tx)
+        compiled = fn.lower(state, types.TokenBatch(ids, mask, ids, ids)).compile()
+        return largest_buffer(compiled.as_text())
+
+    assert largest("auto") <= DEFAULT_CHUNK_SIZE * vocab
+    assert largest("plain") >= length * length  # so the measure would have seen it
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

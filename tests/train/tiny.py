@@ -1,5 +1,7 @@
 """A tiny model, tokenizer-free batches and hand-made optimizers for these tests."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -9,8 +11,8 @@ from jalign.models import Model, ModelConfig
 VOCAB = 40
 
 
-def model(mesh=None, num_labels=0) -> Model:
-    config = ModelConfig(
+def config(**changes) -> ModelConfig:
+    sizes = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
@@ -19,9 +21,12 @@ def model(mesh=None, num_labels=0) -> Model:
         num_kv_heads=2,
         head_dim=8,
         tie_embeddings=True,
-        num_labels=num_labels,
     )
-    return Model(config, mesh)
+    return dataclasses.replace(sizes, **changes)
+
+
+def model(mesh=None, num_labels=0) -> Model:
+    return Model(config(num_labels=num_labels), mesh)
 
 
 def example(rng, low=4, high=14) -> data.Example:
