@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jalign.models.attention_blocked import MASKED, blocked_attention
+from jalign.models.attention_blocked import (
+    MASKED,
+    blocked_attention,
+    heads_in_cache,
+)
 from jalign.models.attention_kernels import (
     cudnn_attention,
     cudnn_obstacle,
@@ -15,7 +19,7 @@ from jalign.models.attention_kernels import (
 
 IMPLEMENTATIONS = ("auto", "plain", "blocked", "cudnn", "splash")
 # Below this many query x key pairs a row, the score matrix is small enough to keep.
-PLAIN_UP_TO = 256 * 256
+PLAIN_UP_TO = 64 * 64
 
 
 def attend(
@@ -72,7 +76,9 @@ def attend(
         one = q.shape[1] == 1 and platform_of(mesh) == "cpu"
         return (one_query_attention if one else plain_attention)(q, k, v, mask)
     if implementation == "blocked":
-        return blocked_attention(q, k, v, q_segment_ids, sliding_window)
+        alone = mesh is None and platform_of(mesh) == "cpu"
+        heads = heads_in_cache(q, k) if alone else None
+        return blocked_attention(q, k, v, q_segment_ids, sliding_window, heads=heads)
     if implementation == "cudnn":
         return cudnn_attention(q, k, v, q_segment_ids, sliding_window)
     if implementation == "splash":

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 PIECE, MAX_BLOCKS = 128, 16
+CACHE = 2 << 20  # bytes of scores: what a core or two keep to themselves
 
 
 class Span(NamedTuple):
@@ -68,6 +69,7 @@ def blocked_attention(
     sliding_window: int | None,
     block: int | None = None,
     piece: int = PIECE,
+    heads: int | None = None,
 ) -> jax.Array:
     """attention.attend for queries and keys of the same tokens, in order.
 
@@ -77,6 +79,7 @@ def blocked_attention(
       segment_ids: int32 [B, T] or None.
       sliding_window: tokens, or None.
       block, piece: see `block_spans`.
+      heads: kv heads that are gone through at once, a divisor of K; None for all.
 
     Returns: [B, T, N, H] in q's dtype.
     """
@@ -86,8 +89,35 @@ def blocked_attention(
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     spans = block_spans(T, sliding_window, block, piece)
-    out: jax.Array = _blocked(spans, sliding_window, q, k, v, segment_ids)  # pyright: ignore[reportAssignmentType]
+
+    def some_heads(qkv):
+        return _blocked(spans, sliding_window, *qkv, segment_ids)
+
+    if heads in (None, K):
+        out: jax.Array = some_heads((q, k, v))  # pyright: ignore[reportAssignmentType]
+    else:
+        parts = jax.tree.map(lambda x: _split_heads(x, heads), (q, k, v))
+        out = jnp.moveaxis(jax.lax.map(some_heads, parts), 0, 1).reshape(q.shape)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def heads_in_cache(q: jax.Array, k: jax.Array, piece: int = PIECE) -> int:
+    """kv heads of which the scores of a piece [B, heads * G, t, T] fit a CPU's cache.
+
+    Each score is read and written some ten times; from memory that takes longer than
+    the products. Shapes as of `blocked_attention`; a divisor of K.
+    """
+    B, T, N, _ = q.shape
+    K = k.shape[2]
+    bytes_a_head = 4 * B * (N // K) * min(piece, T) * T
+    fit = max(1, CACHE // bytes_a_head)
+    return next(n for n in range(min(fit, K), 0, -1) if K % n == 0)
+
+
+def _split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B, K, ...] -> [K / heads, B, heads, ...]."""
+    x = x.reshape(x.shape[0], -1, heads, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
 
 
 def _over_pieces(span: Span, body: Callable, carry: Any) -> tuple[Any, Any]:

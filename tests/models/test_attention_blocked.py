@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from jalign.models.attention import attention_mask, plain_attention
-from jalign.models.attention_blocked import block_spans, blocked_attention
+from jalign.models.attention_blocked import (
+    block_spans,
+    blocked_attention,
+    heads_in_cache,
+)
 from tests.models.rows import packed_rows, random_qkv
 
 IDS, POSITIONS = packed_rows([[7, 6], [3, 10]], 13)
@@ -15,8 +19,8 @@ QKV = random_qkv((2, 13, 4, 8), 2)
 
 @pytest.mark.parametrize("segments", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("block, piece", [(4, 4), (4, 2), (8, 2)])
-def test_values_and_gradients_match_plain(window, segments, block, piece):
+@pytest.mark.parametrize("block, piece, heads", [(4, 4, 1), (4, 2, 2), (8, 2, None)])
+def test_values_and_gradients_match_plain(window, segments, block, piece, heads):
     ids = IDS if segments else np.ones_like(IDS)
     positions = POSITIONS if segments else np.broadcast_to(np.arange(13), IDS.shape)
     mask = attention_mask(positions, positions, ids, ids, window)
@@ -27,7 +31,8 @@ def test_values_and_gradients_match_plain(window, segments, block, piece):
 
     def blocked(*qkv):
         segment_ids = ids if segments else None
-        out = blocked_attention(*qkv, segment_ids, window, block=block, piece=piece)
+        how = {"block": block, "piece": piece, "heads": heads}
+        out = blocked_attention(*qkv, segment_ids, window, **how)
         return (weight * out).sum()
 
     want = jax.value_and_grad(plain, (0, 1, 2))(*QKV)
@@ -48,6 +53,16 @@ def test_spans_cover_queries_once_and_skip_masked_keys():
     long = block_spans(32768 - 5, None)
     assert len(long) == 17 and {span.pieces for span in long} == {16, 15, 1}
     assert [span.start for span in long[1:]] == [span.end for span in long[:-1]]
+
+
+@pytest.mark.parametrize(
+    "batch, length, heads, want",
+    # A head's queries take 2 x 128 x 512 x 4 bytes a row: half a MiB.
+    [(4, 512, 6, 1), (1, 512, 6, 3), (2, 256, 6, 3), (1, 32, 6, 6), (8, 512, 1, 1)],
+)
+def test_as_many_heads_at_once_as_fit_a_cache(batch, length, heads, want):
+    q, k = np.zeros((batch, length, 2 * heads, 8)), np.zeros((batch, length, heads, 8))
+    assert heads_in_cache(q, k) == want  # pyright: ignore
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():
