@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jalign import sharding
 from jalign.models import cache as kv
-from jalign.models.attention import attend
+from jalign.models.attention import attend, platform_of
 from jalign.models.config import ModelConfig
 from jalign.models.layers import (
     Embedding,
@@ -20,6 +20,7 @@ from jalign.models.layers import (
     RMSNorm,
     rope_tables,
     rotate,
+    written_out,
 )
 
 
@@ -158,6 +159,8 @@ class Decoder(nn.Module):
         )
         x = _constrain(embed(tokens), "batch", "time", "act_embed", mesh=self.mesh)
         cos, sin = rope_tables(c, positions)
+        if platform_of(self.mesh) == "cpu":
+            cos, sin = written_out(cos), written_out(sin)
         kv_positions, slot = positions, jnp.int32(0)
         if cache is not None:
             seen = positions

@@ -208,6 +208,15 @@ def rope_tables(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def written_out(x: jax.Array) -> jax.Array:
+    """x itself, computed once and kept.
+
+    XLA on a CPU computes a cosine anew in each operation that reads it, for each head
+    of each layer, and drops an optimization barrier; an exact product it cannot undo.
+    """
+    return jnp.matmul(x, jnp.eye(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + H/2), Hugging Face's layout of the rotary embedding.
 

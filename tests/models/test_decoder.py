@@ -73,3 +73,11 @@ def test_bfloat16_activations_stay_near_float32():
     assert got.dtype == jnp.bfloat16
     error = np.abs(np.asarray(got, np.float32) - want).max() / np.abs(want).max()
     assert error < 0.05
+
+
+def test_the_rotation_tables_are_computed_once_for_all_layers():
+    model = Model(CONFIGS["llama"])
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    forward = jax.jit(lambda params, tokens: model.apply(params, tokens)[0])
+    compiled = forward.lower(model.param_shapes(), tokens).compile()
+    assert compiled.as_text().count(" cosine(") == 1
