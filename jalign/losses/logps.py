@@ -47,6 +47,7 @@ def token_logps(
     unembed: Array,
     targets: Array,
     *,
+    mask: Array | None = ...,
     chunk_size: int = ...,
     temperature: Scalar = ...,
     softcap: float | None = ...,
@@ -60,6 +61,7 @@ def token_logps(
     unembed: Array,
     targets: Array,
     *,
+    mask: Array | None = ...,
     chunk_size: int = ...,
     temperature: Scalar = ...,
     softcap: float | None = ...,
@@ -72,6 +74,7 @@ def token_logps(
     unembed: Array,
     targets: Array,
     *,
+    mask: Array | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     temperature: Scalar = 1.0,
     softcap: float | None = None,
@@ -88,6 +91,9 @@ def token_logps(
       unembed: any float dtype [D, V]; its gradient is accumulated in float32.
       targets: int [B, T], in [0, V). No gradient flows. One outside picks 0 for its
         logit: mask it.
+      mask: bool [B, T], True where the result is wanted. Elsewhere it is 0 without a
+        gradient, and the logits of prompts and padding are not computed, but for the
+        rest of a chunk. None for everywhere.
       chunk_size: tokens whose logits exist at once, over the whole batch. On a mesh
         multiply by the number of devices over which the batch is split.
       temperature: > 0, divides the logits. No gradient flows.
@@ -102,7 +108,8 @@ def token_logps(
         _logps_and_entropy, softcap=softcap, with_entropy=return_entropy
     )
     consts = jnp.asarray(temperature, jnp.float32)
-    out = map_logits(row_fn, hidden, unembed, targets, consts, chunk_size=chunk_size)
+    how = {"mask": mask, "chunk_size": chunk_size}
+    out = map_logits(row_fn, hidden, unembed, targets, consts, **how)
     return out if return_entropy else out[0]
 
 

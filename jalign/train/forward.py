@@ -54,15 +54,7 @@ def token_stats(
     model: Model, params: PyTree, batch, *, temperature: float = 1.0
 ) -> TokenStats:
     """Log-probabilities and entropies of a TokenBatch's (or Rollout's) tokens."""
-    hidden = hidden_states(model, params, batch)
-    logps, entropy = losses.token_logps(
-        hidden[:, :-1],
-        model.unembed(params),
-        batch.tokens[:, 1:],
-        temperature=temperature,
-        chunk_size=chunk_size(model),
-        return_entropy=True,
-    )
+    logps, entropy = _score(model, params, batch, temperature, return_entropy=True)
     mask = batch.completion_mask
     return TokenStats(_align(logps, mask), _align(entropy, mask))
 
@@ -71,15 +63,36 @@ def token_logps(
     model: Model, params: PyTree, batch, *, temperature: float = 1.0
 ) -> jax.Array:
     """log p(tokens[b, t] | tokens[b, :t]), float32 [B, T], without the entropies."""
-    hidden = hidden_states(model, params, batch)
-    logps = losses.token_logps(
-        hidden[:, :-1],
+    logps = _score(model, params, batch, temperature)
+    return _align(logps, batch.completion_mask)
+
+
+def _score(model: Model, params: PyTree, batch, temperature: float, **options):
+    """`losses.token_logps` of the trained tokens: [B, T-1], shifted."""
+    hidden = hidden_states(model, params, batch)[:, :-1]
+    mask = batch.completion_mask[:, 1:]
+    arrays = in_one_row(model, (hidden, batch.tokens[:, 1:], mask))
+    scores = losses.token_logps(
+        arrays[0],
         model.unembed(params),
-        batch.tokens[:, 1:],
+        arrays[1],
+        mask=arrays[2],
         temperature=temperature,
         chunk_size=chunk_size(model),
+        **options,
     )
-    return _align(logps, batch.completion_mask)
+    return jax.tree.map(lambda x: x.reshape(mask.shape), scores)
+
+
+def in_one_row(model: Model, arrays: PyTree) -> PyTree:
+    """[B, T, ...] -> [1, B * T, ...] on one device, where rows need not stay apart.
+
+    So the tokens that count in any of the rows are counted together: chunks of logits
+    with none of them are left out.
+    """
+    if model.mesh is not None:
+        return arrays
+    return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), arrays)
 
 
 def token_values(model: Model, params: PyTree, batch) -> jax.Array:

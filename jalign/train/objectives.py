@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from jalign import losses
-from jalign.losses.chunked import sum_over_logits
+from jalign.losses.chunked_sum import sum_over_logits
 from jalign.models import Model
 from jalign.train.forward import (
     chunk_size,
     hidden_states,
+    in_one_row,
     interleave,
     pair_logps,
     pair_rewards,
@@ -58,12 +59,14 @@ def make_sft_objective(
 
     def objective(params: PyTree, batch: TokenBatch, key: jax.Array) -> Loss:
         del key
-        mask = batch.completion_mask[:, 1:]
+        hidden = hidden_states(model, params, batch)[:, :-1]
+        arrays = hidden, batch.tokens[:, 1:], batch.completion_mask[:, 1:]
+        hidden, targets, mask = in_one_row(model, arrays)
         total, (parts, nll, entropy, correct) = sum_over_logits(
             row_fn,
-            hidden_states(model, params, batch)[:, :-1],
+            hidden,
             model.unembed(params),
-            batch.tokens[:, 1:],
+            targets,
             mask,
             chunk_size=chunk_size(model),
         )

@@ -124,67 +124,90 @@ def test_refuses_an_empty_chunk():
 
 def test_chunks_are_as_large_as_they_may_be_and_no_larger():
     """(batch, time, chunk_size) -> pieces of either axis."""
-    assert chunked._grid(1, 6, 4) == (1, 2)
-    assert chunked._grid(8, 6, 4) == (2, 6)
-    assert chunked._grid(2, 6, 4) == (1, 3)
-    assert chunked._grid(2, 6, 16) == (1, 1)
+    assert chunked.chunk_grid(1, 6, 4) == (1, 2)
+    assert chunked.chunk_grid(8, 6, 4) == (2, 6)
+    assert chunked.chunk_grid(2, 6, 4) == (1, 3)
+    assert chunked.chunk_grid(2, 6, 16) == (1, 1)
 
 
-def rows_of(logits, targets):
-    return -logps_from_logits(logits, targets), entropy_from_logits(logits)
+MASK = RNG.random((B, T)) < 0.4
+MASK[2] = False
 
 
-def fused(hidden, unembed, targets, mask, chunk_size=32):
-    total, entropy = chunked.sum_over_logits(
-        rows_of, hidden, unembed, targets, mask, chunk_size=chunk_size
-    )
-    return 3.0 * total, entropy
+def masked(hidden, unembed, targets, mask, chunk_size=32):
+    how = {"mask": mask, "chunk_size": chunk_size, "return_entropy": True}
+    return token_logps(hidden, unembed, targets, **how)
 
 
-def plain(hidden, unembed, targets, mask):
-    loss, entropy = rows_of(hidden @ unembed, targets)
-    return 3.0 * jnp.sum(jnp.where(mask, loss, 0.0)), entropy
+def masked_total(*args, **options):
+    return sum(jnp.sum(jnp.sin(x)) for x in masked(*args, **options))
 
 
-MASK = RNG.random((B, T)) < 0.6
+def whole_total(hidden, unembed, targets, mask):
+    logits = hidden @ unembed
+    both = logps_from_logits(logits, targets), entropy_from_logits(logits)
+    return sum(jnp.sum(jnp.where(mask, jnp.sin(x), 0.0)) for x in both)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 32, 1000])
-def test_a_sum_over_logits_is_the_sum_of_the_loss(chunk_size):
-    args = HIDDEN[:5, :9], UNEMBED, TARGETS[:5, :9], MASK[:5, :9]
-    function = functools.partial(fused, chunk_size=chunk_size)
+@pytest.mark.parametrize("mask", [MASK, ~MASK, MASK & False, MASK | True])
+def test_a_mask_changes_nothing_where_it_is_true(mask, chunk_size):
+    args = HIDDEN[:, :9], UNEMBED, TARGETS[:, :9], mask[:, :9]
+    function = functools.partial(masked_total, chunk_size=chunk_size)
     got, want = (
-        jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*args)
-        for f in (function, plain)
+        jax.jit(jax.value_and_grad(f, (0, 1)))(*args) for f in (function, whole_total)
     )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, got, want)
-    jax.tree.map(close, jax.jit(function)(*args), want[0])
+    assert not np.any(got[1][0][~mask[:, :9]])
+    for x in masked(*args, chunk_size=chunk_size):
+        assert not np.any(np.asarray(x)[~mask[:, :9]])
 
 
-def test_a_sum_over_logits_holds_no_more_than_a_chunk_of_them():
-    gradient = jax.value_and_grad(fused, (0, 1), has_aux=True)
-    hlo = compiled(gradient, HIDDEN, UNEMBED, TARGETS, MASK)
-    assert largest_buffer(hlo) <= 2 * 32 * V
+def test_chunks_without_a_counted_position_are_left_out():
+    computed = []
+
+    def row_fn(logits, rows, consts):
+        jax.debug.callback(lambda x: computed.append(x.size), logits[..., 0])
+        return logits.max(-1)
+
+    mask = np.zeros((B, T), bool)
+    mask[:, -5:], mask[0, 3:6] = True, True  # 8 positions at most, 4 a chunk
+    got = map_logits(row_fn, HIDDEN, UNEMBED, mask=mask, chunk_size=32)
+    jax.effects_barrier()
+    assert computed == [32, 32]
+    want = np.where(mask, (HIDDEN @ UNEMBED).max(-1), 0)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("split", SPECS)
-def test_a_sum_over_logits_on_eight_devices(split):
+def test_a_mask_on_eight_devices(split):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     args = HIDDEN, UNEMBED, TARGETS, MASK
     specs = *SPECS[split], SPECS[split][2]
     shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
-    grad = jax.jit(jax.value_and_grad(fused, (0, 1), has_aux=True))
-    got, want = grad(*jax.device_put(args, shardings)), grad(*args)
+    grad = jax.jit(jax.value_and_grad(masked_total, (0, 1)))
+    spread = jax.device_put(args, shardings)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, got, want)
+    jax.tree.map(close, grad(*spread), grad(*args))
     if split == "batch":
-        hlo = compiled(grad, *jax.device_put(args, shardings))
+        hlo = compiled(grad, *spread)
         assert "all-gather" not in hlo and "all-to-all" not in hlo
 
 
-def test_no_gradient_flows_through_what_a_sum_over_logits_reports():
-    def entropies(hidden):
-        return jnp.sum(fused(hidden, UNEMBED, TARGETS, MASK)[1])
+def test_a_mask_on_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    args = HIDDEN, UNEMBED, TARGETS, MASK
+    want = jax.grad(masked_total, (0, 1))(*args)
+    specs = P("data"), P(None), P("data"), P("data")
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(args, tuple(NamedSharding(mesh, x) for x in specs))
+        got = jax.jit(jax.grad(masked_total, (0, 1)))(*spread)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, jax.device_get(got), want)
 
-    assert not np.any(jax.grad(entropies)(HIDDEN))
+
+@pytest.mark.parametrize("mask", [MASK[:, :3], MASK[0], MASK.astype(np.float32)])
+def test_another_mask_is_refused(mask):
+    with pytest.raises(AssertionError):
+        masked(HIDDEN, UNEMBED, TARGETS, mask)
