@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jalign.losses.elementwise import Array, PyTree
 from jalign.losses.fronted import back, make_front, to_front
+from jalign.losses.grid import Grid, chunk_grid, join_chunks, split_chunks
 
 DEFAULT_CHUNK_SIZE = 1024
 """Tokens whose float32 logits exist at once: 0.5 GiB for a vocabulary of 128k."""
@@ -96,8 +97,7 @@ class Static:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, needed):
-    batch, time, _ = hidden.shape
-    grid = chunk_grid(batch, time, chunk_size)
+    grid = chunk_grid(hidden, chunk_size)
     weights = unembed.astype(hidden.dtype)
 
     def one_chunk(carry, chunk):
@@ -107,7 +107,7 @@ def map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, needed):
     _, out = over_chunks(
         one_chunk, (), split_chunks((hidden, rows), grid), grid, needed
     )
-    return join_chunks(out, grid, batch, time)
+    return join_chunks(out, grid)
 
 
 def _forward(row_fn, chunk_size, hidden, unembed, rows, consts, needed):
@@ -117,8 +117,7 @@ def _forward(row_fn, chunk_size, hidden, unembed, rows, consts, needed):
 
 def _backward(row_fn, chunk_size, residuals, cotangents):
     hidden, unembed, rows, consts, needed = residuals
-    batch, time, _ = hidden.shape
-    grid = chunk_grid(batch, time, chunk_size)
+    grid = chunk_grid(hidden, chunk_size)
     weights = unembed.astype(hidden.dtype)
 
     def one_chunk(d_unembed, chunk):
@@ -130,30 +129,27 @@ def _backward(row_fn, chunk_size, residuals, cotangents):
     zeros = jnp.zeros_like(unembed, jnp.float32)
     chunks = split_chunks((hidden, rows, cotangents), grid)
     d_unembed, d_hidden = over_chunks(one_chunk, zeros, chunks, grid, needed)
-    d_hidden = join_chunks(d_hidden, grid, batch, time)
+    d_hidden = join_chunks(d_hidden, grid)
     return d_hidden, d_unembed.astype(unembed.dtype), None, None, None
 
 
 map_chunks.defvjp(_forward, _backward)
 
 
-def over_chunks(body, carry, chunks, grid: tuple[int, int], needed):
+def over_chunks(body, carry, chunks, grid: Grid, needed):
     """lax.scan, with zeros for chunks all of whose positions are `needed` or later."""
     if needed is None:
         return jax.lax.scan(body, carry, chunks)
-    pieces_b, pieces_t = grid
-    size = jax.tree.leaves(chunks)[0].shape[2]
-    starts = jnp.tile(size * jnp.arange(pieces_t), pieces_b)
 
     def skip(carry, chunk):
-        return carry, jax.tree.map(
-            jnp.zeros_like, jax.eval_shape(body, carry, chunk)[1]
-        )
+        outs = jax.eval_shape(body, carry, chunk)[1]
+        return carry, jax.tree.map(jnp.zeros_like, outs)
 
     def step(carry, place):
         start, chunk = place
         return jax.lax.cond(start < needed, body, skip, carry, chunk)
 
+    starts = jnp.tile(grid.size * jnp.arange(grid.pieces_t), grid.pieces_b)
     return jax.lax.scan(step, carry, (starts, chunks))
 
 
@@ -172,39 +168,3 @@ def _product(spec: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
 
 def logits_of(hidden: jax.Array, weights: jax.Array) -> jax.Array:
     return _product("bsd,dv->bsv", hidden, weights)
-
-
-def chunk_grid(batch: int, time: int, chunk_size: int) -> tuple[int, int]:
-    """(pieces of the batch axis, pieces of the time axis); chunks = their product."""
-    pieces_b = -(-batch // chunk_size)
-    positions = max(1, chunk_size // max(1, batch))
-    return max(1, pieces_b), max(1, -(-time // positions))
-
-
-def split_chunks(tree: PyTree, grid: tuple[int, int]) -> PyTree:
-    """[B, T, ...] -> [chunks, R, S, ...], padded with zeros to a multiple."""
-    pieces_b, pieces_t = grid
-
-    def split(x):
-        pad = [(0, -x.shape[0] % pieces_b), (0, -x.shape[1] % pieces_t)]
-        x = jnp.pad(x, pad + [(0, 0)] * (x.ndim - 2))
-        b, t, *rest = x.shape
-        # Rows are dealt out with a stride, so that each chunk has some of each shard.
-        x = x.reshape(b // pieces_b, pieces_b, pieces_t, t // pieces_t, *rest)
-        x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(pieces_b * pieces_t, *x.shape[2:])
-
-    return jax.tree.map(split, tree)
-
-
-def join_chunks(tree: PyTree, grid: tuple[int, int], batch: int, time: int):
-    """The inverse of split_chunks: [chunks, R, S, ...] -> [B, T, ...]."""
-    pieces_b, pieces_t = grid
-
-    def join(x):
-        x = x.reshape(pieces_b, pieces_t, *x.shape[1:])
-        x = jnp.moveaxis(x, 2, 0)
-        x = x.reshape(x.shape[0] * pieces_b, pieces_t * x.shape[3], *x.shape[4:])
-        return x[:batch, :time]
-
-    return jax.tree.map(join, tree)

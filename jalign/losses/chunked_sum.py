@@ -11,16 +11,14 @@ from jalign.losses.chunked import (
     RowFn,
     Static,
     check,
-    chunk_grid,
     gradients,
-    join_chunks,
     logits_of,
     map_chunks,
     over_chunks,
-    split_chunks,
 )
 from jalign.losses.elementwise import Array, PyTree
 from jalign.losses.fronted import back, make_front, to_front
+from jalign.losses.grid import chunk_grid, join_chunks, split_chunks
 
 
 def sum_over_logits(
@@ -68,8 +66,7 @@ def _sum_over_logits(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
 
 
 def _sum_forward(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
-    batch, time, _ = hidden.shape
-    grid = chunk_grid(batch, time, chunk_size)
+    grid = chunk_grid(hidden, chunk_size)
     weights = unembed.astype(hidden.dtype)
 
     def one_chunk(carry, chunk):
@@ -84,7 +81,7 @@ def _sum_forward(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
     zeros = jnp.float32(0.0), jnp.zeros_like(unembed, jnp.float32)
     chunks = split_chunks((hidden, rows, mask), grid)
     (total, d_unembed), outs = over_chunks(one_chunk, zeros, chunks, grid, needed)
-    tree, d_hidden = join_chunks(outs, grid, batch, time)
+    tree, d_hidden = join_chunks(outs, grid)
     return (total, tree), (d_hidden, d_unembed.astype(unembed.dtype))
 
 

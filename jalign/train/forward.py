@@ -68,20 +68,31 @@ def token_logps(
 
 
 def _score(model: Model, params: PyTree, batch, temperature: float, **options):
-    """`losses.token_logps` of the trained tokens: [B, T-1], shifted."""
-    hidden = hidden_states(model, params, batch)[:, :-1]
-    mask = batch.completion_mask[:, 1:]
-    arrays = in_one_row(model, (hidden, batch.tokens[:, 1:], mask))
+    """`losses.token_logps` of each token's successor, where it is trained: [B, T]."""
+    hidden = hidden_states(model, params, batch)
+    rows = in_one_row(model, (hidden, *successors(batch)))
     scores = losses.token_logps(
-        arrays[0],
+        rows[0],
         model.unembed(params),
-        arrays[1],
-        mask=arrays[2],
+        rows[1],
+        mask=rows[2],
         temperature=temperature,
         chunk_size=chunk_size(model),
         **options,
     )
-    return jax.tree.map(lambda x: x.reshape(mask.shape), scores)
+    return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), scores)
+
+
+def successors(batch) -> tuple[jax.Array, jax.Array]:
+    """What each hidden state predicts: (tokens, whether they are trained), [B, T].
+
+    These are shifted, for the hidden states would have to be copied.
+    """
+    one_less = ((0, 0), (0, 1))
+    return (
+        jnp.pad(batch.tokens[:, 1:], one_less),
+        jnp.pad(batch.completion_mask[:, 1:], one_less),
+    )
 
 
 def in_one_row(model: Model, arrays: PyTree) -> PyTree:
@@ -98,7 +109,7 @@ def in_one_row(model: Model, arrays: PyTree) -> PyTree:
 def token_values(model: Model, params: PyTree, batch) -> jax.Array:
     """The critic's value of the state before each trained token, float32 [B, T]."""
     hidden = hidden_states(model, params, batch)
-    return _align(model.score(params, hidden)[:, :-1], batch.completion_mask)
+    return _align(model.score(params, hidden), batch.completion_mask)
 
 
 def pair_rewards(
@@ -173,5 +184,5 @@ def make_reference_fn(
 
 
 def _align(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, T-1] computed from the tokens before -> [B, T], 0 outside the mask."""
-    return jnp.where(mask, jnp.pad(x, ((0, 0), (1, 0))), 0.0)
+    """[B, T] of each token's successor -> [B, T] of each token, 0 outside the mask."""
+    return jnp.where(mask, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), 0.0)

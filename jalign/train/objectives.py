@@ -25,6 +25,7 @@ from jalign.train.forward import (
     pair_logps,
     pair_rewards,
     pair_sums,
+    successors,
     valid_pairs,
 )
 from jalign.types import Loss, PreferenceBatch, TokenBatch
@@ -59,8 +60,7 @@ def make_sft_objective(
 
     def objective(params: PyTree, batch: TokenBatch, key: jax.Array) -> Loss:
         del key
-        hidden = hidden_states(model, params, batch)[:, :-1]
-        arrays = hidden, batch.tokens[:, 1:], batch.completion_mask[:, 1:]
+        arrays = hidden_states(model, params, batch), *successors(batch)
         hidden, targets, mask = in_one_row(model, arrays)
         total, (parts, nll, entropy, correct) = sum_over_logits(
             row_fn,

@@ -10,7 +10,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jalign.losses import (
-    chunked,
     entropy_from_logits,
     logps_from_logits,
     map_logits,
@@ -120,14 +119,6 @@ def test_equal_functions_are_traced_once():
 def test_refuses_an_empty_chunk():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         token_logps(HIDDEN, UNEMBED, TARGETS, chunk_size=0)
-
-
-def test_chunks_are_as_large_as_they_may_be_and_no_larger():
-    """(batch, time, chunk_size) -> pieces of either axis."""
-    assert chunked.chunk_grid(1, 6, 4) == (1, 2)
-    assert chunked.chunk_grid(8, 6, 4) == (2, 6)
-    assert chunked.chunk_grid(2, 6, 4) == (1, 3)
-    assert chunked.chunk_grid(2, 6, 16) == (1, 1)
 
 
 MASK = RNG.random((B, T)) < 0.4

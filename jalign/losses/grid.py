@@ -1,0 +1,82 @@
+"""How the positions of a batch are cut into chunks, and put together again."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jalign.losses.elementwise import Array, PyTree
+
+FOLD = 8
+"""Rows that a lone row's positions are dealt to: XLA on a CPU takes up to thirty times
+as long to reduce [1, S, V] as [8, S / 8, V]."""
+
+
+class Grid(NamedTuple):
+    """How B rows of T positions are cut into chunks of R rows and S positions.
+
+    Attributes:
+      batch, time: B and T.
+      pieces_b, pieces_t: pieces of either axis; there are as many chunks as products.
+      size: S; the last piece is filled up with zeros.
+    """
+
+    batch: int
+    time: int
+    pieces_b: int
+    pieces_t: int
+    size: int
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return -(-self.batch // self.pieces_b)
+
+
+def chunk_grid(x: Array, chunk_size: int) -> Grid:
+    """The fewest chunks of at most chunk_size tokens each, for x [B, T, ...]."""
+    batch, time = x.shape[:2]
+    pieces_b = max(1, -(-batch // chunk_size))
+    most = max(1, chunk_size // max(1, batch))
+    if batch == 1 and most > FOLD:
+        most -= most % FOLD
+    pieces_t = max(1, -(-time // most))
+    size = -(-time // pieces_t)
+    if batch == 1 and most > FOLD:
+        size += -size % FOLD
+    return Grid(batch, time, pieces_b, pieces_t, size)
+
+
+def split_chunks(tree: PyTree, grid: Grid) -> PyTree:
+    """[B, T, ...] -> [chunks, R, S, ...], padded with zeros to a multiple.
+
+    The positions of a lone row become FOLD rows of each chunk.
+    """
+    pieces = grid.pieces_b * grid.pieces_t
+    missing_b = grid.rows * grid.pieces_b - grid.batch
+    missing_t = grid.size * grid.pieces_t - grid.time
+
+    def split(x):
+        x = jnp.pad(x, [(0, missing_b), (0, missing_t), *[(0, 0)] * (x.ndim - 2)])
+        # Rows are dealt out with a stride, so that each chunk has some of each shard.
+        x = x.reshape(grid.rows, grid.pieces_b, grid.pieces_t, grid.size, *x.shape[2:])
+        x = jnp.moveaxis(x, 0, 2)
+        x = x.reshape(pieces, grid.rows, grid.size, *x.shape[4:])
+        fold = grid.rows == 1 and grid.size % FOLD == 0
+        return x.reshape(pieces, FOLD, -1, *x.shape[3:]) if fold else x
+
+    return jax.tree.map(split, tree)
+
+
+def join_chunks(tree: PyTree, grid: Grid) -> PyTree:
+    """The inverse of split_chunks: [chunks, R, S, ...] -> [B, T, ...]."""
+
+    def join(x):
+        x = x.reshape(grid.pieces_b, grid.pieces_t, grid.rows, grid.size, *x.shape[3:])
+        x = jnp.moveaxis(x, 2, 0)
+        x = x.reshape(
+            grid.rows * grid.pieces_b, grid.pieces_t * grid.size, *x.shape[4:]
+        )
+        return x[: grid.batch, : grid.time]
+
+    return jax.tree.map(join, tree)
