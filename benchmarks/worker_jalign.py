@@ -221,4 +221,5 @@ PIECES = {
 }
 
 if __name__ == "__main__":
+    ja.sharding.keep_freed_memory()  # as in the notebooks and the command
     sys.exit(measure.main(PIECES, "jax", "flax", "optax"))

@@ -124,6 +124,7 @@ def start_jax(launch: Launch) -> None:
     if launch.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", launch.cpu_devices)
+    sharding.keep_freed_memory()
     # One that the user has named (JAX_COMPILATION_CACHE_DIR) stays.
     if launch.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
