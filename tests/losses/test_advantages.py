@@ -70,3 +70,12 @@ def test_adaptive_kl_moves_by_at_most_a_fifth_per_horizon(kl, want):
 def test_adaptive_kl_rejects_more_than_scalars():
     with pytest.raises(AssertionError):
         adaptive_kl_update(0.1, np.ones(2), target=6.0, horizon=1.0, num_samples=1)
+
+
+def test_a_completion_may_be_one_token_long():
+    scores, logps = np.float32([2.0, 3.0]), np.float32([[-1.0], [-2.0]])
+    mask = np.array([[True], [False]])
+    got = kl_shaped_rewards(scores, logps, logps - 1, mask, beta=0.5)
+    np.testing.assert_array_equal(got, [[1.5], [0.0]])
+    got = gae(got, logps, mask, gamma=0.9, gae_lambda=0.5)
+    np.testing.assert_array_equal(got, [[[2.5], [0.0]], [[1.5], [0.0]]])

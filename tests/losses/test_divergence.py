@@ -92,3 +92,24 @@ def test_impossible_tokens_and_equal_distributions(function):
         for x in (LOGITS, REF_LOGITS)
     ]
     np.testing.assert_allclose(function(*wide), cut, rtol=1e-6)
+
+
+def test_temperature_is_1_by_default():
+    for function in FUNCTIONS:
+        got = function(LOGITS, REF_LOGITS)
+        want = function(LOGITS, REF_LOGITS, temperature=1.0)
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_beta_has_no_gradient_at_the_ends_rather_than_nan(beta):
+    grad = jax.grad(lambda b: jsd_from_logits(LOGITS, REF_LOGITS, beta=b).sum())(beta)
+    assert grad == 0
+
+
+def test_many_impossible_tokens_add_no_rounding_up():
+    logits = np.full((1, 4096), -np.inf, np.float32)
+    logits[0, 0] = 0.0
+    for beta in (0.1, 0.4, 0.6, 0.8):
+        got = jsd_from_logits(logits, logits, beta=beta)
+        np.testing.assert_allclose(got, [0.0], atol=1e-6)

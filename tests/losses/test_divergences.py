@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jalign import losses
+from jalign.losses.divergences import power_transform
 from tests.losses.pairs import BETA, LOGPS, assert_all_match, logistic
 
 partial = functools.partial
@@ -68,3 +69,13 @@ def test_a_loss_of_scores_is_the_loss_of_the_divergence():
         return logistic(BETA * (score[0] - score[1]))
 
     assert_all_match([(js_dpo, oracle)], LOGPS)
+
+
+def test_only_powers_nearer_to_0_than_a_millionth_are_the_limit():
+    log_u = np.float32([1e6, -1e6, 3.0])
+    for power in (-2e-6, -1.5e-6, -1e-6, 1e-6, 1.5e-6, 2e-6):
+        got = power_transform(log_u, power)
+        want = np.expm1(power * log_u.astype("f8")) / power
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    for power in (-9e-7, 0.0, 9e-7):
+        np.testing.assert_array_equal(power_transform(log_u, power), log_u)

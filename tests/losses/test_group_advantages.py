@@ -46,10 +46,10 @@ def test_leave_one_out_is_the_reward_less_the_mean_of_the_others():
     np.testing.assert_allclose(got, by_group(others), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 1e4 / 3])
+@pytest.mark.parametrize("value", [0.0, 1e-25, 0.1, 1.0, 1e4 / 3])
 def test_equal_rewards_give_exactly_zero(value):
-    rewards = np.full(7, value, "f4")
-    ids, mask = np.zeros(7, "i4"), np.ones(7, bool)
+    rewards = np.full(21, value, "f4")
+    ids, mask = np.zeros(21, "i4"), np.ones(21, bool)
     for function in (group_advantages, leave_one_out_advantages):
         assert not np.any(function(rewards, ids, mask))
 
@@ -83,3 +83,18 @@ def test_gdpo_normalises_each_reward_then_the_sum():
     want[MASK] = standard(np.sum(parts, 0)[MASK])
     got = gdpo_advantages(rewards, weights, IDS, mask)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_rewards_agree_up_to_a_millionth_of_the_largest():
+    ids, mask = np.zeros(2, "i4"), np.ones(2, bool)
+    for gap, agree in ((2.0**-20, True), (2.0**-19, False)):  # deviations 0.7, 1.3e-6
+        rewards = np.float32([1.0, 1.0 + gap])
+        got = leave_one_out_advantages(rewards, ids, mask)
+        np.testing.assert_array_equal(got, [0, 0] if agree else [-gap, gap])
+
+
+def test_gdpo_refuses_a_mask_of_other_rewards():
+    both, weights = np.stack([REWARDS] * 2, 1), np.ones(2, "f4")
+    for mask in (np.ones((8, 3), bool), np.ones((8, 2), "f4"), MASK):
+        with pytest.raises(AssertionError):
+            gdpo_advantages(both, weights, IDS, mask)

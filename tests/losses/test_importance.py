@@ -71,3 +71,12 @@ def test_off_policy_sequences_are_dropped_only_if_their_advantage_is_negative():
         advantages = np.full_like(OLD, sign)
         got = off_policy_mask(OLD, SAMPLER, advantages, MASK, threshold=threshold)
         np.testing.assert_array_equal(got, np.array(kept)[:, None] * MASK)
+
+
+def test_a_sequence_exactly_at_the_threshold_stays():
+    mask = np.arange(11)[None] < 10
+    sampler = np.where(mask, np.float32(0.0), np.nan)
+    logps = sampler - np.eye(1, 11, dtype="f4") * 7
+    threshold, advantages = np.float32(0.7), np.full((1, 11), -1.0, "f4")
+    got = off_policy_mask(logps, sampler, advantages, mask, threshold=threshold)
+    np.testing.assert_array_equal(got, mask.astype("f4"))

@@ -83,3 +83,17 @@ def test_token_weights_are_a_product_before_the_reduction():
         return loss / mask.sum()
 
     assert_matches(weighted, lambda x: np.asarray(by_hand(x)), [LOGITS], (0,))
+
+
+def test_smoothing_and_z_loss_are_off_by_default():
+    hidden = RNG.normal(size=(2, 3, 4)).astype(np.float32)
+    unembed = RNG.normal(size=(4, 5)).astype(np.float32)
+    want = oracle(hidden.astype("f8") @ unembed, 0.0, 0.0)
+    got = token_cross_entropy(hidden, unembed, TARGETS)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    got = cross_entropy(hidden @ unembed, TARGETS)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_dft_weighs_what_is_no_log_probability_by_1():
+    np.testing.assert_array_equal(dft_loss(np.float32([[0.5, 2.0]])), [[-0.5, -2.0]])

@@ -72,3 +72,19 @@ def test_no_buffer_holds_all_logits_and_no_split_vocabulary_is_collected(functio
     assert "all-gather" not in compiled(function, *split)
     np.testing.assert_allclose(jax.jit(function)(*split), function(*args), rtol=1e-5)
     assert function(*args).dtype == jnp.float32
+
+
+def test_the_gradient_of_a_metric_computes_no_logits_again():
+    def products(function):
+        jaxpr = jax.make_jaxpr(function)(HIDDEN, UNEMBED, TARGETS)
+        return str(jaxpr).count("dot_general")
+
+    assert products(accuracy_sum) > 0
+    assert products(jax.grad(accuracy_sum, (0, 1))) == products(accuracy_sum)
+
+
+def test_temperature_is_1_by_default():
+    hidden, unembed = HIDDEN[:2, :3], UNEMBED[:, :6]
+    log_p = log_softmax(hidden.astype("f8") @ unembed)
+    got = token_entropy(hidden, unembed)
+    np.testing.assert_allclose(got, -(np.exp(log_p) * log_p).sum(-1), rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from jalign import losses
 from tests.losses.oracle import assert_matches, log_softmax
@@ -77,3 +78,16 @@ def test_wpo_weight_of_a_uniform_policy_is_1():
     entropy = losses.collision_entropy_from_logits(uniform)
     got = losses.wpo_weights(np.full((4, 5), -np.log(7), "f4"), entropy, MASK)
     np.testing.assert_allclose(got, np.ones(4), rtol=1e-6)
+
+
+def test_wpo_weights_stop_where_a_product_is_still_finite():
+    logps = np.float32([[-39.0] * 2, [-1e3] * 2, [0.0] * 2, [0.0] * 2])
+    entropy = np.float32([[0.0] * 2, [0.0] * 2, [39.0] * 2, [1e3] * 2])
+    got = losses.wpo_weights(logps, entropy, np.ones((4, 2), bool))
+    np.testing.assert_allclose(got, np.exp([-39.0, -40, 39, 40]), rtol=1e-5)
+
+
+def test_wpo_weights_refuse_a_mask_of_another_rank():
+    for mask in (np.array(True), MASK[0], MASK[..., None], MASK.astype("f4")):
+        with pytest.raises(AssertionError):
+            losses.wpo_weights(LOGPS, LOGPS, mask)
