@@ -141,8 +141,8 @@ def average_logps(logps: Array, mask: Array) -> jax.Array:
     Returns: float32 [B], nats; 0 for a row with nothing counted.
     Raises: AssertionError at trace time on wrong rank, shape or dtype.
     """
-    length = jnp.sum(mask, axis=-1, dtype=jnp.float32)
-    return sequence_logps(logps, mask) / jnp.maximum(length, 1.0)
+    total = sequence_logps(logps, mask)  # and checks both
+    return total / jnp.maximum(jnp.sum(mask, axis=-1, dtype=jnp.float32), 1.0)
 
 
 def cap_logits(logits: jax.Array, softcap: float | None) -> jax.Array:

@@ -152,3 +152,8 @@ def test_average_logps_divide_by_the_number_of_counted_tokens():
     np.testing.assert_array_equal(average_logps(logps, mask), [-1.5, -6, 0])
     grad = jax.grad(lambda x: average_logps(x, mask).sum())(logps)
     np.testing.assert_array_equal(grad, mask / np.float32(2))
+
+
+def test_an_average_refuses_a_mask_that_is_no_array_of_tokens():
+    with pytest.raises(AssertionError):
+        average_logps(np.zeros((2, 3), np.float32), True)
