@@ -156,4 +156,4 @@ def test_average_logps_divide_by_the_number_of_counted_tokens():
 
 def test_an_average_refuses_a_mask_that_is_no_array_of_tokens():
     with pytest.raises(AssertionError):
-        average_logps(np.zeros((2, 3), np.float32), True)
+        average_logps(np.zeros((2, 3), np.float32), np.asarray(True))
