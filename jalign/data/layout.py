@@ -41,7 +41,6 @@ class Layout(NamedTuple):
 def choose_layout(
     examples: Sequence[Any],
     batch_size: int,
-    *,
     max_length: int,
     pack_rows: int,
     hosts: int,

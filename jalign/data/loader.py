@@ -93,14 +93,9 @@ def make_loader(
         places = range(step * batch_size, (step + 1) * batch_size)
         return np.array([order[place] for place in places])
 
-    layout = choose_layout(
-        examples,
-        batch_size,
-        max_length=max_length,
-        pack_rows=pack_rows,
-        hosts=shard_count,
-        sample=[indices(step) for step in range(SAMPLE if pack_rows else 0)],
-    )
+    sample = [indices(step) for step in range(SAMPLE if pack_rows else 0)]
+    how = max_length, pack_rows, shard_count
+    layout = choose_layout(examples, batch_size, *how, sample)
     make_batch = _batch_maker(examples, batch_size, collate, layout, mine)
     if steps is None and epochs is not None:
         steps = num_steps(len(examples), batch_size, epochs)
@@ -139,14 +134,8 @@ def make_eval_loader(
     mine = _host_rows(len(examples), batch_size, shard_index, shard_count)
     starts = range(0, len(examples), batch_size)
     batches = [np.arange(len(examples))[start : start + batch_size] for start in starts]
-    layout = choose_layout(
-        examples,
-        batch_size,
-        max_length=max_length,
-        pack_rows=pack_rows,
-        hosts=shard_count,
-        sample=batches,
-    )
+    how = max_length, pack_rows, shard_count
+    layout = choose_layout(examples, batch_size, *how, batches)
     return map(_batch_maker(examples, batch_size, collate, layout, mine), batches)
 
 

@@ -72,6 +72,14 @@ SPECS = {
 }
 
 
+def spread(split, *args):
+    """hidden, unembed and arrays cut like the targets, over eight devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    hidden, unembed, others = SPECS[split]
+    specs = hidden, unembed, *[others] * (len(args) - 2)
+    return jax.device_put(args, tuple(NamedSharding(mesh, spec) for spec in specs))
+
+
 @pytest.mark.parametrize("split", SPECS)
 def test_eight_devices_give_the_same(split):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -173,16 +181,15 @@ def test_chunks_without_a_counted_position_are_left_out():
 
 @pytest.mark.parametrize("split", SPECS)
 def test_a_mask_on_eight_devices(split):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     args = HIDDEN, UNEMBED, TARGETS, MASK
-    specs = *SPECS[split], SPECS[split][2]
-    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
-    grad = jax.jit(jax.value_and_grad(masked_total, (0, 1)))
-    spread = jax.device_put(args, shardings)
+    grad, there = (
+        jax.jit(jax.value_and_grad(masked_total, (0, 1))),
+        spread(split, *args),
+    )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, grad(*spread), grad(*args))
+    jax.tree.map(close, grad(*there), grad(*args))
     if split == "batch":
-        hlo = compiled(grad, *spread)
+        hlo = compiled(grad, *there)
         assert "all-gather" not in hlo and "all-to-all" not in hlo
 
 
@@ -192,13 +199,13 @@ def test_a_mask_on_a_mesh_of_explicit_axes():
     want = jax.grad(masked_total, (0, 1))(*args)
     specs = P("data"), P(None), P("data"), P("data")
     with jax.set_mesh(mesh):
-        spread = jax.device_put(args, tuple(NamedSharding(mesh, x) for x in specs))
-        got = jax.jit(jax.grad(masked_total, (0, 1)))(*spread)
+        there = jax.device_put(args, tuple(NamedSharding(mesh, x) for x in specs))
+        got = jax.jit(jax.grad(masked_total, (0, 1)))(*there)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, jax.device_get(got), want)
 
 
-@pytest.mark.parametrize("mask", [MASK[:, :3], MASK[0], MASK.astype(np.float32)])
+@pytest.mark.parametrize("mask", [MASK[:, :3], MASK[0], MASK[..., None], 1.0 * MASK])
 def test_another_mask_is_refused(mask):
     with pytest.raises(AssertionError):
         masked(HIDDEN, UNEMBED, TARGETS, mask)

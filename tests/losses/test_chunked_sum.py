@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
 
 from jalign.losses import entropy_from_logits, logps_from_logits
 from jalign.losses.chunked_sum import sum_over_logits
@@ -19,6 +18,7 @@ from tests.losses.test_chunked import (
     UNEMBED,
     V,
     compiled,
+    spread,
 )
 
 
@@ -60,16 +60,13 @@ def test_a_sum_over_logits_holds_no_more_than_a_chunk_of_them():
 
 @pytest.mark.parametrize("split", SPECS)
 def test_a_sum_over_logits_on_eight_devices(split):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     args = HIDDEN, UNEMBED, TARGETS, MASK
-    specs = *SPECS[split], SPECS[split][2]
-    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
     grad = jax.jit(jax.value_and_grad(fused, (0, 1), has_aux=True))
-    got, want = grad(*jax.device_put(args, shardings)), grad(*args)
+    got, want = grad(*spread(split, *args)), grad(*args)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, got, want)
     if split == "batch":
-        hlo = compiled(grad, *jax.device_put(args, shardings))
+        hlo = compiled(grad, *spread(split, *args))
         assert "all-gather" not in hlo and "all-to-all" not in hlo
 
 
