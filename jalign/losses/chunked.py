@@ -54,7 +54,6 @@ def map_logits(
       chunk_size < 1.
     """
     check(hidden, unembed, (rows, mask), chunk_size)
-    rows, consts = jax.lax.stop_gradient((rows, consts))
     row_fn = Static(row_fn)
     if mask is None:
         return map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, None)
@@ -130,6 +129,7 @@ def _backward(row_fn, chunk_size, residuals, cotangents):
     chunks = split_chunks((hidden, rows, cotangents), grid)
     d_unembed, d_hidden = over_chunks(one_chunk, zeros, chunks, grid, needed)
     d_hidden = join_chunks(d_hidden, grid)
+    # None: no gradient flows to rows, consts and what is needed.
     return d_hidden, d_unembed.astype(unembed.dtype), None, None, None
 
 

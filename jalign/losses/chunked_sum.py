@@ -47,7 +47,6 @@ def sum_over_logits(
     Raises: as `map_logits`.
     """
     check(hidden, unembed, (rows, mask), chunk_size)
-    rows = jax.lax.stop_gradient(rows)
     row_fn = Static(row_fn)
     front = make_front(mask)
     hidden, rows, fronted_mask = to_front((hidden, rows, mask), front)
@@ -88,6 +87,7 @@ def _sum_forward(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
 def _sum_backward(row_fn, chunk_size, saved, cotangents):
     scale = cotangents[0]
     d_hidden, d_unembed = (g * scale.astype(g.dtype) for g in saved)
+    # None: no gradient flows to rows, mask and what is needed.
     return d_hidden, d_unembed, None, None, None
 
 

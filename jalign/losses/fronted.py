@@ -16,9 +16,9 @@ class Front(NamedTuple):
     """Where the positions of each row go, and come from.
 
     Attributes:
-      order: int32 [B, T], the positions, counted ones first, each part in order.
-      inverse: int32 [B, T], where each position went.
-      longest: int32 [], the most counted positions of a row.
+      order: int [B, T], the positions, counted ones first, each part in order.
+      inverse: int [B, T], where each position went.
+      longest: int [], the most counted positions of a row.
     """
 
     order: jax.Array
@@ -28,12 +28,12 @@ class Front(NamedTuple):
 
 def make_front(mask: Array) -> Front:
     """Of a mask bool [B, T], True where a position counts."""
-    counts = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    counts = jnp.cumsum(mask, axis=1)
     total = counts[:, -1:]
     position = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1)
     others = jnp.broadcast_to(total, mask.shape) + position - counts
     inverse = jnp.where(mask, counts - 1, others)
-    return Front(jnp.argsort(inverse, axis=1), inverse, jnp.max(total, initial=0))
+    return Front(jnp.argsort(inverse), inverse, jnp.max(total, initial=0))
 
 
 def to_front(tree: PyTree, front: Front) -> PyTree:

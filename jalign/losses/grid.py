@@ -38,12 +38,11 @@ def chunk_grid(x: Array, chunk_size: int) -> Grid:
     batch, time = x.shape[:2]
     pieces_b = max(1, -(-batch // chunk_size))
     most = max(1, chunk_size // max(1, batch))
-    if batch == 1 and most > FOLD:
-        most -= most % FOLD
+    multiple = FOLD if batch == 1 and most >= FOLD else 1
+    most -= most % multiple
     pieces_t = max(1, -(-time // most))
     size = -(-time // pieces_t)
-    if batch == 1 and most > FOLD:
-        size += -size % FOLD
+    size += -size % multiple
     return Grid(batch, time, pieces_b, pieces_t, size)
 
 

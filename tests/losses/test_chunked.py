@@ -15,6 +15,7 @@ from jalign.losses import (
     map_logits,
     token_logps,
 )
+from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, Static
 from tests.hlo import largest_buffer
 
 B, T, D, V = 8, 32, 8, 512
@@ -122,6 +123,31 @@ def test_equal_functions_are_traced_once():
     np.testing.assert_allclose(run(HIDDEN), 2 * (HIDDEN @ UNEMBED).max(-1), rtol=1e-5)
     run(HIDDEN)
     assert len(traces) == 1
+
+
+def test_row_functions_are_the_same_when_they_do_the_same():
+    def partial(scale):
+        return Static(functools.partial(jnp.multiply, scale=scale))
+
+    assert partial(2.0) == partial(2.0) and hash(partial(2.0)) == hash(partial(2.0))
+    assert partial(2.0) != partial(3.0) and Static(jnp.sin) != Static(jnp.cos)
+    assert Static(jnp.sin) == Static(jnp.sin) and Static(jnp.sin) != jnp.sin
+
+
+def test_a_chunk_is_as_large_as_documented():
+    """Half a GiB of float32 logits for 128k entries."""
+    assert DEFAULT_CHUNK_SIZE * 128 * 2**10 * 4 == 2**29
+
+
+def test_no_gradient_flows_to_rows_and_constants():
+    def row_fn(logits, rows, consts):
+        return consts * rows * logits.max(-1)
+
+    def of(rows, const):
+        return jnp.sum(map_logits(row_fn, HIDDEN, UNEMBED, rows, const, mask=MASK))
+
+    for gradient in jax.grad(of, (0, 1))(jnp.ones((B, T)), 2.0):
+        assert not np.any(gradient)
 
 
 def test_refuses_an_empty_chunk():

@@ -75,3 +75,20 @@ def test_no_gradient_flows_through_what_a_sum_over_logits_reports():
         return jnp.sum(fused(hidden, UNEMBED, TARGETS, MASK)[1])
 
     assert not np.any(jax.grad(entropies)(HIDDEN))
+
+
+def test_no_gradient_flows_to_the_rows():
+    def of(weights):
+        def row_fn(logits, weights):
+            return weights * logits.max(-1), ()
+
+        return sum_over_logits(row_fn, HIDDEN, UNEMBED, weights, MASK)[0]
+
+    assert not np.any(jax.grad(of)(jnp.ones(MASK.shape)))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(AssertionError):
+        fused(HIDDEN, UNEMBED, TARGETS, 1.0 * MASK)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        fused(HIDDEN, UNEMBED, TARGETS, MASK, chunk_size=0)

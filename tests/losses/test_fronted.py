@@ -17,6 +17,7 @@ def test_counted_positions_come_first_each_part_in_order():
         want = [*np.flatnonzero(mask), *np.flatnonzero(~mask)]
         np.testing.assert_array_equal(row, want)
     assert front.longest == 9 and make_front(MASK[:1]).longest == MASK[0].sum()
+    np.testing.assert_array_equal(front.inverse, np.argsort(front.order))
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 2)])
@@ -36,6 +37,10 @@ def test_the_gradient_goes_the_other_way_and_is_no_scatter():
     there = Front(front.inverse, front.order, front.longest)
     np.testing.assert_array_equal(gradient(x), to_front(weights, there))
     assert "scatter" not in str(jax.make_jaxpr(gradient)(x))
+
+
+def test_no_row_at_all():
+    assert make_front(MASK[:0]).longest == 0
 
 
 def test_no_position_at_all():

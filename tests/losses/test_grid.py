@@ -19,6 +19,19 @@ def test_chunks_are_as_large_as_they_may_be_and_no_larger():
     assert pieces(2, 6, 16) == (1, 1)
 
 
+def test_a_lone_row_has_chunks_that_can_be_folded():
+    """(batch, time, chunk_size) -> positions of a chunk."""
+
+    def size(batch, time, chunk_size):
+        return chunk_grid(np.zeros((batch, time)), chunk_size).size
+
+    assert size(1, 20, 64) == 24 and size(1, 100, 63) == 56
+    assert size(1, 5, FOLD) == FOLD
+    assert size(1, 5, FOLD - 1) == 5  # too small for it
+    assert size(2, 20, 64) == 20  # not a lone row
+    assert size(3, 5, 3) == 1
+
+
 @pytest.mark.parametrize("batch, time", [(1, 70), (1, 64), (1, 5), (5, 9), (40, 3)])
 @pytest.mark.parametrize("chunk_size", [1, 7, 20, 33, 1000])
 def test_every_position_has_one_place_in_a_chunk(batch, time, chunk_size):
