@@ -33,20 +33,20 @@ class TokenBatch(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """Pairs of completions of one prompt, up to P of them behind each other in a row.
+    """Pairs of completions of one prompt, in B parts that are computed apart.
 
-    Pair p of a row, from 0, is segment p + 1 of that row of both sides. A place without
+    A part has up to P pairs, whose sides lie in any of its R rows: chosen and rejected
+    completion of pair p, from 0, are the segments 2 p + 1 and 2 p + 2. A pair without
     a segment is filler and counts 0.
 
     Attributes:
-      chosen, rejected: TokenBatch [B, T].
+      rows: TokenBatch, its arrays [B, R, T].
       margins: float32 [B, P], how much better the chosen one was judged; 0 if unknown.
       ref_chosen_logps, ref_rejected_logps: float32 [B, P], nats, summed over the
         completion under the frozen reference; 0 where no reference is used.
     """
 
-    chosen: TokenBatch
-    rejected: TokenBatch
+    rows: TokenBatch
     margins: Array
     ref_chosen_logps: Array
     ref_rejected_logps: Array

@@ -23,7 +23,7 @@ def test_every_field_is_in_the_docstring(cls):
 
 def test_a_batch_is_a_pytree_whose_leaves_keep_their_row_axis():
     rows = types.TokenBatch(*(np.zeros((4, 3), np.int32) for _ in range(4)))
-    pairs = types.PreferenceBatch(rows, rows, *(np.zeros((4, 1), np.float32),) * 3)
+    pairs = types.PreferenceBatch(rows, *(np.zeros((4, 1), np.float32),) * 3)
     halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), pairs)
-    assert isinstance(halves.chosen, types.TokenBatch)
+    assert isinstance(halves.rows, types.TokenBatch)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(halves)} == {2}

@@ -15,18 +15,18 @@ from jalign.data.examples import (
     PreferenceExample,
     PromptExample,
     example_length,
+    filler,
     preference_examples,
     prompt_examples,
     sft_examples,
 )
 from jalign.data.loader import (
     batch_indices,
-    filler,
     make_eval_loader,
     make_loader,
     num_steps,
 )
-from jalign.data.packing import PackedRow, pack
+from jalign.data.packing import PackedPairs, PackedRow, pack
 from jalign.data.rows import BadRow, Row, Rows
 from jalign.data.sources import load_rows
 from jalign.data.tokenizer import check_vocab, load_tokenizer
@@ -35,6 +35,7 @@ __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "BadRow",
     "Example",
+    "PackedPairs",
     "PackedRow",
     "PreferenceExample",
     "PromptExample",

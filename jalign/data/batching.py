@@ -1,13 +1,12 @@
 """Examples to arrays: padding to few lengths."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from jalign.data.encoding import Example
 from jalign.data.examples import PreferenceExample
-from jalign.data.packing import MAX_PACKED, PackedRow, join
+from jalign.data.packing import PackedPairs, PackedRow, join
 from jalign.types import PreferenceBatch, TokenBatch
 
 
@@ -63,39 +62,36 @@ def collate_tokens(
 
 
 def collate_preferences(
-    examples: Sequence[PreferenceExample | Sequence[PreferenceExample]],
-    length: int,
-    *,
-    pairs_per_row: int | None = None,
+    examples: Sequence[PreferenceExample | PackedPairs], length: int
 ) -> PreferenceBatch:
-    """Both sides of the pairs; one without tokens, and room left over, are filler.
+    """Both sides of the pairs; pairs without tokens, and room left over, are filler.
 
     Args:
-      examples: B pairs, or B lists of up to `pairs_per_row` pairs for a row. Neither
-        side of a row is longer than `length` in all.
+      examples: B pairs, which get two rows each, or B parts of packed pairs, with
+        equally many pairs and rows. No row is longer than `length` in all.
       length: T.
-      pairs_per_row: P; by default 1 for pairs and MAX_PACKED for lists of them.
 
-    Returns: PreferenceBatch of [B, T] and float32 [B, P] arrays.
-    Raises: ValueError if a row has too many pairs or tokens.
+    Returns: PreferenceBatch of [B, R, T] and float32 [B, P] arrays.
+    Raises: ValueError if the parts differ or a row has too many tokens.
     """
-    rows: list[Sequence[Any]] = [
-        [row] if isinstance(row, PreferenceExample) else row for row in examples
+    parts = [
+        x if isinstance(x, PackedPairs) else PackedPairs([x], [[0], [1]])
+        for x in examples
     ]
-    if pairs_per_row is None:
-        single = all(isinstance(row, PreferenceExample) for row in examples)
-        pairs_per_row = 1 if single else MAX_PACKED
-    shape = (len(rows), pairs_per_row)
-    margins, ref_chosen, ref_rejected = (np.zeros(shape, np.float32) for _ in range(3))
-    for i, row in enumerate(rows):
-        if len(row) > pairs_per_row:
-            raise ValueError(f"{len(row)} pairs in a row, not {pairs_per_row}")
-        for p, pair in enumerate(row):
-            margins[i, p] = pair.margin
-            ref_chosen[i, p] = pair.ref_chosen_logp
-            ref_rejected[i, p] = pair.ref_rejected_logp
-    chosen, rejected = (
-        collate_tokens([[pair[side] for pair in row] for row in rows], length)
-        for side in (0, 1)
-    )
-    return PreferenceBatch(chosen, rejected, margins, ref_chosen, ref_rejected)
+    shapes = {(len(part.rows), len(part.pairs)) for part in parts}
+    if len(shapes) != 1:
+        raise ValueError(f"parts of different numbers of (rows, pairs): {shapes}")
+    shape = len(parts), *shapes.pop(), length
+    rows = collate_tokens([row for part in parts for row in _rows_of(part)], length)
+    rows = [x.reshape(*shape[:2], length) for x in rows]
+    numbers = [[pair[2:] for pair in part.pairs] for part in parts]
+    numbers = np.moveaxis(np.array(numbers, np.float32), 2, 0)
+    return PreferenceBatch(TokenBatch(*rows), *numbers)
+
+
+def _rows_of(part: PackedPairs) -> list[PackedRow]:
+    """An empty side has no tokens, so that it makes no segment."""
+    documents = [x for pair in part.pairs for x in (pair.chosen, pair.rejected)]
+    return [
+        join([documents[i] for i in row], [i + 1 for i in row]) for row in part.rows
+    ]

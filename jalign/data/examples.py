@@ -49,6 +49,13 @@ class PreferenceExample(NamedTuple):
     ref_rejected_logp: float = 0.0
 
 
+def filler(example: Any) -> Any:
+    """An example of the same kind without tokens: a row that counts nothing."""
+    empty = Example(np.zeros(0, np.int32), np.zeros(0, bool))
+    is_pair = isinstance(example, PreferenceExample)
+    return PreferenceExample(empty, empty) if is_pair else empty
+
+
 class PromptExample(NamedTuple):
     """A prompt for sampling.
 

@@ -11,22 +11,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jalign.data.encoding import Example
-from jalign.data.examples import PreferenceExample
+from jalign.data.examples import filler
 from jalign.data.layout import (
     SAMPLE,
     Layout,
+    assemble,
     choose_layout,
     length_of,
-    packed_rows,
+    packed_parts,
 )
 
 logger = logging.getLogger("jalign.data")
 
 Batch = TypeVar("Batch")
 Collate = Callable[[Sequence[Any], int], Batch]
-
-_EMPTY = Example(np.zeros(0, np.int32), np.zeros(0, bool))
 
 
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
@@ -75,10 +73,9 @@ def make_loader(
       max_length: longest padded length. The length of a batch is the bucket of the
         longest example of the *global* batch, so that all hosts agree on it.
       pack_rows: if not 0, put the examples of a batch behind each other in as few rows
-        as hold them, a multiple of this number over all hosts, where that saves work;
-        rows of `pack` stay as they are.
-        All rows have one length then and `collate` gets a list of lists of at most
-        MAX_PACKED examples.
+        as hold them, where that saves work; rows of `pack` stay as they are. The number
+        of parts that devices and micro-batches cut a global batch into: rows are a
+        multiple of it. `collate` gets lists of examples then, or `PackedPairs`.
       shard_index, shard_count: this host and the number of hosts; a host gets a
         contiguous slice of batch_size / shard_count rows.
       start_step: the first step to yield.
@@ -146,23 +143,19 @@ def _batch_maker(examples, batch_size, collate, layout: Layout, mine: slice):
     def make_batch(indices: np.ndarray):
         length = length_of(indices, layout)
         if layout.row_length:
-            rows = packed_rows(indices, layout)[mine.start // (mine.stop - mine.start)]
-            batch = [[examples[i] for i in row] for row in rows]
+            host = mine.start // (mine.stop - mine.start)
+            parts = packed_parts(indices, layout)[host]
+            batch = assemble(parts, examples)
+            rows = sum(len(part.rows) for part in parts)
         else:
             batch = [examples[i] for i in indices]
             batch += [filler(batch[0])] * (batch_size - len(batch))
             batch = batch[mine]
-        _log_new_shape((len(batch), length), seen)
+            rows = len(batch) * layout.lengths.shape[1]
+        _log_new_shape((rows, length), seen)
         return collate(batch, length)
 
     return make_batch
-
-
-def filler(example: Any) -> Any:
-    """An example of the same kind without tokens: a row that counts nothing."""
-    if isinstance(example, PreferenceExample):
-        return PreferenceExample(_EMPTY, _EMPTY)
-    return _EMPTY
 
 
 def _order(n: int, seed: int):

@@ -7,9 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jalign.data.encoding import Example
-
-MAX_PACKED = 16
-"""The most pairs in a row: a batch has an array with a place for each of them."""
+from jalign.data.examples import PreferenceExample
 
 
 class PackedRow(NamedTuple):
@@ -21,72 +19,69 @@ class PackedRow(NamedTuple):
     positions: np.ndarray
 
 
+class PackedPairs(NamedTuple):
+    """Pairs whose sides lie in common rows.
+
+    Attributes:
+      pairs: the P pairs; one without tokens is filler.
+      rows: of each row the documents, 2 p for the chosen side of pair p and 2 p + 1
+        for the rejected one.
+    """
+
+    pairs: Sequence[PreferenceExample]
+    rows: Sequence[Sequence[int]]
+
+
 def pack(examples: Sequence[Example], length: int) -> list[PackedRow]:
     """Puts whole documents into rows of at most `length` tokens, each exactly once.
 
-    Longest first, each into the fullest row that still has room (best fit decreasing):
-    a function of the examples and the length only, over the whole data set.
+    A function of the examples and the length only, over the whole data set.
 
     Raises: ValueError if an example is longer than `length`.
     """
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
+    rows = fill_rows([len(example.tokens) for example in examples], length)
+    return [join([examples[i] for i in row]) for row in rows]
+
+
+def fill_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
+    """Which documents are put into the same row, of at most `row_length` tokens.
+
+    Longest first, each into the fullest row that still has room (best fit decreasing).
+
+    Args:
+      lengths: tokens of each document; one without any is left out.
+
+    Returns: the documents' indices, row by row.
+    Raises: ValueError if one is longer than `row_length`.
+    """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in order:
-        n = len(examples[i].tokens)
-        if n > length:
-            raise ValueError(f"example of {n} tokens does not fit into {length}")
+    for i in sorted(np.flatnonzero(lengths).tolist(), key=lambda i: -lengths[i]):
+        n = int(lengths[i])
+        if n > row_length:
+            raise ValueError(f"example of {n} tokens does not fit into {row_length}")
         place = bisect_left(room, (n, -1))
         if place < len(room):
             free, row = room.pop(place)
         else:
-            free, row = length, len(rows)
+            free, row = row_length, len(rows)
             rows.append([])
         rows[row].append(i)
         if free > n:
             insort(room, (free - n, row))
-    return [join([examples[i] for i in row]) for row in rows]
-
-
-def fill_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
-    """`pack` for the few examples of a batch, whose sides lie in rows of their own.
-
-    Args:
-      lengths: int [n, sides], tokens of each example: (chosen, rejected) of a pair.
-      row_length: the most tokens of a side of a row.
-
-    Returns: the indices of each row, at most MAX_PACKED. An example is in the same row
-      on all sides.
-    Raises: ValueError if one is longer than `row_length`.
-    """
-    if lengths.size and lengths.max() > row_length:
-        raise ValueError(
-            f"example of {lengths.max()} tokens does not fit into {row_length}"
-        )
-    rows: list[list[int]] = []
-    room = np.zeros((0, lengths.shape[1]), int)
-    for i in np.argsort(-lengths.max(axis=1), kind="stable"):
-        left = room - lengths[i]
-        free = np.array([len(row) < MAX_PACKED for row in rows], bool)
-        fits = (left >= 0).all(axis=1) & free
-        if not fits.any():
-            rows.append([])
-            room = np.vstack([room, np.full(lengths.shape[1], row_length)])
-            row = len(rows) - 1
-        else:
-            row = int(np.argmin(np.where(fits, left.sum(axis=1), np.inf)))
-        rows[row].append(int(i))
-        room[row] -= lengths[i]
     return rows
 
 
-def join(documents: Sequence[Example]) -> PackedRow:
-    """The documents behind each other, as segments 1, 2, ..."""
+def join(
+    documents: Sequence[Example], segments: Sequence[int] | None = None
+) -> PackedRow:
+    """The documents behind each other, as segments 1, 2, ... or as those given."""
     lengths = [len(document.tokens) for document in documents]
     masks = [np.array(document.completion_mask, bool) for document in documents]
     for mask in masks:
         mask[:1] = False  # nothing in this document predicts its first token
-    ids = [np.full(n, number) for number, n in enumerate(lengths, start=1)]
+    numbers = range(1, len(lengths) + 1) if segments is None else segments
+    ids = [np.full(n, number) for n, number in zip(lengths, numbers, strict=True)]
     none = [np.zeros(0, np.int32)]  # so that no document at all is a row too
     return PackedRow(
         tokens=np.concatenate([d.tokens for d in documents] or none).astype(np.int32),

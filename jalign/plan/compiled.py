@@ -53,7 +53,9 @@ def _batch(config: PlanConfig, mesh) -> PyTree:
     def array(dtype, *shape) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    size = (config.batch_size, config.max_length)
+    size: tuple[int, ...] = (config.batch_size, config.max_length)
+    if config.recipe in ("reward", "dpo"):
+        size = (config.batch_size, 2, config.max_length)
     ids, mask = array(np.int32, *size), array(np.bool_, *size)
     tokens = TokenBatch(ids, mask, ids, ids)
     if config.recipe == "ppo":
@@ -61,4 +63,4 @@ def _batch(config: PlanConfig, mesh) -> PyTree:
     if config.recipe == "sft":
         return tokens
     per_pair = array(np.float32, config.batch_size, 1)
-    return PreferenceBatch(tokens, tokens, per_pair, per_pair, per_pair)
+    return PreferenceBatch(tokens, per_pair, per_pair, per_pair)

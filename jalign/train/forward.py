@@ -119,7 +119,7 @@ def pair_rewards(
 
     float32; 0 where there is no pair.
     """
-    rows = interleave(batch)
+    rows = rows_of(batch)
     scores = model.score(params, hidden_states(model, params, rows))
     ids = rows.segment_ids
     last = ids != jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
@@ -130,40 +130,33 @@ def pair_logps(
     model: Model, params: PyTree, batch: PreferenceBatch
 ) -> tuple[jax.Array, jax.Array]:
     """Each completion's log-probability, summed: chosen, rejected, float32 [B, P]."""
-    return pair_sums(token_logps(model, params, interleave(batch)), batch)
+    return pair_sums(token_logps(model, params, rows_of(batch)), batch)
 
 
-def interleave(batch: PreferenceBatch) -> TokenBatch:
-    """Both sides as one TokenBatch [2B, T] of rows chosen, rejected, chosen, ...
-
-    Interleaved, not concatenated, so that no row leaves the device it lies on.
-    """
-    return jax.tree.map(
-        lambda c, r: jnp.stack([c, r], axis=1).reshape(-1, *c.shape[1:]),
-        batch.chosen,
-        batch.rejected,
-    )
+def rows_of(batch: PreferenceBatch) -> TokenBatch:
+    """All parts' rows as one TokenBatch [B * R, T]; none leaves its device."""
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.rows)
 
 
 def pair_sums(x: jax.Array, batch: PreferenceBatch) -> tuple[jax.Array, jax.Array]:
     """Sums over the tokens of each side of each pair.
 
     Args:
-      x: [2B, T], of the rows of `interleave(batch)`.
+      x: [B * R, T], of the rows of `rows_of(batch)`.
 
     Returns: chosen, rejected, float32 [B, P]; 0 on filler.
     """
-    places = batch.margins.shape[1]
-    ids, segments = interleave(batch).segment_ids, jnp.arange(1, places + 1)
-    of_segment = ids[:, None, :] == segments[None, :, None]
-    sums = jnp.sum(jnp.where(of_segment, x[:, None, :], 0.0), axis=2)
-    pairs = sums.reshape(-1, 2, places)
-    return pairs[:, 0], pairs[:, 1]
+    parts, places = batch.margins.shape
+    ids = jnp.reshape(batch.rows.segment_ids, (parts, 1, -1))
+    of_segment = ids == jnp.arange(1, 2 * places + 1)[None, :, None]
+    sums = jnp.sum(jnp.where(of_segment, x.reshape(parts, 1, -1), 0.0), axis=2)
+    pairs = sums.reshape(parts, places, 2)
+    return pairs[..., 0], pairs[..., 1]
 
 
 def valid_pairs(batch: PreferenceBatch) -> jax.Array:
     """bool [B, P], False on filler."""
-    here = jnp.asarray(interleave(batch).segment_ids > 0, jnp.float32)
+    here = jnp.asarray(rows_of(batch).segment_ids > 0, jnp.float32)
     return pair_sums(here, batch)[0] > 0
 
 

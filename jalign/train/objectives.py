@@ -21,10 +21,10 @@ from jalign.train.forward import (
     chunk_size,
     hidden_states,
     in_one_row,
-    interleave,
     pair_logps,
     pair_rewards,
     pair_sums,
+    rows_of,
     successors,
     valid_pairs,
 )
@@ -177,7 +177,7 @@ def pair_inputs(
       ref_, average_ (over its tokens) and average_ref_ in front, float32, in nats;
       `mask`, bool, False on filler.
     """
-    trained = jnp.asarray(interleave(batch).completion_mask, jnp.float32)
+    trained = jnp.asarray(rows_of(batch).completion_mask, jnp.float32)
     inputs = {"mask": valid_pairs(batch)}
     for side, total, length, ref in zip(
         ("chosen", "rejected"),

@@ -9,8 +9,8 @@ from jalign.data.batching import (
     collate_tokens,
 )
 from jalign.data.encoding import Example
-from jalign.data.examples import PreferenceExample
-from jalign.data.loader import filler
+from jalign.data.examples import PreferenceExample, filler
+from jalign.data.packing import PackedPairs
 
 
 def example(n, first=1, start=1):
@@ -59,41 +59,40 @@ def test_trap63_filler_rows_have_no_segment_and_train_nothing():
         assert not leaf[1].any()
     pair = PreferenceExample(example(3), example(2), 1.0, -1.0, -2.0)
     pairs = collate_preferences([pair, filler(pair)], 4)
-    assert not pairs.chosen.segment_ids[1].any()
-    assert not pairs.rejected.completion_mask[1].any()
+    assert not pairs.rows.segment_ids[1].any()
+    assert not pairs.rows.completion_mask[1].any()
     np.testing.assert_array_equal(pairs.margins, [[1], [0]])
 
 
 def test_preferences_share_a_length_and_carry_reference_logps():
     pair = PreferenceExample(example(3), example(2, 7), 0.5, -1.0, -2.0)
     batch = collate_preferences([pair], 4)
-    np.testing.assert_array_equal(batch.chosen.tokens, [[1, 2, 3, 0]])
-    np.testing.assert_array_equal(batch.rejected.tokens, [[7, 8, 0, 0]])
-    for leaf, value in zip(batch[2:], (0.5, -1, -2), strict=True):
+    np.testing.assert_array_equal(batch.rows.tokens, [[[1, 2, 3, 0], [7, 8, 0, 0]]])
+    ids = [[1, 1, 1, 0], [2, 2, 0, 0]]
+    np.testing.assert_array_equal(batch.rows.segment_ids[0], ids)
+    for leaf, value in zip(batch[1:], (0.5, -1, -2), strict=True):
         np.testing.assert_array_equal(leaf, np.full((1, 1), value))
         assert leaf.dtype == np.float32
 
 
-def test_pairs_packed_into_a_row_have_their_own_places():
+def test_packed_pairs_are_told_apart_by_their_segments():
     pairs = [
-        PreferenceExample(example(2, 10 * i), example(1, 10 * i + 5), float(i))
+        PreferenceExample(example(2, 10 * i), example(1, 10 * i + 5), float(i), -i, i)
         for i in range(1, 4)
     ]
-    batch = collate_preferences([pairs[:2], pairs[2:]], 5, pairs_per_row=3)
-    chosen, rejected = batch.chosen, batch.rejected
-    want = [[10, 11, 20, 21, 0], [30, 31, 0, 0, 0]]
-    np.testing.assert_array_equal(chosen.tokens, want)
-    np.testing.assert_array_equal(
-        chosen.segment_ids, [[1, 1, 2, 2, 0], [1, 1, 0, 0, 0]]
-    )
-    np.testing.assert_array_equal(
-        rejected.tokens, [[15, 25, 0, 0, 0], [35, 0, 0, 0, 0]]
-    )
-    np.testing.assert_array_equal(rejected.segment_ids[0], [1, 2, 0, 0, 0])
-    np.testing.assert_array_equal(batch.margins, [[1, 2, 0], [3, 0, 0]])
-    assert collate_preferences([pairs[:2]], 5).margins.shape == (1, 16)
-    with pytest.raises(ValueError, match="3 pairs in a row, not 2"):
-        collate_preferences([pairs], 9, pairs_per_row=2)
+    one = PackedPairs(pairs[:2], [[0, 3], [2, 1]])
+    other = PackedPairs([pairs[2], filler(pairs[2])], [[1, 0], []])
+    batch = collate_preferences([one, other], 4)
+    want = [[[10, 11, 25, 0], [20, 21, 15, 0]], [[35, 30, 31, 0], [0, 0, 0, 0]]]
+    np.testing.assert_array_equal(batch.rows.tokens, want)
+    want = [[[1, 1, 4, 0], [3, 3, 2, 0]], [[2, 1, 1, 0], [0, 0, 0, 0]]]
+    np.testing.assert_array_equal(batch.rows.segment_ids, want)
+    np.testing.assert_array_equal(batch.rows.positions[0, 0], [0, 1, 0, 0])
+    np.testing.assert_array_equal(batch.margins, [[1, 2], [3, 0]])
+    np.testing.assert_array_equal(batch.ref_chosen_logps, [[-1, -2], [-3, 0]])
+    np.testing.assert_array_equal(batch.ref_rejected_logps, [[1, 2], [3, 0]])
+    with pytest.raises(ValueError, match="parts of different numbers"):
+        collate_preferences([one, pairs[2]], 4)
 
 
 def test_too_long_an_example_is_an_error():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jalign.data.examples import PreferenceExample
-from jalign.data.layout import choose_layout, length_of, packed_rows
-from jalign.data.packing import MAX_PACKED, pack
+from jalign.data.layout import Part, assemble, choose_layout, length_of, packed_parts
+from jalign.data.packing import pack
 from tests.data.test_batching import example
 
 SAMPLES = [np.arange(i, i + 16) for i in range(0, 64, 16)]
@@ -36,26 +36,42 @@ def test_without_pack_rows_nothing_is_packed():
     assert layout(examples(0, 2, 250), pack_rows=0).row_length == 0
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_every_example_of_a_batch_has_one_place(hosts):
-    found = layout(examples(1, 2, 250), hosts=hosts)
+def pairs(n=64):
+    sides = zip(examples(2, 2, 60, n), examples(3, 2, 250, n), strict=True)
+    return [PreferenceExample(*pair) for pair in sides]
+
+
+@pytest.mark.parametrize("items", [examples(1, 2, 250), pairs()], ids=["rows", "pairs"])
+@pytest.mark.parametrize("hosts, pieces", [(1, 1), (2, 2), (4, 8), (1, 3)])
+def test_every_side_of_a_batch_has_one_place(items, hosts, pieces):
+    found = layout(items, hosts=hosts, pack_rows=pieces)._replace(row_length=256)
+    sides = found.lengths.shape[1]
     for indices in SAMPLES:
-        parts = packed_rows(indices, found)
-        assert len(parts) == hosts and len({len(rows) for rows in parts}) == 1
-        placed = [i for rows in parts for row in rows for i in row]
-        np.testing.assert_array_equal(np.sort(placed), indices)
-        for rows in parts:
-            for row in rows:
-                assert found.lengths[row].sum() <= length_of(indices, found)
-                assert len(row) <= MAX_PACKED
+        shares = packed_parts(indices, found)
+        assert len(shares) == hosts
+        everywhere = [part for share in shares for part in share]
+        if sides == 2:
+            assert len(everywhere) == pieces
+        assert len({(len(p.rows), len(p.examples)) for p in everywhere}) == 1
+        assert len(everywhere) * len(everywhere[0].rows) % pieces == 0
+        members = [i for part in everywhere for i in part.examples if i >= 0]
+        np.testing.assert_array_equal(np.sort(members), indices)
+        for part in everywhere:
+            lengths = found.lengths[[i for i in part.examples if i >= 0]].ravel()
+            placed = [i for row in part.rows for i in row]
+            np.testing.assert_array_equal(np.sort(placed), np.arange(len(lengths)))
+            for row in part.rows:
+                assert lengths[row].sum() <= length_of(indices, found)
 
 
-def test_both_sides_of_a_pair_fit_their_row():
-    sides = zip(examples(2, 2, 60), examples(3, 2, 250), strict=True)
-    found = layout([PreferenceExample(*pair) for pair in sides])
-    assert found.lengths.shape == (64, 2) and found.row_length
-    for row in packed_rows(SAMPLES[0], found)[0]:
-        assert (found.lengths[row].sum(0) <= found.row_length).all()
+def test_a_place_without_an_example_is_filler():
+    items = pairs(3)
+    (part,) = assemble([Part([2, 0, -1], [[0, 3], [1, 2]])], items)
+    assert part.pairs[:2] == [items[2], items[0]] and part.rows == [[0, 3], [1, 2]]
+    assert all(len(side.tokens) == 0 for side in part.pairs[2][:2])
+    documents = examples(0, 2, 9, 4)
+    rows = assemble([Part([3, 1], [[1], [0]])], documents)
+    assert rows == [[documents[1]], [documents[3]]]
 
 
 def test_few_numbers_of_rows_occur():
@@ -66,4 +82,4 @@ def test_few_numbers_of_rows_occur():
         many, 64, max_length=256, pack_rows=1, hosts=1, sample=batches
     )
     assert found.row_length
-    assert len({len(packed_rows(b, found)[0]) for b in batches}) <= 8
+    assert len({len(packed_parts(b, found)[0][0].rows) for b in batches}) <= 8

@@ -104,8 +104,8 @@ def test_eval_hosts_and_preferences():
     how = {"batch_size": 2, "collate": collate_preferences, "shard_count": 2}
     parts = [list(eval_loader(pairs, shard_index=i, **how)) for i in range(2)]
     assert [len(part) for part in parts] == [2, 2]
-    assert parts[0][1].chosen.segment_ids.any()
-    assert not parts[1][1].chosen.segment_ids.any()
+    assert parts[0][1].rows.segment_ids.any()
+    assert not parts[1][1].rows.segment_ids.any()
 
 
 def test_each_new_length_is_logged(caplog):
@@ -156,16 +156,21 @@ def test_eval_packs_every_example_once():
         np.testing.assert_array_equal(np.sort(found), firsts)
 
 
-def test_packed_pairs_stay_together():
+@pytest.mark.parametrize("parts", [1, 4])
+def test_packed_pairs_stay_together(parts):
     pairs = [PreferenceExample(e, e, float(i)) for i, e in enumerate(EXAMPLES)]
-    how = {"batch_size": 23, "collate": collate_preferences, "pack_rows": 1}
+    how = {"batch_size": 23, "collate": collate_preferences, "pack_rows": parts}
     batch = next(loader(pairs, **how))
-    assert len(batch.margins) < 23
-    for r, margins in enumerate(batch.margins):
-        for p in range(batch.chosen.segment_ids[r].max()):
-            for side in (batch.chosen, batch.rejected):
-                tokens = side.tokens[r][side.segment_ids[r] == p + 1]
-                np.testing.assert_array_equal(tokens, EXAMPLES[int(margins[p])].tokens)
+    assert batch.margins.shape == (parts, -(-23 // parts))
+    assert batch.rows.tokens.size < 0.9 * 46 * 32
+    for b, margins in enumerate(batch.margins):
+        ids = batch.rows.segment_ids[b]
+        for p, margin in enumerate(margins):
+            for side in (1, 2):
+                tokens = batch.rows.tokens[b][ids == 2 * p + side]
+                want = EXAMPLES[int(margin)].tokens if margin or len(tokens) else []
+                np.testing.assert_array_equal(tokens, want)
+    assert np.sum(batch.rows.positions[batch.rows.segment_ids > 0] == 0) == 46
 
 
 def test_no_examples_and_undividable_batches_are_errors():

@@ -42,7 +42,10 @@ def _batch(recipe: str, step: int):
         return _tokens(rng)
     logps = rng.normal(-20, 2, (2, ROWS, 1)).astype(np.float32)
     zeros = np.zeros((ROWS, 1), np.float32)
-    return PreferenceBatch(_tokens(rng), _tokens(rng), zeros, *logps)
+    rows = [np.stack(x, axis=1) for x in zip(_tokens(rng), _tokens(rng), strict=True)]
+    rows = TokenBatch(*rows)
+    ids = rows.segment_ids * np.array([[1], [2]], np.int32)
+    return PreferenceBatch(rows._replace(segment_ids=ids), zeros, *logps)
 
 
 def train(recipe: str, mesh, microbatches: int = 1) -> dict[str, list[float]]:

@@ -57,9 +57,13 @@ def alone(pairs):
 def test_log_probs_and_rewards_of_pairs_are_those_of_their_sides(layout):
     pairs = tiny.pairs(5)
     if layout == "packed":
-        rows = [[pairs[3], pairs[1]], [pairs[0], pairs[4], pairs[2]], []]
-        order = {(0, 0): 3, (0, 1): 1, (1, 0): 0, (1, 1): 4, (1, 2): 2}
-        batch = data.collate_preferences(rows, 40, pairs_per_row=4)
+        none = data.filler(pairs[0])
+        parts = [
+            data.PackedPairs([pairs[3], none, pairs[1]], [[0, 5], [1], [4]]),
+            data.PackedPairs([pairs[0], pairs[4], pairs[2]], [[2], [1, 3, 5], [4, 0]]),
+        ]
+        order = {(0, 0): 3, (0, 2): 1, (1, 0): 0, (1, 1): 4, (1, 2): 2}
+        batch = data.collate_preferences(parts, 40)
     else:
         order = {(i, 0): i for i in range(5)}
         batch = data.collate_preferences([*pairs, data.filler(pairs[0])], 16)

@@ -79,8 +79,9 @@ def test_terms_are_summed_and_reported(language_model):
         *(inputs[f"{ref}{side}_logps"] for ref in ("", "ref_") for side in SIDES),
         beta=0.3,
     )
-    mask = batch.chosen.completion_mask
-    logps = forward.token_logps(model, params, batch.chosen)
+    chosen = jax.tree.map(lambda x: x[:, 0], batch.rows)
+    mask = chosen.completion_mask
+    logps = forward.token_logps(model, params, chosen)
     nll = -np.sum(logps, 1) / mask.sum(1)
     np.testing.assert_allclose(loss.sum, np.sum(dpo + 0.5 * nll), rtol=1e-5)
     np.testing.assert_allclose(loss.metrics["loss/dpo"][0], dpo.sum(), rtol=1e-5)

@@ -93,9 +93,16 @@ def test_packing_changes_nothing(recipe, microbatches):
     model = tiny.model(num_labels=int(recipe == "reward"))
     params = model.init(jax.random.key(0))
     make = getattr(objectives, f"make_{recipe}_objective")
-    items = tiny.examples(8) if recipe == "sft" else tiny.pairs(8)
-    collate = data.collate_tokens if recipe == "sft" else data.collate_preferences
-    rows = [items[:3], items[3:5], items[5:], []]
+    if recipe == "sft":
+        items, collate = tiny.examples(8), data.collate_tokens
+        rows = [items[:3], items[3:5], items[5:], []]
+    else:
+        items, collate = tiny.pairs(8), data.collate_preferences
+        others = [*items[5:], data.filler(items[0]), data.filler(items[0])]
+        rows = [
+            data.PackedPairs(items[:5], [[9, 2, 4], [0, 1, 3], [8, 5], [6, 7]]),
+            data.PackedPairs(others, [[0, 5], [1, 2, 3], [4], []]),
+        ]
     one, other = (
         take_step(params, batch, objective=make(model), microbatches=parts)
         for batch, parts in (
