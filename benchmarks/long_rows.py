@@ -2,6 +2,9 @@
 
 An SFT step of 1 x LENGTH tokens of the 7M model, a process a length, blocks recomputed
 in the backward pass. Prints the compiler's temporaries and the peak of the process.
+The command has huge pages on a CPU by itself; here they are asked for from outside:
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.long_rows
 """
 
 import json
@@ -18,7 +21,6 @@ from benchmarks import measure, settings
 
 def one_step(length: int) -> dict[str, float]:
     """Two steps; the second one is timed."""
-    ja.sharding.keep_freed_memory()
     shape = settings.MODELS["7m"]._asdict()
     size = settings.MODELS["7m"].head_dim
     config = ja.models.ModelConfig(**shape, head_dim=size, tie_embeddings=True)

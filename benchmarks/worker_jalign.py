@@ -221,5 +221,4 @@ PIECES = {
 }
 
 if __name__ == "__main__":
-    ja.sharding.keep_freed_memory()  # as in the notebooks and the command
     sys.exit(measure.main(PIECES, "jax", "flax", "optax"))

@@ -1,4 +1,5 @@
-"""The `jalign` command: the only file that reads argv and env or sets jax config.
+"""The `jalign` command: the only file that reads argv and env or sets jax config
+(`__main__.py` reads both before, to choose how the process starts).
 
 Flags come from the config dataclasses through tyro. A `--config FILE.yaml` is turned
 into flags that stand before the user's own, so that the user's win.
@@ -124,7 +125,6 @@ def start_jax(launch: Launch) -> None:
     if launch.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", launch.cpu_devices)
-    sharding.keep_freed_memory()
     # One that the user has named (JAX_COMPILATION_CACHE_DIR) stays.
     if launch.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))

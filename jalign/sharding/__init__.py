@@ -4,7 +4,6 @@ The only room that says PartitionSpec or names a mesh axis: others speak of logi
 axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp, tensor.
 """
 
-from jalign.sharding.host import keep_freed_memory
 from jalign.sharding.machines import Machine, machine, topology_devices
 from jalign.sharding.mesh import abstract_mesh, make_mesh, parse_mesh
 from jalign.sharding.multihost import (
@@ -38,7 +37,6 @@ __all__ = [
     "gather",
     "initialize",
     "is_main_process",
-    "keep_freed_memory",
     "machine",
     "make_mesh",
     "param_shardings",
