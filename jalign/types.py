@@ -75,23 +75,28 @@ class Rollout(NamedTuple):
 
     Attributes:
       tokens, completion_mask, segment_ids, positions: as in TokenBatch.
-      old_logps: float32, the trainer's log-probabilities at rollout time, nats.
+      old_logps: float32, the trainer's log-probabilities at rollout time, nats; None
+        where the policy is still the one that sampled, so that an objective takes its
+        own log-probabilities, without their gradient.
       ref_logps: float32, the frozen reference's, nats; None where there is none.
       values: float32, the critic's value of the state before each token; None where
         there is no critic.
       advantages: float32, after whitening where it was asked for.
       returns: float32, advantages (before whitening) + values; None without a critic.
+      sampler_logps: float32, the generator's, nats; None leaves out the metrics of how
+        far trainer and generator are apart.
     """
 
     tokens: Array
     completion_mask: Array
     segment_ids: Array
     positions: Array
-    old_logps: Array
+    old_logps: Array | None
     ref_logps: Array | None
     values: Array | None
     advantages: Array
     returns: Array | None
+    sampler_logps: Array | None = None
 
 
 class Loss(NamedTuple):

@@ -61,6 +61,7 @@ def make_group_rollout(
         values=None,
         advantages=np.where(mask, advantages[:, None], np.float32(0.0)),
         returns=None,
+        sampler_logps=scored.sampler_logps,
     )
 
 
@@ -84,7 +85,7 @@ def group_metrics(
     for name, values in scored.reward_parts.items():
         means[f"rewards/{name}/mean"] = values.mean()
         means[f"rewards/{name}/std"] = values.std(ddof=1)
-    means |= _length_metrics(scored) | _sampling_metrics(scored.gaps)
+    means |= _length_metrics(scored)
     return {name: float(value) for name, value in means.items()}
 
 
@@ -97,15 +98,3 @@ def _length_metrics(scored: Scored) -> dict[str, float]:
         extremes = {"min": x.min(), "max": x.max(), "mean": x.mean()}
         found |= {f"completions/{how}_{name}": v for how, v in extremes.items()}
     return found
-
-
-def _sampling_metrics(gaps: np.ndarray) -> dict[str, float]:
-    """How far trainer and sampler are apart on the tokens; ratios are e^gap."""
-    ratios, gaps = np.exp(gaps), np.abs(gaps)
-    return {
-        "sampling/sampling_logp_difference/mean": gaps.mean(),
-        "sampling/sampling_logp_difference/max": gaps.max(),
-        "sampling/importance_sampling_ratio/min": ratios.min(),
-        "sampling/importance_sampling_ratio/mean": ratios.mean(),
-        "sampling/importance_sampling_ratio/max": ratios.max(),
-    }

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jalign import data
@@ -108,7 +109,11 @@ def iterate(
     """
     grpo, began, number = config.grpo, time.perf_counter(), state.iteration
     chosen, key = rollout_prompts(prompts, config, number)
-    scored = sample_and_score(actors, state.policy.params, chosen, key)
+    # At the only update the policy is still the one that sampled.
+    several = grpo.updates_per_rollout > 1
+    scored = sample_and_score(
+        actors, state.policy.params, chosen, key, with_logps=several
+    )
     scores = shape_scores(scored.rewards, scored.stopped, grpo.rewards)
     rollout = make_group_rollout(scored, scores, grpo)
     sampled = time.perf_counter()
@@ -138,13 +143,32 @@ def update(
 
 
 def update_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
-    """Means over the updates of an iteration; the clip ratios' extremes as well."""
+    """Means over the updates of an iteration; of some their extremes."""
     found = columns(rows)
+    extremes = sampling_extremes(
+        found.pop("min_sampler_gap").min(), found.pop("max_sampler_gap").max()
+    )
     return {name: float(x.mean()) for name, x in found.items()} | {
         "skipped": float(found["skipped"].sum()),
         "learning_rate": float(found["learning_rate"][-1]),
         "clip_ratio/low_min": float(found["clip_ratio/low_mean"].min()),
         "clip_ratio/high_max": float(found["clip_ratio/high_mean"].max()),
-        # 1 up to rounding, or sampling and training do not share one model.
+        # 1 up to rounding, or the pass and the update do not share one model.
         "ratio_first": float(found["ratio"][0]),
+        **extremes,
+    }
+
+
+def sampling_extremes(low: float, high: float) -> dict[str, float]:
+    """Extremes of trainer's less sampler's log-probability, under TRL's names.
+
+    Args:
+      low, high: the signed extremes, nats; inf and -inf where no token was trained,
+        which count as 0.
+    """
+    low, high = (0.0, 0.0) if low > high else (low, high)
+    return {
+        "sampling/sampling_logp_difference/max": float(max(high, -low)),
+        "sampling/importance_sampling_ratio/min": float(np.exp(low)),
+        "sampling/importance_sampling_ratio/max": float(np.exp(high)),
     }

@@ -45,7 +45,7 @@ class GRPOOptions(OnlineOptions):
         terms = self.terms()
         for name, term in terms.items():
             _check_clip(name, term)
-            updates = self.num_epochs * self.num_minibatches
+            updates = self.updates_per_rollout
             check(
                 "old_logps" in term.entry.inputs or updates == 1,
                 f"loss {name!r} takes no notice of how far the policy has moved since "

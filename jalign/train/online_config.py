@@ -92,6 +92,11 @@ class OnlineOptions:
             value = getattr(self, name)
             check(value >= 1, f"{name} must be >= 1, got {value}")
 
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps on each rollout batch."""
+        return self.num_epochs * self.num_minibatches
+
 
 @dataclass(frozen=True)
 class OnlineConfig:

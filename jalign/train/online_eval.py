@@ -51,7 +51,10 @@ def evaluate_prompts(
     for number, start in enumerate(range(0, len(prompts), batch_size)):
         part = prompts[start : start + batch_size]
         part_key = jax.random.fold_in(key, number)
-        parts.append(sample_and_score(actors, params, part, part_key))
+        with_logps = actors.reference is not None  # they are read for the KL alone
+        parts.append(
+            sample_and_score(actors, params, part, part_key, with_logps=with_logps)
+        )
 
     def mean(of) -> float:
         return float(np.concatenate([of(part) for part in parts]).mean())

@@ -9,7 +9,7 @@ from jalign import losses
 from jalign.models import Model
 from jalign.train.forward import token_stats, token_values
 from jalign.train.objectives import Objective, PyTree, Terms, sum_terms
-from jalign.types import Loss, Rollout
+from jalign.types import Array, Loss, Rollout
 
 
 def make_ppo_objective(
@@ -34,12 +34,10 @@ def make_ppo_objective(
         del key
         mask = batch.completion_mask
         stats = token_stats(model, params, batch, temperature=temperature)
-        policy = losses.ppo_policy_loss(
-            stats.logps, batch.old_logps, batch.advantages, clip_eps=clip_eps
-        )
+        args = (stats.logps, old_logps(batch, stats.logps))
+        policy = losses.ppo_policy_loss(*args, batch.advantages, clip_eps=clip_eps)
         loss = policy - entropy_coef * stats.entropy if entropy_coef else policy
-        args = (stats.logps, batch.old_logps)
-        ratio = jnp.exp(jax.lax.stop_gradient(stats.logps) - batch.old_logps)
+        ratio = jnp.exp(jax.lax.stop_gradient(stats.logps) - args[1])
         clipped = losses.clip_frac(*args, batch.advantages, clip_eps=clip_eps)
         metrics = {
             "loss/policy_avg": losses.token_mean(policy, mask),
@@ -73,16 +71,18 @@ def make_grpo_objective(
       entropy_coef: weight of the entropy bonus.
       temperature: the sampler's; old_logps must have been taken at the same one.
 
-    Returns: objective whose count is that of the reduction.
+    Returns: objective whose count is that of the reduction. With sampler_logps in the
+      Rollout its metrics say how far trainer and sampler were apart at rollout time.
     """
 
     def objective(params: PyTree, batch: Rollout, key: jax.Array) -> Loss:
         del key
         mask = batch.completion_mask
         stats = token_stats(model, params, batch, temperature=temperature)
+        old = old_logps(batch, stats.logps)
         inputs = {
             "logps": stats.logps,
-            "old_logps": batch.old_logps,
+            "old_logps": old,
             "advantages": batch.advantages,
             "mask": mask,
         }
@@ -94,20 +94,50 @@ def make_grpo_objective(
             metrics["kl"] = losses.token_mean(kl, mask)
         if entropy_coef:
             loss = loss - entropy_coef * stats.entropy
-        ratio = jnp.exp(stats.logps - batch.old_logps)
+        approx_kl = losses.approx_kl(stats.logps, old)
         metrics |= {
             "policy_loss": reduction(policy, mask),
-            "ratio": losses.token_mean(ratio, mask),
-            "approx_kl": losses.token_mean(
-                losses.approx_kl(stats.logps, batch.old_logps), mask
-            ),
+            "ratio": losses.token_mean(jnp.exp(stats.logps - old), mask),
+            "approx_kl": losses.token_mean(approx_kl, mask),
         }
+        if batch.sampler_logps is not None:
+            metrics |= sampler_gaps(old, batch.sampler_logps, mask)
         metrics |= {name: reduction(x, mask) for name, x in parts.items()}
         metrics |= clip_ratios(lambda x: sum_terms(terms, x)[0], inputs)
         total, count = reduction(loss, mask)
         return Loss(total, count, jax.lax.stop_gradient(metrics))
 
     return objective
+
+
+def old_logps(batch: Rollout, logps: jax.Array) -> jax.Array:
+    """The rollout's, else the objective's own [B, T], without their gradient."""
+    chosen = logps if batch.old_logps is None else batch.old_logps
+    return jax.lax.stop_gradient(jnp.asarray(chosen))
+
+
+def sampler_gaps(
+    logps: Array, sampler_logps: Array, mask: Array
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """How far trainer and sampler are apart on the trained tokens; ratios are e^gap.
+
+    Args:
+      logps, sampler_logps: float32 [B, T], nats, of the same policy.
+      mask: bool [B, T].
+
+    Returns: name -> (sum, count); of the two signed extremes (extreme, 1), inf where
+      no token is trained. `grpo.sampling_extremes` gives them TRL's names.
+    """
+    gaps = logps - sampler_logps
+    one = jnp.float32(1.0)
+    return {
+        "sampling/sampling_logp_difference/mean": losses.token_mean(abs(gaps), mask),
+        "sampling/importance_sampling_ratio/mean": losses.token_mean(
+            jnp.exp(gaps), mask
+        ),
+        "min_sampler_gap": (jnp.min(gaps, where=mask, initial=jnp.inf), one),
+        "max_sampler_gap": (jnp.max(gaps, where=mask, initial=-jnp.inf), one),
+    }
 
 
 def clip_ratios(

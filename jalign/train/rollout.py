@@ -56,27 +56,25 @@ class Scored(NamedTuple):
 
     Attributes:
       batch: TokenBatch [B, T], prompt and completion in a row.
-      logps, entropy: float32 [B, T], nats, the sampling policy's, by the trainer.
+      logps, entropy: float32 [B, T], nats, the sampling policy's, by the trainer; None
+        where they were not asked for.
+      sampler_logps: float32 [B, T], nats, the same by the sampler; 0 elsewhere.
       ref_logps: float32 [B, T], nats; None without a reference.
       rewards: float32 [B], as the judge gave them, weighted and summed.
       stopped: bool [B], ended by a stop token and not by the length limit.
       texts: the B completions as text.
-      sampler_gap: largest |trainer's - sampler's| log-probability of a token, nats.
       reward_parts: name -> float32 [B], each reward before its weight.
-      gaps: float32 [number of completion tokens], trainer's less sampler's
-        log-probability of each.
     """
 
     batch: TokenBatch
-    logps: np.ndarray
-    entropy: np.ndarray
+    logps: np.ndarray | None
+    entropy: np.ndarray | None
+    sampler_logps: np.ndarray
     ref_logps: np.ndarray | None
     rewards: np.ndarray
     stopped: np.ndarray
     texts: list[str]
-    sampler_gap: float
     reward_parts: Mapping[str, np.ndarray] = {}
-    gaps: np.ndarray = np.zeros(0, np.float32)
 
 
 def join(
@@ -114,8 +112,18 @@ def sample_and_score(
     policy_params: PyTree,
     examples: Sequence[data.PromptExample],
     key: jax.Array,
+    *,
+    with_logps: bool = True,
 ) -> Scored:
-    """group_size completions of each prompt, their rewards and log-probabilities."""
+    """group_size completions of each prompt, their rewards and log-probabilities.
+
+    Args:
+      actors: who samples and judges.
+      policy_params: the policy's.
+      examples: the prompts.
+      key: PRNG key [], of the sampling.
+      with_logps: make the trainer's pass of the policy over the completions.
+    """
     prompts = [example.tokens.tolist() for example in examples]
     completion = actors.sample(policy_params, prompts, key)
     examples = in_groups(examples, actors.group_size)
@@ -125,19 +133,19 @@ def sample_and_score(
     rows = zip(completion.tokens, completion.mask, strict=True)
     texts = actors.decode([tokens[mask].tolist() for tokens, mask in rows])
     rewards, parts = judge(actors, examples, texts)
-    stats = actors.policy(policy_params, batch)
-    gaps = stats.logps[batch.completion_mask] - completion.logps[completion.mask]
+    sampler_logps = np.zeros(batch.tokens.shape, np.float32)
+    sampler_logps[batch.completion_mask] = completion.logps[completion.mask]
+    stats = actors.policy(policy_params, batch) if with_logps else None
     return Scored(
         batch,
-        np.asarray(stats.logps),
-        np.asarray(stats.entropy),
+        np.asarray(stats.logps) if stats else None,
+        np.asarray(stats.entropy) if stats else None,
+        sampler_logps,
         ref_logps=actors.reference(batch) if actors.reference else None,
         rewards=rewards,
         stopped=ended(completion, actors.stop_tokens),
         texts=texts,
-        sampler_gap=float(np.max(np.abs(gaps), initial=0.0)),
         reward_parts=parts,
-        gaps=np.asarray(gaps),
     )
 
 
@@ -241,6 +249,7 @@ def make_rollout(
 def reference_kl(scored: Scored) -> np.ndarray:
     """float32 [B], nats: the sum of kl_k1 to the reference over each completion."""
     assert scored.ref_logps is not None, "there is no reference"
+    assert scored.logps is not None, "the policy's pass was left out"
     k1 = np.asarray(losses.kl_k1(scored.logps, scored.ref_logps))
     return np.where(scored.batch.completion_mask, k1, 0.0).sum(axis=1)
 
@@ -255,6 +264,8 @@ def rollout_metrics(
     clipping and penalty; `objective/scores` is after them.
     """
     mask, kl = scored.batch.completion_mask, reference_kl(scored)
+    assert scored.logps is not None  # reference_kl has read them
+    gaps = np.abs(scored.logps - scored.sampler_logps)[mask]
     lengths = mask.sum(axis=1)
     penalty = -kl_coef * kl.mean()
     means = {
@@ -269,7 +280,7 @@ def rollout_metrics(
         "val/num_eos_tokens": scored.stopped.sum(),
         "completions/mean_length": lengths.mean(),
         "completions/clipped_ratio": 1.0 - scored.stopped.mean(),
-        "sampling/sampling_logp_difference/max": scored.sampler_gap,
+        "sampling/sampling_logp_difference/max": np.max(gaps, initial=0.0),
     }
     if len(scored.reward_parts) > 1:
         means |= {f"rewards/{k}/mean": x.mean() for k, x in scored.reward_parts.items()}

@@ -63,8 +63,7 @@ def make_trainer(
 
 def num_updates(config: OnlineConfig, iterations: int) -> int:
     """Optimizer steps of a whole run."""
-    options = config.options
-    return iterations * options.num_epochs * options.num_minibatches
+    return iterations * config.options.updates_per_rollout
 
 
 def first_state(

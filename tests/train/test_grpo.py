@@ -2,15 +2,25 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from jalign import sharding
 from jalign.train.actors import make_actors
-from jalign.train.grpo import iterate, make_learner, start_state
+from jalign.train.group_rollout import make_group_rollout
+from jalign.train.grpo import (
+    iterate,
+    make_learner,
+    start_state,
+    update,
+    update_metrics,
+)
 from jalign.train.online_config import ComputeOptions
 from jalign.train.optim import OptimConfig
+from jalign.train.rollout import sample_and_score
+from jalign.train.updates import rollout_prompts
 from tests.train.grpo_world import make_group_cast, make_grpo_config
 from tests.train.ppo_world import make_prompts
 
@@ -18,6 +28,9 @@ from tests.train.ppo_world import make_prompts
 OPTIM = OptimConfig(learning_rate=3e-3, schedule="constant", eps=1e-2)
 ALL = {"loss": "grpo", "beta": 0.1, "entropy_coef": 0.01}
 FULL = make_grpo_config(grpo=ALL, optim=OPTIM)  # compiled once for most tests
+CUT = make_grpo_config(
+    grpo=ALL | {"compute": ComputeOptions(microbatches=4)}, optim=OPTIM
+)
 
 
 @functools.cache
@@ -77,11 +90,99 @@ def test_a_whole_iteration_repeats_bit_for_bit():
 
 
 def test_microbatches_change_nothing():
-    cut = ALL | {"compute": ComputeOptions(microbatches=4)}
-    params, metrics = one_iteration(make_grpo_config(grpo=cut, optim=OPTIM))
+    params, metrics = one_iteration(CUT)
     assert_close(params, plain()[0])
     for name in ("loss", "kl", "entropy", "clip_ratio/region_mean", "grad_norm"):
         assert metrics[name] == pytest.approx(plain()[1][name], abs=1e-5), name
+
+
+def once(**changes):
+    """A config of one update a rollout."""
+    return make_grpo_config(grpo=ALL | {"num_epochs": 1} | changes, optim=OPTIM)
+
+
+def counted(actors):
+    """The same actors, and a list that grows with each of the policy's passes."""
+    calls = []
+
+    def policy(*args):
+        calls.append(args)
+        return actors.policy(*args)
+
+    return actors._replace(policy=policy), calls
+
+
+@pytest.mark.parametrize(("config", "passes"), [(once(), 0), (FULL, 1)])
+def test_the_policys_pass_is_made_for_several_updates_only(config, passes):
+    state, parts = start(config)
+    parts["actors"], calls = counted(parts["actors"])
+    for number in range(1, 3):
+        state, _ = iterate(state, make_prompts(), **parts)
+        assert len(calls) == passes * number
+
+
+@pytest.mark.parametrize("changes", [{}, {"mask_truncated": True}])
+def test_one_update_is_the_same_without_the_policys_pass(changes):
+    config = once(**changes)
+    got, metrics = one_iteration(config)
+    state, parts = start(config)
+    chosen, key = rollout_prompts(make_prompts(), config, 0)
+    scored = sample_and_score(parts["actors"], state.policy.params, chosen, key)
+    rollout = make_group_rollout(scored, scored.rewards, config.grpo)
+    assert rollout.old_logps is not None
+    parts.pop("actors")
+    policy, expected = update(state, rollout, **parts)
+    chex.assert_trees_all_close(got, policy.params, rtol=1e-5, atol=1e-7)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_the_sampler_is_measured_with_and_without_the_policys_pass():
+    """A sampler whose log-probabilities are off by 0.25 nats, up and down."""
+    names = (
+        "sampling_logp_difference/mean",
+        "sampling_logp_difference/max",
+        "importance_sampling_ratio/min",
+        "importance_sampling_ratio/mean",
+        "importance_sampling_ratio/max",
+    )
+    for config in (once(), CUT):  # with two updates, each of four parts
+        state, parts = start(config)
+        actors = parts["actors"]
+
+        def off(*args, actors=actors):
+            made = actors.sample(*args)
+            sign = np.float32([0.25, -0.125])[np.arange(made.tokens.shape[1]) % 2]
+            return made._replace(logps=made.logps + sign)
+
+        parts["actors"] = actors._replace(sample=off)
+        _, metrics = iterate(state, make_prompts(), **parts)
+        found = {name: metrics[f"sampling/{name}"] for name in names}
+        assert found["sampling_logp_difference/max"] == pytest.approx(0.25, abs=1e-5)
+        assert found["importance_sampling_ratio/min"] == pytest.approx(np.exp(-0.25))
+        assert found["importance_sampling_ratio/max"] == pytest.approx(np.exp(0.125))
+        assert 0.125 < found["sampling_logp_difference/mean"] < 0.25
+        assert np.exp(-0.25) < found["importance_sampling_ratio/mean"] < np.exp(0.125)
+        assert not [name for name in metrics if name.endswith("sampler_gap")]
+        assert metrics.keys() == plain()[1].keys()
+
+
+def test_extremes_are_over_the_updates_that_trained_a_token():
+    common = "skipped learning_rate ratio clip_ratio/low_mean clip_ratio/high_mean"
+    extremes = (-0.5, 0.125), (-0.25, 0.25), (np.inf, -np.inf)
+    rows = [
+        dict.fromkeys(common.split(), 0.0)
+        | {"min_sampler_gap": low, "max_sampler_gap": high}
+        for low, high in extremes
+    ]
+    names = (
+        "sampling/sampling_logp_difference/max",
+        "sampling/importance_sampling_ratio/min",
+        "sampling/importance_sampling_ratio/max",
+    )
+    found = [update_metrics(rows)[name] for name in names]
+    assert found == pytest.approx([0.5, np.exp(-0.5), np.exp(0.25)])
+    assert [update_metrics(rows[2:])[name] for name in names] == [0, 1, 1]
 
 
 def test_a_mesh_changes_nothing():

@@ -19,7 +19,8 @@ def test_figures_are_means_over_all_prompts_and_repeat():
         reward=side_by_side([cast.reward, lengths]),
         reward_weights={"a": 1.0, "length": 0.5},
     )
-    actors = make_actors(cast, config)
+    # Without a reference nothing is asked of the policy but its completions.
+    actors = make_actors(cast, config)._replace(policy=None)
     # More prompts than fit into one batch of completions.
     found = evaluate_prompts(actors, cast.policy_params, make_prompts(), config)
     figures = found.figures

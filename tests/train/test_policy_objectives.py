@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +109,83 @@ def test_every_loss_of_the_command_line_is_finite_and_starts_unclipped(language_
             assert np.isfinite(float(loss.sum / loss.count)) and loss.count > 0, name
             region = ratio(loss.metrics["clip_ratio/region_mean"])
             assert region == 0 if not moved else 0 <= region < 1, name
+
+
+def unstopped(inputs):
+    """A term of a researcher's own that does not stop the gradient of old_logps."""
+    return -jnp.exp(inputs["logps"] - inputs["old_logps"]) * inputs["advantages"]
+
+
+@pytest.mark.parametrize("name", [*REGISTRY["grpo"], "unstopped", "ppo"])
+def test_without_old_logps_the_policy_is_the_one_that_sampled(name, monkeypatch):
+    """Value, gradient and metrics are those of its log-probabilities given as old."""
+
+    def stats(model, logps, batch, *, temperature):
+        """The parameters are the log-probabilities: all gradients go through them."""
+        assert temperature == 0.7
+        return forward.TokenStats(logps, jnp.exp(logps))
+
+    monkeypatch.setattr(policy_objectives, "token_stats", stats)
+    batch, logps = logps_rollout()
+    if name == "ppo":
+        objective = policy_objectives.make_ppo_objective(
+            None, entropy_coef=0.1, temperature=0.7
+        )
+    else:
+        options = GRPOOptions(loss="grpo" if name == "unstopped" else name)
+        objective = policy_objectives.make_grpo_objective(
+            None,
+            terms={name: unstopped} if name == "unstopped" else options.terms(),
+            reduction=options.reduction,
+            beta=0.3,
+            entropy_coef=0.1,
+            temperature=0.7,
+        )
+
+    @jax.jit
+    def both(logps, batch):
+        def scalar(logps):
+            loss = objective(logps, batch, KEY)
+            return loss.sum, loss
+
+        return jax.grad(scalar, has_aux=True)(logps)
+
+    with_pass = both(logps, batch._replace(old_logps=logps))
+    without = both(logps, batch)
+    chex.assert_trees_all_close(without, with_pass, rtol=1e-6, atol=1e-7)
+    assert np.abs(without[0]).max() > 0.1
+    moved = both(logps, batch._replace(old_logps=0.9 * logps))
+    if name != "reinforce":  # which does not look at it
+        assert np.abs(moved[0] - without[0]).max() > 1e-3
+    if name != "ppo":
+        gap = ratio(without[1].metrics["sampling/sampling_logp_difference/mean"])
+        assert gap == pytest.approx(0.25)
+
+
+def logps_rollout():
+    batch = tiny.token_batch(4)
+    mask = batch.completion_mask
+    logps = jnp.where(mask, -jnp.exp(jax.random.normal(KEY, mask.shape)), 0.0)
+    sign = jnp.where(jnp.arange(len(logps)) % 2, 1.0, -1.0)[:, None]
+    advantages, ref = jnp.where(mask, sign, 0.0), 0.8 * logps
+    sampler = jnp.where(mask, logps - 0.25 * sign, 0.0)
+    return Rollout(*batch, None, ref, None, advantages, None, sampler), logps
+
+
+def test_sampler_gaps_are_over_the_trained_tokens():
+    mask = jnp.array([[False, True, True], [True, False, False]])
+    logps = jnp.array([[9.0, -1.0, -2.0], [-0.5, 0.0, 0.0]])
+    sampler = jnp.array([[0.0, -1.5, -1.0], [-0.25, 0.0, 7.0]])
+    found = policy_objectives.sampler_gaps(logps, sampler, mask)
+    gaps = np.array([0.5, -1.0, -0.25])
+    mean = ratio(found["sampling/sampling_logp_difference/mean"])
+    assert mean == pytest.approx(np.abs(gaps).mean())
+    mean = ratio(found["sampling/importance_sampling_ratio/mean"])
+    assert mean == pytest.approx(np.exp(gaps).mean())
+    assert ratio(found["min_sampler_gap"]) == -1.0
+    assert ratio(found["max_sampler_gap"]) == 0.5
+    none = policy_objectives.sampler_gaps(logps, sampler, mask & False)
+    assert ratio(none["min_sampler_gap"]) == np.inf == -ratio(none["max_sampler_gap"])
 
 
 def test_clip_ratios_follow_the_loss():

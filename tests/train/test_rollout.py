@@ -141,11 +141,11 @@ def scored_case():
         TokenBatch(ints, MASK, ints, ints),
         logps,
         np.abs(logps),
+        np.where(MASK, logps - np.float32(0.25), 7),
         ref,
         scores,
         np.array([True, False]),
         ["x", "y"],
-        0.25,
     )
 
 
@@ -161,6 +161,8 @@ def test_metrics_are_per_completion():
     assert row["objective/scores"] == 1.5 and row["reward"] == 0.5
     assert row["val/num_eos_tokens"] == 1 and row["completions/clipped_ratio"] == 0.5
     assert row["completions/mean_length"] == 2.5
+    gap = row["sampling/sampling_logp_difference/max"]
+    assert gap == pytest.approx(0.25)  # not the 7 outside the mask
 
 
 def test_make_rollout_carries_what_the_objectives_read():
@@ -168,14 +170,17 @@ def test_make_rollout_carries_what_the_objectives_read():
     values = np.where(MASK, random_case()[3], 0)
     rollout = make_rollout(scored, scored.rewards, values, **OPTIONS)
     assert rollout.old_logps is scored.logps and rollout.values is values
-    assert {x.shape for x in rollout} == {MASK.shape}
-    assert all(isinstance(x, np.ndarray) for x in rollout)
+    *arrays, sampler_logps = rollout
+    assert sampler_logps is None  # PPO compares them in rollout_metrics
+    assert {x.shape for x in arrays} == {MASK.shape}
+    assert all(isinstance(x, np.ndarray) for x in arrays)
 
 
-def test_sample_and_score_hands_on_texts_rows_and_the_sampler_gap(key):
+def test_sample_and_score_hands_on_texts_rows_and_the_samplers_logps(key):
     prompts, seen = make_prompts(3), {}
     made = completion([[4, 5], [6], [7, 2]], 2)
-    made = made._replace(logps=np.where(made.mask, np.float32(-1.0), np.float32(0)))
+    # What the sampler leaves behind a completion must not be carried along.
+    made = made._replace(logps=np.where(made.mask, np.float32(-1.0), np.float32(9)))
 
     def reward(*args):
         seen["reward"] = args
@@ -199,7 +204,10 @@ def test_sample_and_score_hands_on_texts_rows_and_the_sampler_gap(key):
     scored = sample_and_score(actors, "params", prompts, key)
     texts, rows = [p.text for p in prompts], [p.row for p in prompts]
     assert seen["reward"] == (texts, ["4 5", "6", "7 2"], rows)
-    assert scored.sampler_gap == pytest.approx(0.5)
+    mask = scored.batch.completion_mask
+    np.testing.assert_array_equal(scored.sampler_logps, np.where(mask, -1.0, 0.0))
+    np.testing.assert_array_equal(scored.logps, np.where(mask, -1.5, 0.0))
+    assert scored.sampler_logps.dtype == np.float32
     np.testing.assert_array_equal(scored.stopped, [False, False, True])
     assert scored.batch.tokens.shape == (3, 16)
 
