@@ -146,12 +146,11 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
             mesh=mesh,
         )
 
-    stats = on_host(_stats, policy, temperature=sampling.temperature)
     logps = on_host(_logps, policy, temperature=sampling.temperature)
     reference = functools.partial(logps, cast.policy_params)
     return Actors(
         sample=sample,
-        policy=stats,
+        policy=logps,
         reference=reference if config.has_reference else None,
         critic=on_host(_values, cast.critic) if cast.critic else None,
         reward=cast.reward,
@@ -164,7 +163,6 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
 
 
 # At module level, so that a second run in one process compiles nothing anew.
-_stats = jax.jit(forward.token_stats, static_argnums=0, static_argnames="temperature")
 _logps = jax.jit(forward.token_logps, static_argnums=0, static_argnames="temperature")
 _values = jax.jit(forward.token_values, static_argnums=0)
 

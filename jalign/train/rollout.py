@@ -15,7 +15,6 @@ import numpy as np
 
 from jalign import data, losses
 from jalign.rewards import RewardFn
-from jalign.train.forward import TokenStats
 from jalign.train.online_config import ScoreLimits
 from jalign.types import Completion, PyTree, Rollout, TokenBatch
 
@@ -26,7 +25,7 @@ class Actors(NamedTuple):
     Attributes:
       sample: (policy params, P prompts, key) -> Completion [P * group_size, N], the
         completions of a prompt behind each other.
-      policy: (policy params, TokenBatch) -> TokenStats, the trainer's own.
+      policy: (policy params, TokenBatch) -> float32 [B, T], nats, the trainer's own.
       reference: TokenBatch -> float32 [B, T], nats, of the frozen reference; or None.
       critic: (critic params, TokenBatch) -> float32 [B, T]; or None.
       reward: (prompts, completions, rows) -> float32 [B], or [B, K] of K rewards;
@@ -40,7 +39,7 @@ class Actors(NamedTuple):
     """
 
     sample: Callable[[PyTree, Sequence[Any], jax.Array], Completion]
-    policy: Callable[[PyTree, TokenBatch], TokenStats]
+    policy: Callable[[PyTree, TokenBatch], np.ndarray]
     reference: Callable[[TokenBatch], np.ndarray] | None
     critic: Callable[[PyTree, TokenBatch], np.ndarray] | None
     reward: RewardFn
@@ -56,8 +55,8 @@ class Scored(NamedTuple):
 
     Attributes:
       batch: TokenBatch [B, T], prompt and completion in a row.
-      logps, entropy: float32 [B, T], nats, the sampling policy's, by the trainer; None
-        where they were not asked for.
+      logps: float32 [B, T], nats, the sampling policy's, by the trainer; None where
+        they were not asked for.
       sampler_logps: float32 [B, T], nats, the same by the sampler; 0 elsewhere.
       ref_logps: float32 [B, T], nats; None without a reference.
       rewards: float32 [B], as the judge gave them, weighted and summed.
@@ -68,7 +67,6 @@ class Scored(NamedTuple):
 
     batch: TokenBatch
     logps: np.ndarray | None
-    entropy: np.ndarray | None
     sampler_logps: np.ndarray
     ref_logps: np.ndarray | None
     rewards: np.ndarray
@@ -135,11 +133,9 @@ def sample_and_score(
     rewards, parts = judge(actors, examples, texts)
     sampler_logps = np.zeros(batch.tokens.shape, np.float32)
     sampler_logps[batch.completion_mask] = completion.logps[completion.mask]
-    stats = actors.policy(policy_params, batch) if with_logps else None
     return Scored(
         batch,
-        np.asarray(stats.logps) if stats else None,
-        np.asarray(stats.entropy) if stats else None,
+        actors.policy(policy_params, batch) if with_logps else None,
         sampler_logps,
         ref_logps=actors.reference(batch) if actors.reference else None,
         rewards=rewards,

@@ -60,7 +60,6 @@ def scored_case():
     return Scored(
         TokenBatch(ints, mask, ints, ints),
         logps,
-        np.abs(logps),
         0.9 * logps,
         None,
         SCORES,

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from jalign.train.forward import TokenStats
 from jalign.train.ppo_config import ScoreOptions
 from jalign.train.rollout import (
     Actors,
@@ -140,7 +139,6 @@ def scored_case():
     return Scored(
         TokenBatch(ints, MASK, ints, ints),
         logps,
-        np.abs(logps),
         np.where(MASK, logps - np.float32(0.25), 7),
         ref,
         scores,
@@ -189,7 +187,7 @@ def test_sample_and_score_hands_on_texts_rows_and_the_samplers_logps(key):
     def stats(params, batch):
         assert params == "params"
         logps = np.where(batch.completion_mask, np.float32(-1.5), np.float32(0))
-        return TokenStats(logps, -logps)
+        return logps
 
     actors = Actors(
         sample=lambda params, prompts, key: made,
@@ -226,7 +224,7 @@ def test_the_completions_of_a_prompt_lie_behind_each_other(key):
 
     actors = Actors(
         sample=lambda params, prompts, key: made,
-        policy=lambda *args: TokenStats(zeros(*args), zeros(*args)),
+        policy=zeros,
         reference=None,
         critic=None,
         reward=reward,
