@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 PIECE, MAX_BLOCKS = 128, 16
+KEPT = "attention"  # checkpoint_name of what is not to be computed again
 CACHE = 2 << 20  # bytes of scores: what a core or two keep to themselves
 
 
@@ -184,7 +186,10 @@ def _forward(spans, window, q, k, v, segment_ids):
             _attend_piece, q, k[:, :, keys], v[:, :, keys], segment_ids, span, window
         )
         outs.append(_over_pieces(span, attend, None)[1])
-    out, normalizer = (jnp.concatenate(x, axis=3) for x in zip(*outs, strict=True))
+    out, normalizer = (
+        checkpoint_name(jnp.concatenate(x, axis=3), KEPT)
+        for x in zip(*outs, strict=True)
+    )
     return out, (q, k, v, segment_ids, out, normalizer)
 
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jalign import sharding
 from jalign.models import cache as kv
 from jalign.models.attention import attend, platform_of
+from jalign.models.attention_blocked import KEPT
 from jalign.models.config import ModelConfig
 from jalign.models.layers import (
     Embedding,
@@ -21,6 +22,13 @@ from jalign.models.layers import (
     rope_tables,
     rotate,
     written_out,
+)
+
+# On a CPU it takes no longer to compute norms, rotations and gates again than to write
+# them to memory and read them back.
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(KEPT),
 )
 
 
@@ -133,7 +141,8 @@ class Decoder(nn.Module):
       config: the sizes.
       mesh: for sharding constraints and kernels; None on one device.
       dtype: of activations and matmul inputs.
-      remat: whether the backward pass recomputes each block instead of storing it.
+      remat: whether the backward pass recomputes each block instead of storing it. If
+        not, it recomputes on a CPU what is no product of matrices.
       attention: an implementation of attention.attend.
       unroll: each layer has its own parameters, "layers_0", ..., and its own code.
     """
@@ -178,7 +187,11 @@ class Decoder(nn.Module):
     def _scanned(self, x, where: Where, cache: kv.KVCache | None):
         c = self.config
         # prevent_cse: the scan already keeps forward and backward apart.
-        block: Any = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block: Any = Block
+        if self.remat:
+            block = nn.remat(Block, prevent_cse=False)
+        elif cache is None and platform_of(self.mesh) == "cpu":
+            block = nn.remat(Block, prevent_cse=False, policy=_PRODUCTS)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

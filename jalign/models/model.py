@@ -31,10 +31,11 @@ class Model:
       mesh: of sharding.make_mesh, for constraints on activations; None on one device.
       dtype: of activations, matmul inputs and the cache; parameters keep their own.
       remat: recompute blocks in the backward pass, to store one [B, T, D] a layer.
+        Without it a CPU recomputes what is no product of matrices, unless `unroll`.
       attention: "auto", "plain", "blocked", "cudnn" or "splash", see `attend`.
       unroll: compile every layer by itself rather than one for all: slower to
         compile, faster to run where copies cost (no slices of stacked arrays). None
-        does so on a CPU, for up to 16 layers.
+        does so on a CPU with a cache, for up to 16 layers.
     """
 
     config: ModelConfig
@@ -65,7 +66,7 @@ class Model:
     def unrolled(self) -> bool:
         """Whether `apply` runs layer by layer instead of scanning over them.
 
-        With remat, and unroll=None, only where there is a cache.
+        With unroll=None only where there is a cache.
         """
         if self.unroll is not None:
             return self.unroll
@@ -135,9 +136,8 @@ class Model:
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(steps, tokens.shape)
         unroll = self.unrolled
-        if self.unroll is None and self.remat and cache is None:
-            # Recomputed blocks gain nothing from it: 0.16 s for 0.12 s a small step.
-            unroll = False
+        if self.unroll is None and cache is None and "layers" in params:
+            unroll = False  # training gains nothing from it
         if unroll and "layers" in params:
             params = unstack_layers(params, self.config.num_layers)
         variables = {"params": params}
