@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import assets, compare, floor, measure, settings, table
-from benchmarks.settings import BUILD, ENVIRON, MODELS, PEERS, PIECES, ROOT
+from benchmarks.settings import BUILD, MODELS, PEERS, PIECES, ROOT
 
 
 def main() -> int:
@@ -114,15 +114,9 @@ def run_worker(
         return f"not measured: {python} is missing"
     log = BUILD / f"{model}-{piece}-{name}.log"
     command = [python, "-m", f"benchmarks.worker_{name}", piece, model]
-    environ = os.environ | ENVIRON.get(name, {})
     try:
         done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
+            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout
         )
     except subprocess.TimeoutExpired:
         return f"not measured: more than {timeout} s"

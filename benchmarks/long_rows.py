@@ -2,9 +2,6 @@
 
 An SFT step of 1 x LENGTH tokens of the 7M model, a process a length, blocks recomputed
 in the backward pass. Prints the compiler's temporaries and the peak of the process.
-The command has huge pages on a CPU by itself; here they are asked for from outside:
-
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.long_rows
 """
 
 import json

@@ -1,5 +1,4 @@
-"""The `jalign` command: the only file that reads argv and env or sets jax config
-(`__main__.py` reads both before, to choose how the process starts).
+"""The `jalign` command: the only file that reads argv and env or sets jax config.
 
 Flags come from the config dataclasses through tyro. A `--config FILE.yaml` is turned
 into flags that stand before the user's own, so that the user's win.

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import __main__ as driver
 from benchmarks import assets, compare, floor, measure, settings, table, text
 from benchmarks.settings import MODELS, ROOT, Shape
 
@@ -85,19 +84,6 @@ def test_table_has_a_line_for_each_row():
     assert lines[0] == "cores 2" and len(lines) == 6
     assert {line.count("|") for line in lines[2:]} == {len(table.HEADER) + 1}
     assert "failed: see x.log" in lines[-1]
-
-
-@pytest.mark.parametrize("name, want", [("jalign", True), ("trl", False)])
-def test_huge_pages_are_for_the_worker_of_jalign_only(
-    name, want, monkeypatch, tmp_path
-):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "{measure.MARK}[\\"$GLIBC_TUNABLES\\"]"\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(driver, "BUILD", tmp_path)
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    found = driver.run_worker(str(python), name, "sft", "7m", timeout=60)
-    assert found == ["glibc.malloc.hugetlb=1" if want else ""]
 
 
 def test_laps_count_from_end_to_end():
