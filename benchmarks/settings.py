@@ -9,6 +9,7 @@ BUILD = ROOT / "build" / "bench"
 WARM_STEPS = 5  # their losses are compared; compilation falls into them
 TIMED_STEPS = 5  # the same rows again
 THREADS = 2  # cores that every worker is held to
+
 ROWS = 8  # rows (pairs) of a step
 LENGTH = 512  # tokens of an SFT row; no pair is longer
 LEARNING_RATE = {"sft": 1e-4, "reward": 1e-4, "dpo": 1e-5, "grpo": 1e-5, "ppo": 1e-5}
