@@ -89,7 +89,7 @@ def blocked_attention(
     K = k.shape[2]
     # Heads outside, a kv head's queries together: each product is a plain matmul.
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)
     spans = block_spans(T, sliding_window, block, piece)
 
     def some_heads(qkv):
@@ -151,9 +151,13 @@ def _rows(x: jax.Array, start, span: Span, axis: int = 3) -> jax.Array:
 
 def _scores(q, k, segment_ids, start, span: Span, window):
     """Masked float32 scores [B,K,G,t,s] of a piece q [B,K,G,t,H] with a span's keys."""
+    if span.pieces > 1:
+        # Tied to q, for jax takes what depends on no weight out of all loops: the masks
+        # of all pieces, T^2 numbers.
+        start, q = jax.lax.optimization_barrier((start, q))
     scale = 1 / math.sqrt(q.shape[-1])
     scores = scale * jnp.einsum(
-        "bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32
+        "bkgth,bkhs->bkgts", q, k, preferred_element_type=jnp.float32
     )
     # Added, in float arithmetic: XLA on a CPU turns this into a third of the time of
     # comparing and selecting.
@@ -183,7 +187,7 @@ def _forward(spans, window, q, k, v, segment_ids):
     for span in spans:
         keys = slice(span.first_key, span.end)
         attend = functools.partial(
-            _attend_piece, q, k[:, :, keys], v[:, :, keys], segment_ids, span, window
+            _attend_piece, q, k[..., keys], v[..., keys], segment_ids, span, window
         )
         outs.append(_over_pieces(span, attend, None)[1])
     out, normalizer = (
@@ -200,7 +204,7 @@ def _attend_piece(q, k, v, segment_ids, span, window, carry, start):
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     out = jnp.einsum(
-        "bkgts,bksh->bkgth",
+        "bkgts,bkhs->bkgth",
         weights.astype(v.dtype),
         v,
         preferred_element_type=jnp.float32,
@@ -215,22 +219,20 @@ def _backward(spans, window, saved, d_out):
         "bkgth,bkgth->bkgt", d_out, out, preferred_element_type=jnp.float32
     )[..., None]
     # [B,K,H,T]: so the narrow side of the products is transposed, not the scores.
-    B, K, T, H = k.shape
-    d_q, d_kv = [], (jnp.zeros((B, K, H, T), jnp.float32),) * 2
+    d_q, d_kv = [], (jnp.zeros(k.shape, jnp.float32),) * 2
     for span in spans:
         keys = slice(span.first_key, span.end)
         piece = functools.partial(
             _piece_gradients,
-            *(q, k[:, :, keys], v[:, :, keys], d_out, normalizer, delta),
+            *(q, k[..., keys], v[..., keys], d_out, normalizer, delta),
             *(segment_ids, span, window),
         )
-        width = span.end - span.first_key
-        zeros = (jnp.zeros((B, K, H, width), jnp.float32),) * 2
+        zeros = tuple(jnp.zeros_like(x[..., keys]) for x in d_kv)
         added, d_block = _over_pieces(span, piece, zeros)
         d_q.append(d_block)
         d_kv = tuple(x.at[..., keys].add(y) for x, y in zip(d_kv, added, strict=True))
     d_q = jnp.concatenate(d_q, axis=3).astype(q.dtype)
-    return d_q, d_kv[0].astype(k.dtype).mT, d_kv[1].astype(v.dtype).mT, None
+    return d_q, d_kv[0].astype(k.dtype), d_kv[1].astype(v.dtype), None
 
 
 def _piece_gradients(
@@ -243,12 +245,12 @@ def _piece_gradients(
     )
     scores = _scores(q, k, segment_ids, start, span, window)
     weights = jnp.exp(scores - normalizer)
-    d_weights = einsum("bkgth,bksh->bkgts", d_out, v)
+    d_weights = einsum("bkgth,bkhs->bkgts", d_out, v)
     d_scores = weights * (d_weights - delta) / math.sqrt(q.shape[-1])
     d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
     d_k = carry[0] + einsum("bkgth,bkgts->bkhs", q, d_scores)
     d_v = carry[1] + einsum("bkgth,bkgts->bkhs", d_out, weights)
-    return (d_k, d_v), einsum("bkgts,bksh->bkgth", d_scores, k)
+    return (d_k, d_v), einsum("bkgts,bkhs->bkgth", d_scores, k)
 
 
 _blocked.defvjp(_forward, _backward)
