@@ -18,7 +18,7 @@ import jax
 
 from jalign import data, evaluate, models, report, train
 from jalign.demo import task
-from jalign.train.ppo_config import KLConfig, ScoreOptions
+from jalign.train.ppo_config import CriticConfig, KLConfig, ScoreOptions
 
 _log = logging.getLogger("jalign.demo")
 
@@ -170,7 +170,7 @@ def ppo_options() -> train.PPOOptions:
         num_epochs=2,
         num_minibatches=4,
         gae_lambda=0.95,
-        critic_learning_rate=1e-3,
+        critic=CriticConfig(critic_learning_rate=1e-3),
         kl=KLConfig(kl_coef=0.05),
         rewards=ScoreOptions(missing_eos_penalty=1.0),
         sampling=train.SampleConfig(max_new_tokens=REPLY_LENGTH),

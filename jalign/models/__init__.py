@@ -9,7 +9,7 @@ from jalign.models.cache import KVCache
 from jalign.models.config import ModelConfig, RopeScaling
 from jalign.models.hf_read import load
 from jalign.models.hf_write import save
-from jalign.models.model import Model, add_scalar_head
+from jalign.models.model import Model, add_scalar_head, add_value_head, split_heads
 
 __all__ = [
     "KVCache",
@@ -17,7 +17,9 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "add_scalar_head",
+    "add_value_head",
     "attend",
     "load",
     "save",
+    "split_heads",
 ]

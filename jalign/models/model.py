@@ -36,6 +36,8 @@ class Model:
       unroll: compile every layer by itself rather than one for all: slower to
         compile, faster to run where copies cost (no slices of stacked arrays). None
         does so on a CPU with a cache, for up to 16 layers.
+      value_head: a language model has a scalar head as well, "score", on the same
+        hidden states: a policy and its critic in one.
     """
 
     config: ModelConfig
@@ -44,6 +46,7 @@ class Model:
     remat: bool = False
     attention: str = "auto"
     unroll: bool | None = None
+    value_head: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -78,7 +81,7 @@ class Model:
         decoder = Decoder(self.config, attention="plain")
         zeros = jnp.zeros((1, 2), jnp.int32)
         params = dict(decoder.init(key, zeros, zeros, None, None)["params"])
-        if self.config.num_labels:
+        if self.has_scalar_head:
             head_key = jax.random.fold_in(key, 1)
             params["score"] = heads.init_score_head(head_key, self.config.hidden_size)
         return params
@@ -153,9 +156,14 @@ class Model:
             return params["embed"]["embedding"].T
         return params["unembed"]["kernel"]
 
+    @property
+    def has_scalar_head(self) -> bool:
+        """Whether `score` works: a reward model, a critic, a policy with value_head."""
+        return bool(self.config.num_labels) or self.value_head
+
     def score(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Reward or value of each position: [B, T, D] -> float32 [B, T]."""
-        if not self.config.num_labels:
+        if not self.has_scalar_head:
             raise ValueError("this is a language model: it has no scalar head")
         return heads.score(params, hidden)
 
@@ -188,7 +196,8 @@ class Model:
 
     def with_scalar_head(self) -> "Model":
         """The same decoder with one output instead of a vocabulary."""
-        return self.replace(config=dataclasses.replace(self.config, num_labels=1))
+        config = dataclasses.replace(self.config, num_labels=1)
+        return self.replace(config=config, value_head=False)
 
     def replace(self, **changes: Any) -> "Model":
         """A copy with other fields, as `model.replace(remat=True)`."""
@@ -220,7 +229,42 @@ def add_scalar_head(
       `params` but have "score" instead of "unembed".
     """
     model = model.with_scalar_head()
-    params = {k: v for k, v in params.items() if k not in ("unembed", "score")}
+    params = {k: v for k, v in params.items() if k != "unembed"}
+    return model, params | {"score": _new_head(model, key)}
+
+
+def add_value_head(
+    model: Model, params: Params, *, key: jax.Array
+) -> tuple[Model, Params]:
+    """A language model with a critic on the same hidden states.
+
+    Args:
+      model, params: a language model.
+      key: typed PRNG key for the new head, normal with variance 1 / (D + 1).
+
+    Returns: the model with value_head=True, and parameters that share all arrays with
+      `params` and have "score" beside them.
+    """
+    if model.config.num_labels:
+        raise ValueError("this model has a scalar head already, and no vocabulary")
+    model = model.replace(value_head=True)
+    return model, params | {"score": _new_head(model, key)}
+
+
+def split_heads(
+    model: Model, params: Params
+) -> tuple[tuple[Model, Params], tuple[Model, Params]]:
+    """A model with value_head as two: (policy, its params), (critic, its params)."""
+    if not model.value_head:
+        raise ValueError("this model has no value head to split off")
+    language = {k: v for k, v in params.items() if k != "score"}
+    critic = {k: v for k, v in params.items() if k != "unembed"}
+    policy = model.replace(value_head=False)
+    return (policy, language), (model.with_scalar_head(), critic)
+
+
+def _new_head(model: Model, key: jax.Array) -> Params:
+    """The head's parameters, where the mesh wants them."""
     head = heads.init_score_head(key, model.config.hidden_size)
     if model.mesh is not None:
         shardings = sharding.param_shardings(model.mesh, model.param_shapes())
@@ -228,4 +272,4 @@ def add_scalar_head(
         # Works for a mesh over several processes, where device_put does not.
         pick = kernel.__getitem__
         head = {"kernel": jax.make_array_from_callback(kernel.shape, where, pick)}
-    return model, params | {"score": head}
+    return head

@@ -22,7 +22,8 @@ class Cast(NamedTuple):
     Attributes:
       policy: a causal language model; its reference has the same parameters.
       policy_params: of the reference, and what the policy starts from.
-      critic: a model with a scalar head; None where the algorithm has none.
+      critic: a model with a scalar head; None where the algorithm has none, or the
+        policy has a value head.
       critic_params: what the critic starts from.
       tokenizer: the policy's.
       reward: (prompts, completions, rows) -> float32 [B], or [B, K] of several.
@@ -39,12 +40,16 @@ class Cast(NamedTuple):
 
 
 def load_cast(
-    config: OnlineConfig, mesh: Mesh | None, *, with_critic: bool = True
+    config: OnlineConfig,
+    mesh: Mesh | None,
+    *,
+    with_critic: bool = True,
+    value_head: bool = False,
 ) -> Cast:
     """Loads the policy and the rewards: Python functions, verifiers, checkpoints.
 
     The critic starts from the first reward model of the policy's vocabulary, else from
-    the policy with a new scalar head.
+    the policy with a new scalar head. With value_head it is a new head of the policy.
     """
     compute = config.options.compute
     how = {"mesh": mesh, "dtype": compute.dtype, "remat": compute.remat}
@@ -55,9 +60,11 @@ def load_cast(
     loaded = [rewards.load_term(term.source, **how) for term in terms]
     functions = [f if judge else on_main_process(f) for f, judge in loaded]
     critic, critic_params = None, None
-    if with_critic:
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    if value_head:
+        policy, params = models.add_value_head(policy, params, key=key)
+    elif with_critic:
         judges = (judge for _, judge in loaded if judge)
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
         critic, critic_params = next(
             (
                 (judge.model, judge.params)
@@ -148,9 +155,10 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
 
     logps = on_host(_logps, policy, temperature=sampling.temperature)
     reference = functools.partial(logps, cast.policy_params)
+    both = on_host(_logps_and_values, policy, temperature=sampling.temperature)
     return Actors(
         sample=sample,
-        policy=logps,
+        policy=both if policy.value_head else logps,
         reference=reference if config.has_reference else None,
         critic=on_host(_values, cast.critic) if cast.critic else None,
         reward=cast.reward,
@@ -163,7 +171,9 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
 
 
 # At module level, so that a second run in one process compiles nothing anew.
-_logps = jax.jit(forward.token_logps, static_argnums=0, static_argnames="temperature")
+_static = {"static_argnums": 0, "static_argnames": "temperature"}
+_logps = jax.jit(forward.token_logps, **_static)
+_logps_and_values = jax.jit(forward.logps_and_values, **_static)
 _values = jax.jit(forward.token_values, static_argnums=0)
 
 

@@ -20,15 +20,17 @@ PyTree = Any
 
 
 class TokenStats(NamedTuple):
-    """Log-probability and entropy of every trained token.
+    """What a policy says of every trained token.
 
     Attributes:
       logps: float32 [B, T], nats.
       entropy: float32 [B, T], nats, of the distribution that tokens[b, t] came from.
+      values: float32 [B, T], as `token_values`, of a policy with a value head.
     """
 
     logps: jax.Array
     entropy: jax.Array
+    values: jax.Array | None = None
 
 
 def chunk_size(model: Model) -> int:
@@ -53,23 +55,38 @@ def hidden_states(model: Model, params: PyTree, batch) -> jax.Array:
 def token_stats(
     model: Model, params: PyTree, batch, *, temperature: float = 1.0
 ) -> TokenStats:
-    """Log-probabilities and entropies of a TokenBatch's (or Rollout's) tokens."""
-    logps, entropy = _score(model, params, batch, temperature, return_entropy=True)
-    mask = batch.completion_mask
-    return TokenStats(_align(logps, mask), _align(entropy, mask))
+    """Log-probabilities, entropies and values of a TokenBatch's or Rollout's tokens."""
+    hidden, mask = hidden_states(model, params, batch), batch.completion_mask
+    logps, entropy = _score(
+        model, params, hidden, batch, temperature, return_entropy=True
+    )
+    stats = TokenStats(_align(logps, mask), _align(entropy, mask))
+    if model.value_head:
+        stats = stats._replace(values=_values(model, params, hidden, batch))
+    return stats
 
 
 def token_logps(
     model: Model, params: PyTree, batch, *, temperature: float = 1.0
 ) -> jax.Array:
     """log p(tokens[b, t] | tokens[b, :t]), float32 [B, T], without the entropies."""
-    logps = _score(model, params, batch, temperature)
+    hidden = hidden_states(model, params, batch)
+    logps = _score(model, params, hidden, batch, temperature)
     return _align(logps, batch.completion_mask)
 
 
-def _score(model: Model, params: PyTree, batch, temperature: float, **options):
-    """`losses.token_logps` of each token's successor, where it is trained: [B, T]."""
+def logps_and_values(
+    model: Model, params: PyTree, batch, *, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logps` and `token_values` of a policy with a value head, in one pass."""
     hidden = hidden_states(model, params, batch)
+    logps = _score(model, params, hidden, batch, temperature)
+    values = _values(model, params, hidden, batch)
+    return _align(logps, batch.completion_mask), values
+
+
+def _score(model: Model, params: PyTree, hidden, batch, temperature: float, **options):
+    """`losses.token_logps` of each token's successor, where it is trained: [B, T]."""
     rows = in_one_row(model, (hidden, *successors(batch)))
     scores = losses.token_logps(
         rows[0],
@@ -108,7 +125,10 @@ def in_one_row(model: Model, arrays: PyTree) -> PyTree:
 
 def token_values(model: Model, params: PyTree, batch) -> jax.Array:
     """The critic's value of the state before each trained token, float32 [B, T]."""
-    hidden = hidden_states(model, params, batch)
+    return _values(model, params, hidden_states(model, params, batch), batch)
+
+
+def _values(model: Model, params: PyTree, hidden: jax.Array, batch) -> jax.Array:
     return _align(model.score(params, hidden), batch.completion_mask)
 
 

@@ -51,7 +51,12 @@ class Method(NamedTuple):
 
 
 PPO = Method(
-    "ppo", load_cast, ppo.make_learner, ppo.PPOState, ppo.start_state, ppo.iterate
+    "ppo",
+    ppo.choose_cast,
+    ppo.make_learner,
+    ppo.PPOState,
+    ppo.start_state,
+    ppo.iterate,
 )
 GRPO = Method(
     "grpo",
@@ -209,7 +214,7 @@ def _divide(state: State) -> tuple[dict[str, TrainState], dict[str, float]]:
     fields = state._asdict()
     fields.pop("iteration")
     trees = {k: v for k, v in fields.items() if isinstance(v, TrainState)}
-    return trees, {k: v for k, v in fields.items() if k not in trees}
+    return trees, {k: v for k, v in fields.items() if isinstance(v, float)}
 
 
 def load_prompts(
@@ -235,9 +240,14 @@ def load_prompts(
 def save_models(state: State, cast: Cast, config: OnlineConfig) -> None:
     """OUT/model, and OUT/critic where asked for, in HF format."""
     out = Path(config.out)
-    models.save(out / "model", cast.policy, state.policy.params, cast.tokenizer)
-    if isinstance(config, PPOConfig) and config.ppo.save_critic:
-        models.save(out / "critic", cast.critic, state.critic.params, cast.tokenizer)
+    policy, critic = (cast.policy, state.policy.params), None
+    if cast.policy.value_head:
+        policy, critic = models.split_heads(*policy)
+    elif cast.critic:
+        critic = cast.critic, state.critic.params
+    models.save(out / "model", *policy, cast.tokenizer)
+    if critic and isinstance(config, PPOConfig) and config.ppo.critic.save_critic:
+        models.save(out / "critic", *critic, cast.tokenizer)
 
 
 def restore(
@@ -255,6 +265,6 @@ def restore(
     )
     if found is None:
         return None, {}
-    names = set(method.state._fields) - found.tree.keys() - {"iteration"}
-    numbers = {name: found.meta[name] for name in names}
+    fields = method.state.__annotations__
+    numbers = {k: found.meta[k] for k, kind in fields.items() if kind is float}
     return method.state(**found.tree, **numbers, iteration=found.step), found.meta

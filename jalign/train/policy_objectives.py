@@ -18,14 +18,20 @@ def make_ppo_objective(
     clip_eps: float = 0.2,
     entropy_coef: float = 0.0,
     temperature: float = 1.0,
+    value_coef: float = 0.1,
+    value_clip_eps: float = 0.2,
 ) -> Objective:
     """PPO's clipped policy loss on a Rollout, a mean over all trained tokens.
+
+    A policy with a value head adds value_coef times PPO's clipped value loss, from the
+    same forward pass.
 
     Args:
       model: the policy.
       clip_eps: the ratio to the policy at rollout time is clipped to 1 +- clip_eps.
       entropy_coef: weight of the entropy bonus.
       temperature: the sampler's; old_logps must have been taken at the same one.
+      value_coef, value_clip_eps: of the value head, see `make_value_objective`.
 
     Returns: objective whose count is the number of trained tokens.
     """
@@ -46,6 +52,9 @@ def make_ppo_objective(
             "policy/entropy_avg": losses.token_mean(stats.entropy, mask),
             "val/ratio": losses.token_mean(ratio, mask),
         }
+        if stats.values is not None:
+            value, more = _value_loss(stats.values, batch, value_clip_eps)
+            loss, metrics = loss + value_coef * value, metrics | more
         return Loss(*losses.token_mean(loss, mask), metrics)
 
     return objective
@@ -181,20 +190,20 @@ def make_value_objective(model: Model, *, clip_eps: float = 0.2) -> Objective:
 
     def objective(params: PyTree, batch: Rollout, key: jax.Array) -> Loss:
         del key
-        assert batch.values is not None, "the rollout has no values"
-        mask = batch.completion_mask
         values = token_values(model, params, batch)
-        loss = losses.ppo_value_loss(
-            values, batch.values, batch.returns, clip_eps=clip_eps
-        )
-        moved = jnp.abs(jax.lax.stop_gradient(values) - batch.values)
-        total, count = losses.token_mean(loss, mask)
-        metrics = {
-            "loss/value_avg": (jax.lax.stop_gradient(total), count),
-            "val/clipfrac_avg": losses.token_mean(
-                (moved > clip_eps).astype(jnp.float32), mask
-            ),
-        }
-        return Loss(total, count, metrics)
+        loss, metrics = _value_loss(values, batch, clip_eps)
+        return Loss(*losses.token_mean(loss, batch.completion_mask), metrics)
 
     return objective
+
+
+def _value_loss(values: jax.Array, batch: Rollout, clip_eps: float):
+    """-> the clipped loss of each token's value, [B, T], and its metrics."""
+    assert batch.values is not None, "the rollout has no values"
+    mask, old = batch.completion_mask, batch.values
+    loss = losses.ppo_value_loss(values, old, batch.returns, clip_eps=clip_eps)
+    moved = jnp.abs(jax.lax.stop_gradient(values) - old) > clip_eps
+    return loss, {
+        "loss/value_avg": losses.token_mean(jax.lax.stop_gradient(loss), mask),
+        "val/clipfrac_avg": losses.token_mean(moved.astype(jnp.float32), mask),
+    }

@@ -1,7 +1,8 @@
 """One iteration of PPO: a rollout, then a few epochs of policy and critic updates.
 
-Separate models and optimizers, as in Ouyang et al. 2022 (arXiv:2203.02155); details
-after Huang et al. 2024 (arXiv:2403.17031).
+Separate models and optimizers, as in Ouyang et al. 2022 (arXiv:2203.02155), or, with
+shared_trunk, two heads of one model, as in Schulman et al. 2017 (arXiv:1707.06347, eq.
+9). Details after Huang et al. 2024 (arXiv:2403.17031).
 """
 
 import functools
@@ -11,11 +12,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jalign import data, losses
 from jalign.models import Model
-from jalign.train.actors import Cast, local_rows
+from jalign.train.actors import Cast, load_cast, local_rows
 from jalign.train.optim import OptimConfig
 from jalign.train.policy_objectives import make_ppo_objective, make_value_objective
 from jalign.train.ppo_config import PPOConfig, PPOOptions
@@ -43,55 +45,65 @@ class PPOState(NamedTuple):
     """All that changes in a run; saved together, or not at all.
 
     Attributes:
-      policy, critic: their training states.
+      policy: its training state.
       kl_coef: the KL coefficient of the next rollout.
       iteration: rollouts done, which is also the position in the prompts.
+      critic: its training state; None where it is a head of the policy.
     """
 
     policy: TrainState
-    critic: TrainState
     kl_coef: float
     iteration: int
+    critic: TrainState | None = None
+
+
+def choose_cast(config: PPOConfig, mesh: Mesh | None) -> Cast:
+    """`load_cast` with a critic or, with shared_trunk, a value head."""
+    return load_cast(config, mesh, value_head=config.ppo.critic.shared_trunk)
 
 
 def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:
-    """Optimizers and compiled steps of "policy" and "critic"."""
+    """Optimizers and compiled steps of "policy" and, where there is one, "critic"."""
     updates = num_updates(config, iterations)
     return _learner(cast.policy, cast.critic, config.optim, config.ppo, updates)
 
 
 @functools.lru_cache(maxsize=4)
 def _learner(
-    policy: Model, critic: Model, optim: OptimConfig, ppo: PPOOptions, updates: int
+    policy: Model,
+    critic: Model | None,
+    optim: OptimConfig,
+    ppo: PPOOptions,
+    updates: int,
 ) -> Learner:
     """Kept, so that a second run in one process (a notebook) compiles nothing."""
-    rate = ppo.critic_learning_rate
+    rate = ppo.critic.critic_learning_rate
     critic_optim = optim if rate is None else replace(optim, learning_rate=rate)
     policy_objective = make_ppo_objective(
         policy,
         clip_eps=ppo.clip_eps,
         entropy_coef=ppo.entropy_coef,
         temperature=ppo.sampling.temperature,
+        value_coef=ppo.critic.value_coef,
+        value_clip_eps=ppo.critic.value_clip_eps,
     )
-    critic_objective = make_value_objective(critic, clip_eps=ppo.value_clip_eps)
     how = {"updates": updates, "microbatches": ppo.compute.microbatches}
-    return {
-        "policy": make_trainer(policy_objective, policy, optim, **how),
-        "critic": make_trainer(critic_objective, critic, critic_optim, **how),
-    }
+    learner = {"policy": make_trainer(policy_objective, policy, optim, **how)}
+    if critic is not None:
+        objective = make_value_objective(critic, clip_eps=ppo.critic.value_clip_eps)
+        learner["critic"] = make_trainer(objective, critic, critic_optim, **how)
+    return learner
 
 
 def start_state(cast: Cast, learner: Learner, config: PPOConfig) -> PPOState:
     """The state before the first rollout; the cast's parameters are copied."""
     keys = jax.random.split(jax.random.key(config.seed))
-    policy, critic = (
-        first_state(model, params, learner[name], key, keep=True)
-        for name, model, params, key in (
-            ("policy", cast.policy, cast.policy_params, keys[0]),
-            ("critic", cast.critic, cast.critic_params, keys[1]),
-        )
-    )
-    return PPOState(policy, critic, config.ppo.kl.kl_coef, 0)
+    start = functools.partial(first_state, keep=True)
+    policy = start(cast.policy, cast.policy_params, learner["policy"], keys[0])
+    critic = None
+    if cast.critic is not None:
+        critic = start(cast.critic, cast.critic_params, learner["critic"], keys[1])
+    return PPOState(policy, config.ppo.kl.kl_coef, 0, critic)
 
 
 def iterate(
@@ -118,8 +130,11 @@ def iterate(
     chosen, key = rollout_prompts(prompts, config, number)
     scored = sample_and_score(actors, state.policy.params, chosen, key)
     scores = shape_scores(scored.rewards, scored.stopped, ppo.rewards)
-    assert actors.critic is not None
-    values = actors.critic(state.critic.params, scored.batch)
+    values = scored.values
+    if state.critic is not None:
+        assert actors.critic is not None
+        values = actors.critic(state.critic.params, scored.batch)
+    assert values is not None, "there is neither a critic nor a value head"
     rollout = make_rollout(
         scored,
         scores,
@@ -137,7 +152,7 @@ def iterate(
     metrics = update_metrics | rollout_metrics(scored, scores, kl_coef=state.kl_coef)
     metrics |= loop_metrics(rollout, config, number, began, sampled)
     kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
-    return PPOState(policy, critic, kl_coef, number + 1), metrics
+    return PPOState(policy, kl_coef, number + 1, critic), metrics
 
 
 def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
@@ -162,7 +177,7 @@ def update(
     learner: Learner,
     config: PPOConfig,
     mesh: Mesh | None,
-) -> tuple[TrainState, TrainState, dict[str, float]]:
+) -> tuple[TrainState, TrainState | None, dict[str, float]]:
     """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
 
     Returns: policy and critic states, and the metrics' means over the updates.
@@ -171,7 +186,9 @@ def update(
     for part in minibatches(rollout, config, state.iteration):
         batch = local_rows(part, mesh)
         policy, policy_metrics = learner["policy"].step(policy, batch)
-        critic, critic_metrics = learner["critic"].step(critic, batch)
+        critic_metrics = {}
+        if critic is not None:
+            critic, critic_metrics = learner["critic"].step(critic, batch)
         rows.append((policy_metrics, critic_metrics))
     return policy, critic, update_metrics(jax.device_get(rows))
 
@@ -182,8 +199,9 @@ def update_metrics(rows: Sequence[tuple[Mapping, Mapping]]) -> dict[str, float]:
     policy, critic = (columns(side) for side in zip(*rows, strict=True))
     critic = {f"critic/{k}" if k in shared else k: x for k, x in critic.items()}
     ratios = policy["val/ratio"]
+    skipped = policy["skipped"].sum() + critic.get("critic/skipped", np.zeros(1)).sum()
     return {name: float(x.mean()) for name, x in (critic | policy).items()} | {
-        "skipped": float(policy["skipped"].sum() + critic["critic/skipped"].sum()),
+        "skipped": float(skipped),
         "lr": float(policy["learning_rate"][-1]),
         "learning_rate": float(policy["learning_rate"][-1]),
         "val/ratio_var": float(ratios.var(ddof=1)) if len(ratios) > 1 else 0.0,

@@ -31,6 +31,31 @@ class KLConfig:
 
 
 @dataclass(frozen=True)
+class CriticConfig:
+    """What estimates the value of a state: a model of its own, or a head."""
+
+    shared_trunk: bool = False
+    """The critic is a second head of the policy: one pass and one update for both."""
+    value_coef: float = 0.1
+    """Weight of the value loss beside the policy's, with shared_trunk."""
+    value_clip_eps: float = 0.2
+    """The critic may move this far from its values at rollout time."""
+    critic_learning_rate: float | None = None
+    """The critic's peak learning rate; unset takes the policy's."""
+    save_critic: bool = False
+    """Also write OUT/critic, the value model, in HF format."""
+
+    def __post_init__(self):
+        for name in ("value_coef", "value_clip_eps"):
+            value = getattr(self, name)
+            check(value > 0, f"{name} must be > 0, got {value}")
+        check(
+            not (self.shared_trunk and self.critic_learning_rate is not None),
+            "critic_learning_rate: with shared_trunk there is one learning rate",
+        )
+
+
+@dataclass(frozen=True)
 class ScoreOptions(ScoreLimits):
     """What happens to a sequence's reward before and when it is spread over tokens."""
 
@@ -46,18 +71,13 @@ class PPOOptions(OnlineOptions):
     """Passes over each rollout batch."""
     clip_eps: float = 0.2
     """The policy's ratio to itself at rollout time is clipped to 1 +- clip_eps."""
-    value_clip_eps: float = 0.2
-    """The critic may move this far from its values at rollout time."""
     gamma: float = 1.0
     """Discount of a reward one token later."""
     gae_lambda: float = 0.95
     """0 trusts the critic, 1 the sampled rewards (Schulman et al. 2016)."""
     whiten_advantages: bool = True
     """Advantages to mean 0 and variance 1 over the whole rollout batch."""
-    critic_learning_rate: float | None = None
-    """The critic's peak learning rate; unset takes the policy's."""
-    save_critic: bool = False
-    """Also write OUT/critic, the value model, in HF format."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rewards: ScoreOptions = field(default_factory=ScoreOptions)
 
@@ -66,12 +86,9 @@ class PPOOptions(OnlineOptions):
         for name in ("gamma", "gae_lambda"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"{name} must be in [0, 1], got {value}")
-        for name in ("clip_eps", "value_clip_eps"):
-            value = getattr(self, name)
-            check(value > 0, f"{name} must be > 0, got {value}")
         check(
-            self.clip_eps < 1,
-            f"clip_eps must be < 1, got {self.clip_eps}: ratios are positive",
+            0 < self.clip_eps < 1,
+            f"clip_eps must be in (0, 1), got {self.clip_eps}: ratios are positive",
         )
 
 

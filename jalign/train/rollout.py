@@ -25,7 +25,8 @@ class Actors(NamedTuple):
     Attributes:
       sample: (policy params, P prompts, key) -> Completion [P * group_size, N], the
         completions of a prompt behind each other.
-      policy: (policy params, TokenBatch) -> float32 [B, T], nats, the trainer's own.
+      policy: (policy params, TokenBatch) -> float32 [B, T], nats, the trainer's own;
+        with a value head a pair of it and the values, float32 [B, T].
       reference: TokenBatch -> float32 [B, T], nats, of the frozen reference; or None.
       critic: (critic params, TokenBatch) -> float32 [B, T]; or None.
       reward: (prompts, completions, rows) -> float32 [B], or [B, K] of K rewards;
@@ -39,7 +40,7 @@ class Actors(NamedTuple):
     """
 
     sample: Callable[[PyTree, Sequence[Any], jax.Array], Completion]
-    policy: Callable[[PyTree, TokenBatch], np.ndarray]
+    policy: Callable[[PyTree, TokenBatch], Any]
     reference: Callable[[TokenBatch], np.ndarray] | None
     critic: Callable[[PyTree, TokenBatch], np.ndarray] | None
     reward: RewardFn
@@ -63,6 +64,8 @@ class Scored(NamedTuple):
       stopped: bool [B], ended by a stop token and not by the length limit.
       texts: the B completions as text.
       reward_parts: name -> float32 [B], each reward before its weight.
+      values: float32 [B, T], of the policy's value head, by the pass of `logps`; None
+        where there is no such head or no such pass.
     """
 
     batch: TokenBatch
@@ -73,6 +76,7 @@ class Scored(NamedTuple):
     stopped: np.ndarray
     texts: list[str]
     reward_parts: Mapping[str, np.ndarray] = {}
+    values: np.ndarray | None = None
 
 
 def join(
@@ -133,15 +137,18 @@ def sample_and_score(
     rewards, parts = judge(actors, examples, texts)
     sampler_logps = np.zeros(batch.tokens.shape, np.float32)
     sampler_logps[batch.completion_mask] = completion.logps[completion.mask]
+    logps = actors.policy(policy_params, batch) if with_logps else None
+    logps, values = logps if isinstance(logps, tuple) else (logps, None)
     return Scored(
         batch,
-        actors.policy(policy_params, batch) if with_logps else None,
+        logps,
         sampler_logps,
         ref_logps=actors.reference(batch) if actors.reference else None,
         rewards=rewards,
         stopped=ended(completion, actors.stop_tokens),
         texts=texts,
         reward_parts=parts,
+        values=values,
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jalign import sharding
-from jalign.models import Model, add_scalar_head
+from jalign.models import Model, add_scalar_head, add_value_head, split_heads
 from tests.models.tiny import CONFIGS, random_params, random_tokens
 
 
@@ -61,6 +61,31 @@ def test_scalar_head_replaces_unembedding(key, mesh_sizes):
         reward.unembed(reward_params)
     with pytest.raises(ValueError, match="no scalar head"):
         model.score(params, hidden)
+
+
+@pytest.mark.parametrize("mesh_sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_value_head_reads_the_hidden_states_of_the_policy(mesh_sizes, key):
+    mesh = sharding.make_mesh(**mesh_sizes) if mesh_sizes else None
+    model = Model(CONFIGS["llama"], mesh=mesh)
+    params = model.init(key)
+    both, joint = add_value_head(model, params, key=key)
+    assert jax.tree.structure(joint) == jax.tree.structure(both.param_shapes())
+    assert jax.tree.structure(joint) == jax.tree.structure(both.init(key))
+    tokens = random_tokens()
+    hidden, _ = both.apply(joint, tokens)
+    np.testing.assert_array_equal(hidden, model.apply(params, tokens)[0])
+    np.testing.assert_array_equal(both.unembed(joint), model.unembed(params))
+    (policy, language), (critic, scored) = split_heads(both, joint)
+    assert policy == model and jax.tree.structure(language) == jax.tree.structure(
+        params
+    )
+    assert jax.tree.structure(scored) == jax.tree.structure(critic.param_shapes())
+    values = critic.score(scored, critic.apply(scored, tokens)[0])
+    np.testing.assert_array_equal(values, both.score(joint, hidden))
+    with pytest.raises(ValueError, match="no value head"):
+        split_heads(model, params)
+    with pytest.raises(ValueError, match="scalar head already"):
+        add_value_head(critic, scored, key=key)
 
 
 def test_bad_arguments_are_refused(key):

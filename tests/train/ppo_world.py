@@ -10,7 +10,7 @@ from jalign import data, models
 from jalign.train.actors import Cast
 from jalign.train.online_config import SampleConfig
 from jalign.train.optim import OptimConfig
-from jalign.train.ppo_config import PPOConfig, PPOOptions
+from jalign.train.ppo_config import CriticConfig, PPOConfig, PPOOptions
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklm"]
 STOP = WORDS.index("</s>")
@@ -53,7 +53,7 @@ def make_config(out="out", *, sampling=None, **changes) -> PPOConfig:
     ppo = {
         "num_epochs": 2,
         "num_minibatches": 2,
-        "critic_learning_rate": 3e-3,
+        "critic": CriticConfig(critic_learning_rate=3e-3),
         "sampling": SampleConfig(max_new_tokens=8, **(sampling or {})),
     } | changes.pop("ppo", {})
     fields = {
@@ -69,12 +69,17 @@ def make_config(out="out", *, sampling=None, **changes) -> PPOConfig:
     return PPOConfig(out=str(out), ppo=PPOOptions(**ppo), **fields)
 
 
-def make_cast(reward=share_of_a, mesh=None) -> Cast:
+SHARED = {"critic": CriticConfig(shared_trunk=True)}
+
+
+def make_cast(reward=share_of_a, mesh=None, *, shared=False) -> Cast:
     policy = models.Model(CONFIG, mesh=mesh)
     params = policy.init(jax.random.key(0))
-    critic, critic_params = models.add_scalar_head(
-        policy, params, key=jax.random.key(1)
-    )
+    critic, critic_params, key = None, None, jax.random.key(1)
+    if shared:
+        policy, params = models.add_value_head(policy, params, key=key)
+    else:
+        critic, critic_params = models.add_scalar_head(policy, params, key=key)
 
     def float_reward(*args):
         return np.asarray(reward(*args), np.float32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jalign import data, losses
+from jalign import data, losses, models
 from jalign.train import forward
 from tests.train import tiny
 
@@ -46,6 +46,19 @@ def test_values_are_read_before_each_token():
     values = np.asarray(forward.token_values(model, params, batch))
     mask = batch.completion_mask[:, 1:]
     np.testing.assert_allclose(values[:, 1:][mask], scores[:, :-1][mask], rtol=1e-6)
+
+
+def test_one_pass_gives_log_probs_and_values():
+    params = tiny.model().init(jax.random.key(0))
+    model, params = models.add_value_head(tiny.model(), params, key=jax.random.key(1))
+    batch = tiny.token_batch(4)
+    logps, values = forward.logps_and_values(model, params, batch, temperature=0.7)
+    expected = forward.token_logps(model, params, batch, temperature=0.7)
+    np.testing.assert_array_equal(logps, expected)
+    np.testing.assert_array_equal(values, forward.token_values(model, params, batch))
+    assert np.any(np.asarray(values) != 0)
+    stats = forward.token_stats(model, params, batch, temperature=0.7)
+    np.testing.assert_array_equal(stats.values, values)
 
 
 def alone(pairs):

@@ -11,7 +11,7 @@ import pytest
 from jalign import models
 from jalign.train import grpo, online, ppo
 from jalign.train.loop import Preempted
-from jalign.train.ppo_config import KLConfig
+from jalign.train.ppo_config import CriticConfig, KLConfig
 from tests.sharding import processes
 from tests.train.grpo_world import make_grpo_config
 from tests.train.ppo_world import make_config, write_world
@@ -24,7 +24,8 @@ def world(tmp_path_factory):
 
 def config_of(world, out, **changes):
     kl = KLConfig(kl_target=1.0, kl_horizon=100)
-    fields = {"checkpoint_every": 1, "ppo": {"kl": kl, "save_critic": True}}
+    critic = CriticConfig(critic_learning_rate=3e-3, save_critic=True)
+    fields = {"checkpoint_every": 1, "ppo": {"kl": kl, "critic": critic}}
     return make_config(out, **world, **(fields | changes))
 
 
@@ -148,6 +149,26 @@ def test_a_failing_reward_names_itself(world, tmp_path):
     config = config_of(world | {"reward": f"{bad}:nan"}, tmp_path / "out")
     with pytest.raises(ValueError, match="nan for row 0"):
         online.run_ppo(config)
+
+
+def test_a_run_with_one_trunk_is_saved_as_two_models_and_continues(
+    world, tmp_path, monkeypatch
+):
+    options = {"critic": CriticConfig(shared_trunk=True, save_critic=True)}
+    outs = tmp_path / "whole", tmp_path / "killed"
+    for out in outs:
+        config = config_of(world, out, ppo=options, steps=2)
+        if out is outs[1]:
+            with monkeypatch.context() as patch:
+                kill_at_call(patch, ppo, "sample_and_score", 2)
+                with pytest.raises(Killed):
+                    online.run_ppo(config)
+        summary = online.run_ppo(config)
+        assert summary["iterations"] == 2
+    assert_same_run(*outs)
+    policy, critic = weights(outs[0])
+    assert "score" not in policy and "score" in critic
+    jax.tree.map(np.testing.assert_array_equal, policy["layers"], critic["layers"])
 
 
 def grpo_config_of(world, out, **changes):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jalign import losses
+from jalign import losses, models
 from jalign.losses.registry import REGISTRY
 from jalign.train import forward, policy_objectives
 from jalign.train.grpo_config import GRPOOptions
@@ -49,6 +49,34 @@ def test_value(language_model, scored_model):
     )
     assert float(loss.sum / loss.count) == pytest.approx(0.5 * 1.5**2, rel=1e-4)
     assert ratio(loss.metrics["val/clipfrac_avg"]) == 0
+
+
+def test_one_trunk_has_the_sum_of_both_losses_and_gradients(language_model):
+    key = jax.random.key(1)
+    model, params = models.add_value_head(*language_model, key=key)
+    policy, critic = (part[0] for part in models.split_heads(model, params))
+    batch, _ = moved_rollout(*language_model)
+    values = forward.token_values(model, params, batch)
+    batch = batch._replace(values=values + 0.1, returns=values - 0.5)
+    make = functools.partial(policy_objectives.make_ppo_objective, entropy_coef=0.1)
+    shared = make(model, value_coef=0.3, value_clip_eps=0.05)
+    alone = policy_objectives.make_value_objective(critic, clip_eps=0.05)
+
+    def separate(params):
+        language = {k: v for k, v in params.items() if k != "score"}
+        scored = {k: v for k, v in params.items() if k != "unembed"}
+        value = alone(scored, batch, KEY)
+        assert ratio(value.metrics["val/clipfrac_avg"]) > 0
+        return make(policy)(language, batch, KEY).sum + 0.3 * value.sum
+
+    want, want_gradient = jax.value_and_grad(separate)(params)
+    got, gradient = jax.value_and_grad(lambda p: shared(p, batch, KEY).sum)(params)
+    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    chex.assert_trees_all_close(gradient, want_gradient, rtol=1e-5, atol=1e-6)
+    metrics = shared(params, batch, KEY).metrics
+    value = alone(models.split_heads(model, params)[1][1], batch, KEY)
+    for name in ("loss/value_avg", "val/clipfrac_avg"):
+        assert ratio(metrics[name]) == pytest.approx(ratio(value.metrics[name]))
 
 
 def moved_rollout(model, params):

@@ -10,13 +10,13 @@ from jalign import sharding
 from jalign.train.actors import make_actors
 from jalign.train.optim import OptimConfig
 from jalign.train.ppo import iterate, make_learner, next_kl_coef, start_state
-from jalign.train.ppo_config import KLConfig
-from tests.train.ppo_world import make_cast, make_config, make_prompts
+from jalign.train.ppo_config import CriticConfig, KLConfig
+from tests.train.ppo_world import SHARED, make_cast, make_config, make_prompts
 
 
 @functools.cache
 def compiled(config, mesh):
-    cast = make_cast(mesh=mesh)
+    cast = make_cast(mesh=mesh, shared=config.ppo.critic.shared_trunk)
     learner = make_learner(cast, config, config.steps)
     return cast, learner, make_actors(cast, config)
 
@@ -27,8 +27,9 @@ def start(config, mesh=None):
     return start_state(cast, learner, config), parts
 
 
-def test_ratio_is_1_at_the_first_update():
-    state, parts = start(make_config())
+@pytest.mark.parametrize("critic", [{}, SHARED])
+def test_ratio_is_1_at_the_first_update(critic):
+    state, parts = start(make_config(ppo=critic))
     _, metrics = iterate(state, make_prompts(), **parts)
     assert metrics["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
@@ -39,7 +40,7 @@ def test_every_token_of_an_update_has_ratio_1_before_any_step():
     """With a learning rate of 0 nothing moves, so no update may see another policy."""
     config = make_config(
         optim=OptimConfig(learning_rate=0.0),
-        ppo={"critic_learning_rate": 0.0},
+        ppo={"critic": CriticConfig(critic_learning_rate=0.0)},
         sampling={"temperature": 0.7, "top_k": 5},
     )
     state, parts = start(config)
@@ -51,16 +52,37 @@ def test_every_token_of_an_update_has_ratio_1_before_any_step():
     jax.tree.map(np.testing.assert_array_equal, before, state.policy.params)
 
 
-def test_a_random_model_learns_to_say_a():
-    config = make_config(steps=25, ppo={"num_epochs": 4, "num_minibatches": 1})
+@pytest.mark.parametrize(("critic", "end"), [({}, 0.5), (SHARED, 0.35)])
+def test_a_random_model_learns_to_say_a(critic, end):
+    how = {"num_epochs": 4, "num_minibatches": 1}
+    config = make_config(steps=25, ppo=how | critic)
     state, parts = start(config)
     rewards = []
     for _ in range(config.steps):
         state, metrics = iterate(state, make_prompts(), **parts)
         rewards.append(metrics["reward"])
     assert np.mean(rewards[:3]) < 0.15
-    assert np.mean(rewards[-3:]) > 0.5
+    assert np.mean(rewards[-3:]) > end
     assert metrics["objective/kl"] > 0.5 and metrics["skipped"] == 0
+
+
+def test_a_shared_trunk_takes_one_pass_and_one_update_for_both():
+    state, parts = start(make_config(ppo=SHARED))
+    assert state.critic is None and parts["actors"].critic is None
+    assert set(parts["learner"]) == {"policy"}
+    calls, policy = [], parts["actors"].policy
+
+    def counted(*args):
+        calls.append(args)
+        return policy(*args)
+
+    parts["actors"] = parts["actors"]._replace(policy=counted)
+    before = jax.device_get(state.policy.params["score"]["kernel"])
+    state, metrics = iterate(state, make_prompts(), **parts)
+    assert len(calls) == 1 and int(state.policy.step) == 4
+    assert metrics["loss/value_avg"] > 0 and np.isfinite(metrics["val/clipfrac_avg"])
+    assert not {"critic/loss", "critic/grad_norm"} & metrics.keys()
+    assert np.abs(state.policy.params["score"]["kernel"] - before).max() > 1e-3
 
 
 def test_metrics_have_trls_names_and_the_common_ones():
@@ -79,9 +101,10 @@ def test_metrics_have_trls_names_and_the_common_ones():
     assert int(state.policy.step) == int(state.critic.step) == 4
 
 
-def test_a_mesh_changes_nothing():
+@pytest.mark.parametrize("critic", [{}, SHARED])
+def test_a_mesh_changes_nothing(critic):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    config = make_config()
+    config = make_config(ppo=critic)
     expected, _ = (lambda s, p: iterate(s, make_prompts(), **p))(*start(config))
     state, parts = start(config, mesh)
     state, _ = iterate(state, make_prompts(), **parts)
