@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     name, *rest = args
     if name not in COMMANDS:
         return fail(f"unknown command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Its advice (install torch, install TensorFlow) is not for users of jalign.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,5 +1,6 @@
 """The compiler's own account of the real training step."""
 
+import functools
 from typing import Any
 
 import jax
@@ -19,19 +20,12 @@ def compile_step(config: PlanConfig, model_config, mesh) -> tuple[Row, ...]:
     Args:
       mesh: of real devices, or of sharding.topology_devices.
     """
-    from jalign.train import objectives, policy_objectives
     from jalign.train.step import abstract_state, make_train_step
 
     model, tx = build(config, model_config, mesh)
     state = abstract_state(model.param_shapes(), tx, mesh=mesh)
-    make = {
-        "sft": objectives.make_sft_objective,
-        "reward": objectives.make_reward_objective,
-        "dpo": objectives.make_dpo_objective,
-        "ppo": policy_objectives.make_ppo_objective,
-    }[config.recipe]
     step = make_train_step(
-        make(model),
+        _objective(config, model),
         tx,
         microbatches=config.microbatches,
         state_shardings=sharding.state_shardings(mesh, state),
@@ -47,6 +41,28 @@ def compile_step(config: PlanConfig, model_config, mesh) -> tuple[Row, ...]:
     )
 
 
+def _objective(config: PlanConfig, model) -> Any:
+    """The recipe's, with its default settings."""
+    from jalign.train import objectives, policy_objectives
+    from jalign.train.grpo_config import GRPOOptions
+
+    grpo = GRPOOptions()
+    make_grpo = functools.partial(
+        policy_objectives.make_grpo_objective,
+        terms=grpo.terms(),
+        reduction=grpo.reduction,
+        beta=grpo.beta,
+    )
+    make = {
+        "sft": objectives.make_sft_objective,
+        "reward": objectives.make_reward_objective,
+        "dpo": objectives.make_dpo_objective,
+        "ppo": policy_objectives.make_ppo_objective,
+        "grpo": make_grpo,
+    }
+    return make[config.recipe](model)
+
+
 def _batch(config: PlanConfig, mesh) -> PyTree:
     place = sharding.batch_sharding(mesh)
 
@@ -58,8 +74,10 @@ def _batch(config: PlanConfig, mesh) -> PyTree:
         size = (config.batch_size, 2, config.max_length)
     ids, mask = array(np.int32, *size), array(np.bool_, *size)
     tokens = TokenBatch(ids, mask, ids, ids)
-    if config.recipe == "ppo":
-        return Rollout(*tokens, *[array(np.float32, *size)] * 5)
+    if config.online:
+        logps = array(np.float32, *size)
+        values = logps if config.recipe == "ppo" else None
+        return Rollout(*tokens, logps, logps, values, logps, values)
     if config.recipe == "sft":
         return tokens
     per_pair = array(np.float32, config.batch_size, 1)

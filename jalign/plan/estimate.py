@@ -21,6 +21,8 @@ def build(config: PlanConfig, model_config, mesh) -> tuple[Any, Any]:
     model = models.Model(model_config, mesh=mesh, dtype=dtype, remat=config.remat)
     if config.recipe == "reward" and not model_config.num_labels:
         model = model.with_scalar_head()
+    if config.shared_trunk:
+        model = model.replace(value_head=True)
     settings = optim.OptimConfig(optimizer=config.optimizer, weight_decay=0.0)
     return model, optim.make_optimizer(settings, total_steps=100)[0]
 
@@ -32,14 +34,18 @@ def estimate(config: PlanConfig, model_config, mesh, machine: sharding.Machine) 
     """
     model, tx = build(config, model_config, None)
     shapes = model.param_shapes()
-    resident = _trained(mesh, shapes, tx, "policy " if config.recipe == "ppo" else "")
+    resident = _trained(mesh, shapes, tx, "policy " if config.online else "")
     transient = {"update": _update(config, model, mesh)}
-    if config.recipe == "ppo":
+    if config.recipe == "ppo" and not config.shared_trunk:
         critic = model.with_scalar_head()
-        weights = _shard_bytes(shapes, sharding.param_shardings(mesh, shapes))
         resident += _trained(mesh, critic.param_shapes(), tx, "critic ")
+    if config.online:
+        weights = _shard_bytes(shapes, sharding.param_shardings(mesh, shapes))
+        frozen = "float32, frozen" + (
+            "; 0 with beta 0" if config.recipe == "grpo" else ""
+        )
         resident += [
-            Row("reference parameters", weights, "float32, frozen"),
+            Row("reference parameters", weights, frozen),
             Row("reward model", weights, "if as large as the policy; 0 for a function"),
         ]
         transient["rollout"] = _rollout(config, model, mesh)

@@ -15,21 +15,23 @@ class PlanConfig:
 
     model: str
     """Directory or hub id (its config.json is enough), or the path of a config.json."""
-    recipe: Literal["sft", "reward", "dpo", "ppo"] = "sft"
+    recipe: Literal["sft", "reward", "dpo", "ppo", "grpo"] = "sft"
     topology: str | None = None
     """Machine, as v5e:4x4, v5p:4x4x4 or h100:8; unset means the devices here."""
     mesh: str = ""
     """Mesh axes, as "fsdp=8,tensor=2"."""
     batch_size: int = 8
-    """Rows (pairs for reward and dpo) over all devices."""
+    """Rows (reward, dpo: pairs; ppo, grpo: completions) over all devices."""
     max_length: int = 2048
-    """Tokens of a row; for ppo prompt + completion."""
+    """Tokens of a row; for ppo and grpo prompt + completion."""
     microbatches: int = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and products; parameters and moments are float32."""
     remat: bool = True
     """Compute the inside of a layer again in the backward pass."""
     optimizer: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
+    shared_trunk: bool = False
+    """For ppo: the critic is a head of the policy."""
     compile: bool = False
     """Also compile the real step, for the TPU topology or for the devices here."""
 
@@ -42,6 +44,13 @@ class PlanConfig:
                 f"microbatches {self.microbatches} does not divide batch_size "
                 f"{self.batch_size}"
             )
+        if self.shared_trunk and self.recipe != "ppo":
+            raise ValueError(f"shared_trunk is for ppo: {self.recipe} has no critic")
+
+    @property
+    def online(self) -> bool:
+        """Whether the policy samples what it learns from, beside other models."""
+        return self.recipe in ("ppo", "grpo")
 
 
 class Row(NamedTuple):
@@ -86,15 +95,15 @@ class Plan:
     def peak(self) -> int:
         """Bytes to count on: the compiler's, which knows more, where it was asked.
 
-        It sees one training step; PPO keeps other models beside it, so there the
-        larger of both counts.
+        It sees one training step; PPO and GRPO keep other models beside it, so there
+        the larger of both counts.
         """
         compiled = sum(row.bytes for row in self.compiled)
         return max(compiled, self.total if self._partly_compiled else 0)
 
     @property
     def _partly_compiled(self) -> bool:
-        return not self.compiled or self.config.recipe == "ppo"
+        return not self.compiled or self.config.online
 
     @property
     def fits(self) -> bool | None:

@@ -6,6 +6,7 @@ import pytest
 from jalign.data.tokenizer import (
     check_vocab,
     encode_pairs,
+    encode_plain,
     encode_texts,
     load_tokenizer,
 )
@@ -63,6 +64,25 @@ def test_trap56_bos_is_neither_doubled_nor_missing(bos):
     else:
         assert tokenizer.convert_ids_to_tokens(plain) == ["a", "b"]
     assert tokenizer.convert_ids_to_tokens(written) == ["<s>", "a", "b"]
+
+
+def same_ids(tokenizer):
+    """encode_plain and the tokenizer agree, whatever its file says of lengths."""
+    texts = ["One  day,\n\ta boy\u2019s caf\u00e9.", "", "<s>hi</s> 12", " x" * 700]
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    got = encode_plain(tokenizer, texts)
+    want = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    assert [row.tolist() for row in got] == want
+    assert all(row.dtype == np.int32 for row in got)
+
+
+def test_plain_ids_are_those_of_a_call_of_the_tokenizer():
+    same_ids(make_tokenizer(merges=[("x", "x")]))
+
+
+def test_plain_ids_of_a_real_tokenizer(real_data):
+    same_ids(load_tokenizer(real_data / "stories260k"))
 
 
 def test_trap58_eos_follows_directly_and_once():

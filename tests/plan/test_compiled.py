@@ -9,11 +9,15 @@ from jalign import plan
 from .test_estimate import TINY, _bytes
 
 
-def test_arguments_are_the_state_and_the_batch():
-    settings = dict(recipe="dpo", max_length=16, mesh="fsdp=8", dtype="float32")
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "ppo", "grpo"])
+def test_arguments_are_the_state_and_the_batch(recipe):
+    settings = dict(recipe=recipe, max_length=16, mesh="fsdp=8", dtype="float32")
     result = plan.plan(TINY, **settings, compile=True)
     rows = {row.name: row.bytes for row in result.compiled}
-    state = _bytes(result, "parameters") + _bytes(result, "optimizer state")
+    prefix = "policy " if recipe in ("ppo", "grpo") else ""
+    state = sum(
+        _bytes(result, prefix + name) for name in ("parameters", "optimizer state")
+    )
     assert state <= rows["arguments"] <= state + 2048
     assert rows["temporaries"] > 0
     assert "peak (compiled)" in str(result)

@@ -64,7 +64,7 @@ def test_adafactor_needs_less_than_adam():
     assert _bytes(factored, name) < 0.1 * _bytes(adam, name)
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_longer_rows_need_more(recipe):
     short, long = (
         plan.plan(LARGE, recipe=recipe, **ON_16, max_length=length).total
@@ -88,6 +88,22 @@ def test_ppo_keeps_four_models():
     assert result.fits is False and "32 devices" in result.advice
 
 
+def test_grpo_and_a_shared_trunk_train_one_model():
+    for settings in (dict(recipe="grpo"), dict(recipe="ppo", shared_trunk=True)):
+        result = plan.plan(LARGE, **settings, **ON_16)
+        assert [row.name for row in result.resident] == [
+            "policy parameters",
+            "policy optimizer state",
+            "reference parameters",
+            "reward model",
+        ]
+        assert set(result.transient) == {"update", "rollout"}
+    separate = plan.plan(LARGE, recipe="ppo", **ON_16)
+    shared = plan.plan(LARGE, recipe="ppo", shared_trunk=True, **ON_16)
+    assert shared.num_parameters == separate.num_parameters + LARGE.hidden_size
+    assert shared.total < 0.8 * separate.total
+
+
 def test_microbatches_need_less_for_activations():
     one, four = (
         plan.plan(LARGE, topology="v5e:4x4", batch_size=64, microbatches=n)
@@ -104,6 +120,7 @@ def test_microbatches_need_less_for_activations():
         (dict(batch_size=6), "batch_size 6 is not a multiple"),
         (dict(microbatches=3), "microbatches 3 does not divide"),
         (dict(topology="v9:4x4"), "not KIND:SHAPE"),
+        (dict(recipe="grpo", shared_trunk=True), "grpo has no critic"),
     ],
 )
 def test_what_would_fail_in_training_fails_here(settings, message):
