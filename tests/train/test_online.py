@@ -233,18 +233,24 @@ def two_process_body():
 
     from jalign.train import online
     from tests.train.ppo_world import make_config
+    from tests.train.test_online import grpo_config_of
 
     out, world = Path(os.environ["PPO_OUT"]), json.loads(os.environ["PPO_WORLD"])
-    return online.run_ppo(make_config(out, **(world | {"mesh": "fsdp=2", "steps": 2})))
+    both = {"mesh": "fsdp=2", "steps": 2}
+    return (
+        online.run_ppo(make_config(out / "ppo", **(world | both))),
+        online.run_grpo(grpo_config_of(world, out / "grpo", **both)),
+    )
 
 
 def test_two_processes_learn_from_the_rewards_of_process_0(
-    finished, world, tmp_path, monkeypatch
+    finished, finished_groups, world, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PPO_OUT", str(tmp_path))
     monkeypatch.setenv("PPO_WORLD", json.dumps(world))
     one, two = processes.run(two_process_body, devices=1)
-    assert one == two and one["iterations"] == 2
-    alone = rows(finished[0])[0]
-    for name, value in rows(tmp_path)[0].items():
-        assert value == pytest.approx(alone[name], abs=1e-3), name
+    assert one == two and all(summary["iterations"] == 2 for summary in one)
+    for kind, (out, _) in (("ppo", finished), ("grpo", finished_groups)):
+        alone = rows(out)[0]
+        for name, value in rows(tmp_path / kind)[0].items():
+            assert value == pytest.approx(alone[name], abs=1e-3), (kind, name)
