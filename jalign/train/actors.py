@@ -153,12 +153,12 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
             mesh=mesh,
         )
 
-    logps = on_host(_logps, policy, temperature=sampling.temperature)
+    temperature = sampling.temperature
+    logps = on_host(_logps, policy, temperature=temperature)
     reference = functools.partial(logps, cast.policy_params)
-    both = on_host(_logps_and_values, policy, temperature=sampling.temperature)
     return Actors(
         sample=sample,
-        policy=both if policy.value_head else logps,
+        policy=on_host(_logps_and_values, policy, temperature=temperature),
         reference=reference if config.has_reference else None,
         critic=on_host(_values, cast.critic) if cast.critic else None,
         reward=cast.reward,

@@ -60,10 +60,8 @@ def token_stats(
     logps, entropy = _score(
         model, params, hidden, batch, temperature, return_entropy=True
     )
-    stats = TokenStats(_align(logps, mask), _align(entropy, mask))
-    if model.value_head:
-        stats = stats._replace(values=_values(model, params, hidden, batch))
-    return stats
+    values = _values(model, params, hidden, batch) if model.value_head else None
+    return TokenStats(_align(logps, mask), _align(entropy, mask), values)
 
 
 def token_logps(
@@ -77,11 +75,11 @@ def token_logps(
 
 def logps_and_values(
     model: Model, params: PyTree, batch, *, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
-    """`token_logps` and `token_values` of a policy with a value head, in one pass."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """`token_logps`, and `token_values` of a policy with a value head, in one pass."""
     hidden = hidden_states(model, params, batch)
     logps = _score(model, params, hidden, batch, temperature)
-    values = _values(model, params, hidden, batch)
+    values = _values(model, params, hidden, batch) if model.value_head else None
     return _align(logps, batch.completion_mask), values
 
 

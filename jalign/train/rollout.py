@@ -26,7 +26,7 @@ class Actors(NamedTuple):
       sample: (policy params, P prompts, key) -> Completion [P * group_size, N], the
         completions of a prompt behind each other.
       policy: (policy params, TokenBatch) -> float32 [B, T], nats, the trainer's own;
-        with a value head a pair of it and the values, float32 [B, T].
+        and the values of its head, float32 [B, T], or None.
       reference: TokenBatch -> float32 [B, T], nats, of the frozen reference; or None.
       critic: (critic params, TokenBatch) -> float32 [B, T]; or None.
       reward: (prompts, completions, rows) -> float32 [B], or [B, K] of K rewards;
@@ -40,7 +40,7 @@ class Actors(NamedTuple):
     """
 
     sample: Callable[[PyTree, Sequence[Any], jax.Array], Completion]
-    policy: Callable[[PyTree, TokenBatch], Any]
+    policy: Callable[[PyTree, TokenBatch], tuple[np.ndarray, np.ndarray | None]]
     reference: Callable[[TokenBatch], np.ndarray] | None
     critic: Callable[[PyTree, TokenBatch], np.ndarray] | None
     reward: RewardFn
@@ -137,8 +137,9 @@ def sample_and_score(
     rewards, parts = judge(actors, examples, texts)
     sampler_logps = np.zeros(batch.tokens.shape, np.float32)
     sampler_logps[batch.completion_mask] = completion.logps[completion.mask]
-    logps = actors.policy(policy_params, batch) if with_logps else None
-    logps, values = logps if isinstance(logps, tuple) else (logps, None)
+    logps, values = None, None
+    if with_logps:
+        logps, values = actors.policy(policy_params, batch)
     return Scored(
         batch,
         logps,

@@ -187,7 +187,7 @@ def test_sample_and_score_hands_on_texts_rows_and_the_samplers_logps(key):
     def stats(params, batch):
         assert params == "params"
         logps = np.where(batch.completion_mask, np.float32(-1.5), np.float32(0))
-        return logps
+        return logps, 2 * logps
 
     actors = Actors(
         sample=lambda params, prompts, key: made,
@@ -205,6 +205,7 @@ def test_sample_and_score_hands_on_texts_rows_and_the_samplers_logps(key):
     mask = scored.batch.completion_mask
     np.testing.assert_array_equal(scored.sampler_logps, np.where(mask, -1.0, 0.0))
     np.testing.assert_array_equal(scored.logps, np.where(mask, -1.5, 0.0))
+    np.testing.assert_array_equal(scored.values, np.where(mask, -3.0, 0.0))
     assert scored.sampler_logps.dtype == np.float32
     np.testing.assert_array_equal(scored.stopped, [False, False, True])
     assert scored.batch.tokens.shape == (3, 16)
@@ -220,7 +221,7 @@ def test_the_completions_of_a_prompt_lie_behind_each_other(key):
         return np.float32([[1, 10], [2, 20], [3, 30], [4, 40]])
 
     def zeros(*args):
-        return np.zeros(args[-1].tokens.shape, np.float32)
+        return np.zeros(args[-1].tokens.shape, np.float32), None
 
     actors = Actors(
         sample=lambda params, prompts, key: made,
