@@ -87,6 +87,7 @@ def generate(
     )
     inputs.check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
     inputs.check_prompts(prompts, model.config, max_new_tokens)
+    sharding.give_back_compiler_memory()
     rows = len(prompts) * group_size
     total = inputs.padded_rows(len(prompts), model.mesh)
     seats = min(inputs.padded_rows(batch_size or rows, model.mesh), total * group_size)

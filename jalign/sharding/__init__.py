@@ -4,6 +4,7 @@ The only room that says PartitionSpec or names a mesh axis: others speak of logi
 axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp, tensor.
 """
 
+from jalign.sharding.host import give_back_compiler_memory
 from jalign.sharding.machines import Machine, machine, topology_devices
 from jalign.sharding.mesh import abstract_mesh, make_mesh, parse_mesh
 from jalign.sharding.multihost import (
@@ -35,6 +36,7 @@ __all__ = [
     "batch_sharding",
     "constrain",
     "gather",
+    "give_back_compiler_memory",
     "initialize",
     "is_main_process",
     "machine",

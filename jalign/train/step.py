@@ -119,6 +119,7 @@ def make_train_step(
             step=state.step + 1, params=params, opt_state=opt_state
         ), metrics
 
+    sharding.give_back_compiler_memory()
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
