@@ -84,7 +84,7 @@ def _learner(
         clip_eps=ppo.clip_eps,
         entropy_coef=ppo.entropy_coef,
         temperature=ppo.sampling.temperature,
-        value_coef=ppo.critic.value_coef,
+        value_coef=ppo.critic.value_coef or 0.1,
         value_clip_eps=ppo.critic.value_clip_eps,
     )
     how = {"updates": updates, "microbatches": ppo.compute.microbatches}

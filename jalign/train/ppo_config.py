@@ -36,8 +36,8 @@ class CriticConfig:
 
     shared_trunk: bool = False
     """The critic is a second head of the policy: one pass and one update for both."""
-    value_coef: float = 0.1
-    """Weight of the value loss beside the policy's, with shared_trunk."""
+    value_coef: float | None = None
+    """With shared_trunk, weight of the value loss beside the policy's; unset is 0.1."""
     value_clip_eps: float = 0.2
     """The critic may move this far from its values at rollout time."""
     critic_learning_rate: float | None = None
@@ -46,9 +46,13 @@ class CriticConfig:
     """Also write OUT/critic, the value model, in HF format."""
 
     def __post_init__(self):
-        for name in ("value_coef", "value_clip_eps"):
-            value = getattr(self, name)
-            check(value > 0, f"{name} must be > 0, got {value}")
+        weight, clip = self.value_coef, self.value_clip_eps
+        check(weight is None or weight > 0, f"value_coef must be > 0, got {weight}")
+        check(clip > 0, f"value_clip_eps must be > 0, got {clip}")
+        check(
+            self.shared_trunk or weight is None,
+            "value_coef is for shared_trunk: a critic of its own has one loss",
+        )
         check(
             not (self.shared_trunk and self.critic_learning_rate is not None),
             "critic_learning_rate: with shared_trunk there is one learning rate",

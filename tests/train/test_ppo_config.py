@@ -6,6 +6,7 @@ import pytest
 
 from jalign.train.online_config import OnlineConfig, SampleConfig
 from jalign.train.ppo_config import (
+    CriticConfig,
     KLConfig,
     PPOConfig,
     PPOOptions,
@@ -26,6 +27,13 @@ from tests.train.ppo_world import make_config
         (lambda: PPOOptions(num_epochs=0), "num_epochs"),
         (lambda: PPOOptions(clip_eps=1.0), "clip_eps"),
         (lambda: PPOOptions(gamma=1.1), "gamma"),
+        (lambda: CriticConfig(value_clip_eps=0), "value_clip_eps"),
+        (lambda: CriticConfig(shared_trunk=True, value_coef=0), "value_coef"),
+        (lambda: CriticConfig(value_coef=0.1), "value_coef is for shared_trunk"),
+        (
+            lambda: CriticConfig(shared_trunk=True, critic_learning_rate=1e-3),
+            "critic_learning_rate: with shared_trunk",
+        ),
         (lambda: make_config(batch_size=15), "batch_size 15 must be a multiple"),
         (lambda: make_config(max_length=8), "max_length 8 leaves no room"),
         (lambda: make_config(steps=0), "steps"),
