@@ -5,7 +5,9 @@
 Each framework may have its own environment: jalign needs `jax[cuda13]`, the other one a
 CUDA build of torch, and transformers. Weights are random and made in place. Parameters
 and Adam's moments are float32 in both, the matrix products bfloat16 (torch: autocast),
-attention is each one's fused kernel, torch's step goes through torch.compile.
+attention is each one's fused kernel, torch's step goes through torch.compile. `packed`
+has several documents in a row, which only jalign keeps apart without a mask of its own.
+`--profile` adds the operations that took longest in one more step of jalign.
 `--dry-run` takes a tiny model on the CPU: it shows that the script works, nothing else.
 """
 
@@ -27,15 +29,19 @@ TINY = Shape(512, 64, 128, 2, 4, 2)
 
 SIZES = {
     "sft": {"rows": 8, "length": 2048},
+    "packed": {"rows": 8, "length": 2048},
     "dpo": {"rows": 8, "length": 1024},  # pairs
     "sample": {"rows": 64, "prompt": 128, "new": 512},
 }
 TINY_SIZES = {
     "sft": {"rows": 2, "length": 32},
+    "packed": {"rows": 2, "length": 32},
     "dpo": {"rows": 2, "length": 32},
     "sample": {"rows": 2, "prompt": 8, "new": 8},
 }
 WARM, TIMED = 3, 10
+PACKED = 4  # documents in a row of `packed`
+ONLY_JALIGN = ("packed",)
 
 
 def main() -> int:
@@ -43,14 +49,25 @@ def main() -> int:
     args = parse_args()
     if args.worker:
         return work(args)
-    rows = []
+    header = (
+        "| work | framework | device | step, s | tokens/s | MFU | peak GiB | first, s |"
+    )
+    print(f"{header}\n{'|' + '---|' * 8}", flush=True)
+    failures, profiles = [], []
     for piece in args.only:
         for name in ("jalign", "torch"):
-            result = run_worker(getattr(args, name), name, piece, args.dry_run)
-            rows.append(_row(piece, name, result, args.dry_run))
-    header = "| work | framework | device | step, s | tokens/s | MFU | peak GiB |"
-    print("\n".join([header, "|" + "---|" * 7, *rows]))
-    return 0
+            if name == "torch" and piece in ONLY_JALIGN:
+                continue
+            result = run_worker(args, name, piece)
+            if isinstance(result, str):
+                failures.append(f"{name} {piece}: {result}")
+                continue
+            print(_row(piece, name, result, args.dry_run), flush=True)
+            if "top" in result:
+                profiles.append(_profile(piece, result["top"]))
+    print("\n".join(["", *profiles]))
+    print("\n".join(failures), file=sys.stderr)
+    return 1 if failures else 0
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,6 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda x: x.split(","), default=list(SIZES))
     parser.add_argument("--jalign", default=sys.executable, help="Python with jalign")
     parser.add_argument("--torch", default=sys.executable, help="Python with torch")
+    parser.add_argument("--profile", action="store_true", help="jalign's longest ops")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--worker", choices=("jalign", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -68,11 +86,18 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def run_worker(python: str, name: str, piece: str, dry_run: bool) -> dict[str, Any]:
-    """The worker's result; raises SystemExit with its message if it has none."""
-    command = [python, "-m", "benchmarks.gpu", "--worker", name, "--only", piece]
-    environment = dict(os.environ)
-    if dry_run:
+def run_worker(args: argparse.Namespace, name: str, piece: str) -> dict[str, Any] | str:
+    """The worker's result, or the end of its message if it has none."""
+    command = [getattr(args, name), "-m", "benchmarks.gpu"]
+    command += ["--worker", name, "--only", piece]
+    # Nothing else runs on the device; torch's allocator must not fragment either.
+    environment = dict(os.environ) | {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    if args.profile:
+        command.append("--profile")
+    if args.dry_run:
         command.append("--dry-run")
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -80,7 +105,7 @@ def run_worker(python: str, name: str, piece: str, dry_run: bool) -> dict[str, A
     )
     marked = [x for x in done.stdout.splitlines() if x.startswith(measure.MARK)]
     if done.returncode or not marked:
-        raise SystemExit(done.stderr.strip() or f"{name} {piece}: no result")
+        return done.stderr.strip()[-2000:] or "no result"
     return json.loads(marked[-1].removeprefix(measure.MARK))
 
 
@@ -101,7 +126,8 @@ def work(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    result = framework.PIECES[piece](shape, sizes[piece], device)
+    options = {"profile": args.profile} if args.worker == "jalign" else {}
+    result = framework.PIECES[piece](shape, sizes[piece], device, **options)
     print(f"\n{measure.MARK}{json.dumps(result)}", flush=True)
     return 0
 
@@ -110,16 +136,18 @@ def flops(piece: str, shape: Shape, size: dict[str, int]) -> float | None:
     """Of a step's matrix products, causal half of attention; None for sampling."""
     if piece == "sample":
         return None
-    row = floor.forward_flops(shape, size["length"], size["length"] - 1)
+    documents = PACKED if piece == "packed" else 1
+    length = size["length"] // documents
+    row = documents * floor.forward_flops(shape, length, length - 1)
     # DPO: two sides, and forward of the reference beside forward and backward.
-    return size["rows"] * row * (3 if piece == "sft" else 2 * 4)
+    return size["rows"] * row * (2 * 4 if piece == "dpo" else 3)
 
 
 def tokens(piece: str, size: dict[str, int]) -> int:
     """Tokens trained on, or generated, in a step."""
     if piece == "sample":
         return size["rows"] * size["new"]
-    return size["rows"] * size["length"] * (1 if piece == "sft" else 2)
+    return size["rows"] * size["length"] * (2 if piece == "dpo" else 1)
 
 
 def _row(piece: str, name: str, result: dict[str, Any], dry_run: bool) -> str:
@@ -133,7 +161,13 @@ def _row(piece: str, name: str, result: dict[str, Any], dry_run: bool) -> str:
     rate = tokens(piece, sizes[piece]) / seconds
     memory = "–" if result["peak"] is None else f"{result['peak'] / 2**30:.1f}"
     cells = [piece, name, device, f"{seconds:.3f}", f"{rate:,.0f}", mfu, memory]
+    cells.append(f"{result['seconds'][0]:.1f}")
     return "| " + " | ".join(cells) + " |"
+
+
+def _profile(piece: str, top: list[tuple[str, float, int]]) -> str:
+    rows = [f"{ms:9.2f} ms  {count:5d} x  {name}" for name, ms, count in top]
+    return "\n".join([f"{piece}, one step of jalign, by operation:", *rows])
 
 
 if __name__ == "__main__":
