@@ -24,12 +24,21 @@ from jalign.models.layers import (
     written_out,
 )
 
-# On a CPU it takes no longer to compute norms, rotations and gates again than to write
-# them to memory and read them back.
 _PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(KEPT),
 )
+
+
+def products(primitive, *args, **params) -> bool:
+    """What is stored for the backward pass: products of matrices and attention.
+
+    Norms, rotations and gates take no longer to compute again than to write to memory
+    and read back.
+    """
+    # cuDNN's kernel, by the name of jax's primitive; its output cannot be named.
+    fused = primitive.name.startswith("dot_product_attention_fwd")
+    return fused or bool(_PRODUCTS(primitive, *args, **params))
 
 
 class Where(NamedTuple):
@@ -142,7 +151,7 @@ class Decoder(nn.Module):
       mesh: for sharding constraints and kernels; None on one device.
       dtype: of activations and matmul inputs.
       remat: whether the backward pass recomputes each block instead of storing it. If
-        not, it recomputes on a CPU what is no product of matrices.
+        not, it recomputes on a CPU or GPU what is no product of matrices.
       attention: an implementation of attention.attend.
       unroll: each layer has its own parameters, "layers_0", ..., and its own code.
     """
@@ -190,8 +199,8 @@ class Decoder(nn.Module):
         block: Any = Block
         if self.remat:
             block = nn.remat(Block, prevent_cse=False)
-        elif cache is None and platform_of(self.mesh) == "cpu":
-            block = nn.remat(Block, prevent_cse=False, policy=_PRODUCTS)
+        elif cache is None and platform_of(self.mesh) in ("cpu", "gpu"):
+            block = nn.remat(Block, prevent_cse=False, policy=products)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -208,6 +217,9 @@ class Decoder(nn.Module):
     def _unrolled(self, x, where: Where, cache: kv.KVCache | None):
         c, memories = self.config, []
         block: Any = nn.remat(Block) if self.remat else Block
+        # A CPU's compiler would drop the barriers that keep this from being undone.
+        if not self.remat and cache is None and platform_of(self.mesh) == "gpu":
+            block = nn.remat(Block, policy=products)
         for i in range(c.num_layers):
             memory = None if cache is None else (cache.k[i], cache.v[i])
             layer = block(c, self.mesh, self.dtype, self.attention, name=f"layers_{i}")

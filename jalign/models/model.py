@@ -19,7 +19,7 @@ from jalign.models.config import ModelConfig
 from jalign.models.decoder import Decoder
 
 Params = dict[str, Any]
-_UNROLL_UP_TO = 16  # layers; compile time grows with them
+_UNROLL_UP_TO = {"cpu": 16, "gpu": 32}  # layers; compile time grows with them
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,12 @@ class Model:
       mesh: of sharding.make_mesh, for constraints on activations; None on one device.
       dtype: of activations, matmul inputs and the cache; parameters keep their own.
       remat: recompute blocks in the backward pass, to store one [B, T, D] a layer.
-        Without it a CPU recomputes what is no product of matrices, unless `unroll`.
+        Without it a CPU or GPU recomputes what is no product of matrices (a CPU not
+        where it unrolls).
       attention: "auto", "plain", "blocked", "cudnn" or "splash", see `attend`.
       unroll: compile every layer by itself rather than one for all: slower to
         compile, faster to run where copies cost (no slices of stacked arrays). None
-        does so on a CPU with a cache, for up to 16 layers.
+        does so on a CPU with a cache, for up to 16 layers, and on a GPU for up to 32.
       value_head: a language model has a scalar head as well, "score", on the same
         hidden states: a policy and its critic in one.
     """
@@ -69,12 +70,11 @@ class Model:
     def unrolled(self) -> bool:
         """Whether `apply` runs layer by layer instead of scanning over them.
 
-        With unroll=None only where there is a cache.
+        With unroll=None and on a CPU only where there is a cache.
         """
         if self.unroll is not None:
             return self.unroll
-        few = self.config.num_layers <= _UNROLL_UP_TO
-        return few and platform_of(self.mesh) == "cpu"
+        return self.config.num_layers <= _UNROLL_UP_TO.get(platform_of(self.mesh), 0)
 
     def _init(self, key: jax.Array) -> Params:
         # On a mesh-free twin: two tokens do not divide over devices.
@@ -140,7 +140,8 @@ class Model:
             positions = jnp.broadcast_to(steps, tokens.shape)
         unroll = self.unrolled
         if self.unroll is None and cache is None and "layers" in params:
-            unroll = False  # training gains nothing from it
+            # On a CPU training gains nothing from it, and stores more.
+            unroll = unroll and platform_of(self.mesh) == "gpu"
         if unroll and "layers" in params:
             params = unstack_layers(params, self.config.num_layers)
         variables = {"params": params}
