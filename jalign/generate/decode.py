@@ -2,7 +2,8 @@
 
 A seat decodes one row. A row that stops gives its seat to the next one in the queue,
 so that early stops are not paid for; once the queue is empty and few seats are taken,
-the loop goes on with fewer. All of it is one compiled program.
+the loop goes on with fewer. The cache may grow on the way, since attention reads all of
+it. All of it is one compiled program.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ Choose = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]
 
 _SHRINK = 4  # the loop goes on with a quarter of its seats, when no more are taken
 _MIN_SEATS = 4
+_GROW = (4, 2)  # the cache begins with a quarter of the slots, then has a half
 
 
 class Queue(NamedTuple):
@@ -89,6 +91,7 @@ def decode(
     seats: int,
     max_new_tokens: int,
     shrink: bool = True,
+    grow: bool = False,
 ) -> tuple[Completion, jax.Array]:
     """Continues every row of the queue until it stops or has max_new_tokens.
 
@@ -101,19 +104,21 @@ def decode(
       seats: S, rows decoded at once, at most R.
       max_new_tokens: N.
       shrink: go on with fewer seats when few are taken; moves rows between seats.
+      grow: add slots to the cache as they are needed. Each number of slots is a loop of
+        its own to compile.
 
     Returns: Completion [R, N], and bool [R]: the logits were not finite.
     """
     rows = len(queue.prompt)
     state = _State(
         _take_seats(queue, seats, max_new_tokens),
-        kv.lengthen(_rows_of(queue, seats), max_new_tokens),
+        _rows_of(queue, seats),
         jnp.int32(0),
         jnp.int32(seats),
         _nothing(rows, max_new_tokens),
         jnp.zeros(rows, bool),
     )
-    width = queue.prompts.positions.shape[1]
+    width = kv.slots(queue.prompts)
 
     def body(state: _State) -> _State:
         # The slots behind the prompts are a ring: no row outlives one turn of it.
@@ -128,24 +133,40 @@ def decode(
     if rows > seats:
         state = _refill(state, queue)
     in_order = rows == seats
-    sizes = _sizes(seats) if shrink else [seats]
-    for size, fewer in zip(sizes, [*sizes[1:], 0], strict=True):
-        if size < seats:
-            state, in_order = _shrink(state, size), False
+    for part in _parts(seats, max_new_tokens, shrink, grow):
+        if part.seats < len(state.seats.row):
+            state, in_order = _shrink(state, part.seats), False
+        cache = kv.lengthen(state.cache, width + part.slots - kv.slots(state.cache))
 
-        def busy(state: _State, fewer=fewer) -> jax.Array:
-            return (jnp.sum(~state.seats.done) > fewer) | (state.waiting < rows)
+        def busy(state: _State, part=part) -> jax.Array:
+            free = (part.slots == max_new_tokens) | (state.time < part.slots)
+            taken = jnp.sum(~state.seats.done)
+            return free & ((taken > part.fewer) | (state.waiting < rows))
 
-        state = jax.lax.while_loop(busy, body, state)
+        state = jax.lax.while_loop(busy, body, state._replace(cache=cache))
     return (state.seats.written, state.seats.bad) if in_order else _results(state)
 
 
-def _sizes(seats: int) -> list[int]:
-    """Seats in each part of the loop: all of them, a quarter, ..."""
+class _Part(NamedTuple):
+    """A part of the loop: over when no more than `fewer` seats are taken.
+
+    Or when its slots are full, if they are fewer than the new tokens.
+    """
+
+    seats: int
+    slots: int  # behind the prompts
+    fewer: int
+
+
+def _parts(seats: int, length: int, shrink: bool, grow: bool) -> list[_Part]:
+    """More and more slots, all seats; then a quarter of the seats, and so on."""
     sizes = [seats]
-    while sizes[-1] // _SHRINK >= _MIN_SEATS:
+    while shrink and sizes[-1] // _SHRINK >= _MIN_SEATS:
         sizes.append(sizes[-1] // _SHRINK)
-    return sizes
+    slots = sorted({max(1, length // part) for part in _GROW if grow})
+    parts = [(seats, few) for few in slots] + [(size, length) for size in sizes]
+    after = dict(zip(sizes, [*sizes[1:], 0], strict=True))
+    return [_Part(size, few, after[size]) for size, few in parts]
 
 
 def _nothing(rows: int, length: int) -> Completion:

@@ -18,9 +18,12 @@ from jalign.generate import inputs, sampling
 from jalign.generate.decode import Queue, decode
 from jalign.generate.inputs import Tokens
 from jalign.models import Model
+from jalign.models.attention import platform_of
 from jalign.types import Completion, PyTree
 
 logger = logging.getLogger("jalign.generate")
+
+_GROW_FROM = 64  # new tokens; for fewer, two more loops to compile are not worth it
 
 
 class SamplingParams(NamedTuple):
@@ -189,6 +192,7 @@ def _generate(
         seats=seats,
         max_new_tokens=max_new_tokens,
         shrink=model.mesh is None,
+        grow=max_new_tokens >= _GROW_FROM and platform_of(model.mesh) == "cpu",
     )
     return _without_filler(completion, bad & ~ignored, rows, model.mesh)
 

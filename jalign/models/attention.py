@@ -144,9 +144,10 @@ def one_query_attention(
     """`plain_attention` for T = 1, as sums: small products of matrices cost more."""
     B, _, N, H = q.shape
     K, dtype = k.shape[2], q.dtype
-    q = q.reshape(B, K, N // K, 1, H).astype(jnp.float32)
-    k, v = (x.transpose(0, 2, 1, 3)[:, :, None].astype(jnp.float32) for x in (k, v))
-    scores = jnp.sum(q * k, axis=-1)
+    q = q.reshape(B, K, N // K, H, 1).astype(jnp.float32)
+    k = k.transpose(0, 2, 3, 1)[:, :, None].astype(jnp.float32)
+    v = v.transpose(0, 2, 1, 3)[:, :, None].astype(jnp.float32)
+    scores = jnp.sum(q * k, axis=-2)
     scores = jnp.where(mask[:, None], scores / math.sqrt(H), MASKED)
     weights = jax.nn.softmax(scores, axis=-1)[..., None]
     return jnp.sum(weights * v, axis=-2).reshape(B, 1, N, H).astype(dtype)

@@ -23,8 +23,9 @@ class KVCache(NamedTuple):
     """Keys (rotated) and values of all layers.
 
     Attributes:
-      k, v: [L, B, K, S, H] in the model's dtype, or one [1, B, K, S, H] a layer where
-        the layers are unrolled.
+      k: [L, B, K, H, S] in the model's dtype, or one [1, B, K, H, S] a layer where the
+        layers are unrolled. Slots last: the scores of a query are sums over H.
+      v: [L, B, K, S, H], or one a layer: outputs are sums over S.
       positions: int32 [B, S], of the token in each slot. A query at position p sees
         the slots with positions <= p.
       next: int32 [], the slot that the next token goes to.
@@ -45,17 +46,22 @@ def init_cache(
     unrolled: bool = False,
 ) -> KVCache:
     """Zeros for `batch` rows of `length` slots, none of them to be seen."""
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    rows, layers = (batch, config.num_kv_heads), config.num_layers
 
-    def zeros() -> Layers:
+    def zeros(*of_head: int) -> Layers:
         if unrolled:
-            return tuple(
-                jnp.zeros((1, *shape), dtype) for _ in range(config.num_layers)
-            )
-        return jnp.zeros((config.num_layers, *shape), dtype)
+            shape = (1, *rows, *of_head)
+            return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+        return jnp.zeros((layers, *rows, *of_head), dtype)
 
     positions = jnp.full((batch, length), NEVER, jnp.int32)
-    return KVCache(zeros(), zeros(), positions, jnp.int32(0))
+    k, v = zeros(config.head_dim, length), zeros(length, config.head_dim)
+    return KVCache(k, v, positions, jnp.int32(0))
+
+
+def slots(cache: KVCache) -> int:
+    """S, of the cache."""
+    return cache.positions.shape[1]
 
 
 def advance(cache: KVCache, positions: jax.Array) -> KVCache:
@@ -70,25 +76,39 @@ def advance(cache: KVCache, positions: jax.Array) -> KVCache:
     return cache._replace(positions=noted, next=cache.next + time)
 
 
-def write(
+def write_keys(
     layers: jax.Array, layer: jax.Array | int, slot: jax.Array, new: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes keys or values into one layer, in place where XLA can.
+    """Writes keys into one layer, in place where XLA can.
 
     Args:
-      layers: [L, B, K, S, H].
+      layers: [L, B, K, H, S].
       layer: int32 [].
       slot: int32 [], of the first token.
       new: [B, T, K, H].
 
     Returns: the new layers, and the layer written to as [B, S, K, H].
     """
-    new = new.transpose(0, 2, 1, 3)[None].astype(layers.dtype)
     zero = jnp.int32(0)
-    layers = jax.lax.dynamic_update_slice(
-        layers, new, (jnp.int32(layer), zero, zero, slot, zero)
+    layers = _put(
+        layers, new.transpose(0, 2, 3, 1), (jnp.int32(layer), zero, zero, zero, slot)
+    )
+    return layers, layers[layer].transpose(0, 3, 1, 2)
+
+
+def write_values(
+    layers: jax.Array, layer: jax.Array | int, slot: jax.Array, new: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`write_keys` for values: layers [L, B, K, S, H]."""
+    zero = jnp.int32(0)
+    layers = _put(
+        layers, new.transpose(0, 2, 1, 3), (jnp.int32(layer), zero, zero, slot, zero)
     )
     return layers, layers[layer].transpose(0, 2, 1, 3)
+
+
+def _put(layers: jax.Array, new: jax.Array, place: tuple) -> jax.Array:
+    return jax.lax.dynamic_update_slice(layers, new[None].astype(layers.dtype), place)
 
 
 def take_rows(cache: KVCache, rows: jax.Array) -> KVCache:
@@ -103,14 +123,12 @@ def repeat_rows(cache: KVCache, times: int) -> KVCache:
     return KVCache(k, v, jnp.repeat(cache.positions, times, axis=0), cache.next)
 
 
-def lengthen(cache: KVCache, slots: int) -> KVCache:
+def lengthen(cache: KVCache, more: int) -> KVCache:
     """A cache with so many more slots behind."""
-    k, v = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, slots), (0, 0)]),
-        (cache.k, cache.v),
-    )
-    behind = [(0, 0), (0, slots)]
-    positions = jnp.pad(cache.positions, behind, constant_values=NEVER)
+    no, behind = (0, 0), (0, more)
+    k = jax.tree.map(lambda x: jnp.pad(x, [no, no, no, no, behind]), cache.k)
+    v = jax.tree.map(lambda x: jnp.pad(x, [no, no, no, behind, no]), cache.v)
+    positions = jnp.pad(cache.positions, [no, behind], constant_values=NEVER)
     return KVCache(k, v, positions, cache.next)
 
 

@@ -60,7 +60,7 @@ class Where(NamedTuple):
     slot: jax.Array
 
 
-Memory = tuple[jax.Array, jax.Array]  # keys and values [L, B, K, S, H]
+Memory = tuple[jax.Array, jax.Array]  # keys and values of all layers, see kv.KVCache
 
 
 class Attention(nn.Module):
@@ -83,8 +83,8 @@ class Attention(nn.Module):
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
         q_segments = kv_segments = where.segment_ids
         if memory is not None:
-            all_k, k = kv.write(memory[0], layer, where.slot, k)
-            all_v, v = kv.write(memory[1], layer, where.slot, v)
+            all_k, k = kv.write_keys(memory[0], layer, where.slot, k)
+            all_v, v = kv.write_values(memory[1], layer, where.slot, v)
             memory = all_k, all_v
             q_segments = kv_segments = None  # a cache row is one document
         y = attend(

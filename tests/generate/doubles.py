@@ -41,9 +41,10 @@ class HistoryModel:
 
     def init_cache(self, batch, length):
         # Garbage, so that a slot which is seen before it is written shows.
-        k = jnp.full((1, batch, 1, length, self.vocab_size), 1e3)
+        k = jnp.full((1, batch, 1, self.vocab_size, length), 1e3)
+        v = jnp.zeros((1, batch, 1, length, 0))
         positions = jnp.full((batch, length), kv.NEVER, jnp.int32)
-        return kv.KVCache(k, k[..., :0], positions, jnp.int32(0))
+        return kv.KVCache(k, v, positions, jnp.int32(0))
 
     def for_decoding(self, params):
         return params
@@ -59,7 +60,7 @@ class HistoryModel:
             if segment_ids is not None:
                 seen = jnp.where(segment_ids == 0, kv.NEVER, positions)
             slot, cache = cache.next, kv.advance(cache, seen)
-            k, x = kv.write(cache.k, 0, slot, x[:, :, None, :])
+            k, x = kv.write_keys(cache.k, 0, slot, x[:, :, None, :])
             cache, x, seen = cache._replace(k=k), x[:, :, 0], cache.positions
         age = positions[:, :, None] - seen[:, None, :]
         weights = jnp.where(visible & (age >= 0), 0.7 ** jnp.maximum(age, 0), 0.0)

@@ -19,7 +19,7 @@ STARTS = np.array([2, 7, 0, 9, 1, 1, 4, 20, 3, 0, 6, 2, 5, 5, 1, 8, 0, 0, 3, 2])
 def count_down(calls, tokens, positions, cache):
     """Logits for the number before; notes who was at work, and what they could see."""
     seen = (cache.positions <= positions[:, None]) & (positions < kv.NEVER)[:, None]
-    jax.debug.callback(lambda *x: calls.append(x), tokens, positions, seen.sum(1))
+    jax.debug.callback(lambda *x: calls.append(x), tokens, positions, seen)
     cache = kv.advance(cache, positions[:, None])
     return jax.nn.one_hot(tokens - 1, 32), cache
 
@@ -29,13 +29,13 @@ def choose(logits, random):
     return tokens, -tokens.astype(jnp.float32), tokens == 0
 
 
-def run(seats, shrink=True):
+def run(seats, **how):
     rows, calls = len(STARTS), []
     positions = jnp.broadcast_to(jnp.arange(WIDTH, dtype=jnp.int32), (rows, WIDTH))
-    memory = jnp.zeros((1, rows, 1, WIDTH, 1))
+    k, v = jnp.zeros((1, rows, 1, 1, WIDTH)), jnp.zeros((1, rows, 1, WIDTH, 1))
     starts = jnp.int32(STARTS)
     queue = Queue(
-        prompts=kv.KVCache(memory, memory, positions, jnp.int32(WIDTH)),
+        prompts=kv.KVCache(k, v, positions, jnp.int32(WIDTH)),
         prompt=jnp.arange(rows, dtype=jnp.int32),
         lengths=jnp.full(rows, WIDTH, jnp.int32),
         random=jnp.zeros((rows, LIMIT, 2)),
@@ -44,16 +44,17 @@ def run(seats, shrink=True):
         ignored=jnp.zeros(rows, bool),
     )
     step = functools.partial(count_down, calls)
-    how = dict(seats=seats, max_new_tokens=LIMIT, shrink=shrink)
+    how = dict(seats=seats, max_new_tokens=LIMIT) | how
     completion, bad = jax.jit(lambda q: decode(q, step, choose, **how))(queue)
     jax.effects_barrier()
     return jax.tree.map(np.asarray, completion), np.asarray(bad), calls
 
 
+@pytest.mark.parametrize("grow", [True, False])
 @pytest.mark.parametrize("shrink", [True, False])
 @pytest.mark.parametrize("seats", [1, 3, 16, 20])
-def test_every_row_counts_down_from_its_own_start(seats, shrink):
-    completion, bad, calls = run(seats, shrink)
+def test_every_row_counts_down_from_its_own_start(seats, shrink, grow):
+    completion, bad, calls = run(seats, shrink=shrink, grow=grow)
     for row, start in enumerate(STARTS):
         want = np.arange(start, max(-1, start - LIMIT), -1)
         mask = np.arange(LIMIT) < len(want)
@@ -66,7 +67,7 @@ def test_every_row_counts_down_from_its_own_start(seats, shrink):
     for tokens, positions, seen in calls:
         at_work = positions < kv.NEVER
         # A row sees its prompt and what it wrote itself, the newest token apart.
-        np.testing.assert_array_equal(seen[at_work], positions[at_work])
+        np.testing.assert_array_equal(seen.sum(1)[at_work], positions[at_work])
         assert (tokens[at_work] > 0).all()
 
 
@@ -91,6 +92,14 @@ def test_few_rows_do_not_pay_for_all_seats():
     left = [sum(lengths() - 1 > step) for step in range(LIMIT - 1)]
     assert sizes == [20 if n > 5 else 5 for n in left]
     assert {len(tokens) for tokens, _, _ in run(20, shrink=False)[2]} == {20}
+
+
+def test_the_cache_grows_as_it_fills():
+    slots = [seen.shape[1] - WIDTH for _, _, seen in run(20, grow=True)[2]]
+    assert slots == [2, 2, 4, 4, 8, 8, 8]
+    refilled = [seen.shape[1] - WIDTH for _, _, seen in run(3, grow=True)[2]]
+    assert refilled[:5] == [2, 2, 4, 4, 8]
+    assert set(refilled[4:]) == {8}
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2], [3]]

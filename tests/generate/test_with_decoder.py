@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jalign import data, generate, losses, models, sharding
+from jalign.generate import engine
 from tests.sharding import processes
 
 CONFIG = models.ModelConfig(
@@ -47,6 +48,16 @@ def rows_of(completion):
         rows[row, : len(prompt) + N] = [*prompt, *completion.tokens[row]]
     start = np.array([len(prompt) for prompt in PROMPTS])
     return rows, start[:, None] + np.arange(N)[None, :]
+
+
+def test_a_cache_that_grows_changes_nothing(params, monkeypatch):
+    model, how = models.Model(CONFIG), dict(batch_size=3)
+    want = sample(model, params, **how)
+    monkeypatch.setattr(engine, "_GROW_FROM", N)
+    jax.clear_caches()
+    got = sample(model, params, **how)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_allclose(got.logps, want.logps, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7])

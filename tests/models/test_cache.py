@@ -30,7 +30,8 @@ both = pytest.mark.parametrize("unrolled", [False, True])
 @both
 def test_a_new_cache_is_seen_by_no_query(unrolled):
     cache = kv.init_cache(CONFIG, 3, 5, jnp.bfloat16, unrolled=unrolled)
-    assert layers(cache.k).shape == layers(cache.v).shape == (2, 3, 2, 5, 10)
+    assert layers(cache.k).shape == (2, 3, 2, 10, 5)
+    assert layers(cache.v).shape == (2, 3, 2, 5, 10)
     assert (np.asarray(cache.positions) == np.iinfo(np.int32).max).all()
 
 
@@ -44,13 +45,17 @@ def test_advance_notes_positions_slot_by_slot():
 
 
 def test_write_fills_the_slots_of_one_layer():
-    memory = kv.init_cache(CONFIG, 2, 5, jnp.float32).k
+    cache = kv.init_cache(CONFIG, 2, 5, jnp.float32)
     new = jnp.arange(2 * 3 * 2 * 10, dtype=jnp.float32).reshape(2, 3, 2, 10) + 1
-    memory, layer = kv.write(memory, jnp.int32(1), jnp.int32(2), new)
-    want = np.zeros((2, 2, 2, 5, 10))
-    want[1, :, :, 2:] = new.transpose(0, 2, 1, 3)
-    np.testing.assert_array_equal(memory, want)
-    np.testing.assert_array_equal(layer, want[1].transpose(0, 2, 1, 3))
+    want = np.zeros((2, 2, 5, 2, 10))  # [L, B, S, K, H]
+    want[1, :, 2:] = new
+    for write, memory, axes in (
+        (kv.write_keys, cache.k, (0, 1, 3, 4, 2)),
+        (kv.write_values, cache.v, (0, 1, 3, 2, 4)),
+    ):
+        memory, layer = write(memory, jnp.int32(1), jnp.int32(2), new)
+        np.testing.assert_array_equal(memory, want.transpose(axes))
+        np.testing.assert_array_equal(layer, want[1])
 
 
 @both
@@ -68,7 +73,7 @@ def test_rows_are_taken_with_all_that_is_theirs(unrolled):
 def test_copy_row_leaves_nothing_of_the_row_before(unrolled):
     cache, source = random_cache(unrolled, 3, 5), random_cache(unrolled, 2, 2, seed=1)
     got = kv.copy_row(cache, jnp.int32(1), source, jnp.int32(0))
-    np.testing.assert_array_equal(layers(got.k)[:, 1, :, :2], layers(source.k)[:, 0])
+    np.testing.assert_array_equal(layers(got.k)[:, 1, ..., :2], layers(source.k)[:, 0])
     np.testing.assert_array_equal(layers(got.v)[:, 1, :, :2], layers(source.v)[:, 0])
     assert got.positions[1].tolist() == [*source.positions[0].tolist()] + 3 * [kv.NEVER]
     rest = np.array([0, 2])
@@ -80,7 +85,9 @@ def test_copy_row_leaves_nothing_of_the_row_before(unrolled):
 def test_lengthen_adds_slots_that_are_not_seen(unrolled):
     cache = random_cache(unrolled, 2, 3)
     longer = kv.lengthen(cache, 2)
+    assert layers(longer.k).shape == (2, 2, 2, 10, 5)
     assert layers(longer.v).shape == (2, 2, 2, 5, 10)
+    assert kv.slots(longer) == 5
     np.testing.assert_array_equal(longer.positions[:, :3], cache.positions)
     assert (np.asarray(longer.positions[:, 3:]) == kv.NEVER).all()
     assert longer.next == cache.next
