@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jalign import losses
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
 from jalign.models import Model
+from jalign.models.attention import platform_of
 from jalign.types import PreferenceBatch, TokenBatch
 
 PyTree = Any
+CPU_LOGITS = 64 << 20  # bytes of logits that exist at once on a CPU
 
 
 class TokenStats(NamedTuple):
@@ -36,9 +38,14 @@ class TokenStats(NamedTuple):
 def chunk_size(model: Model) -> int:
     """Tokens of the global batch whose logits exist at once: a fixed number a device.
 
-    Vocabulary and rows are cut over the mesh, so the default serves each device.
+    Vocabulary and rows are cut over the mesh, so the default serves each device. On a
+    CPU fewer where the vocabulary is large: memory that is new to each step is slow.
     """
-    return DEFAULT_CHUNK_SIZE * (model.mesh.size if model.mesh is not None else 1)
+    tokens = DEFAULT_CHUNK_SIZE
+    if platform_of(model.mesh) == "cpu":
+        fit = CPU_LOGITS // (4 * model.config.vocab_size)
+        tokens = min(tokens, 1 << max(6, fit.bit_length() - 1))
+    return tokens * (model.mesh.size if model.mesh is not None else 1)
 
 
 def hidden_states(model: Model, params: PyTree, batch) -> jax.Array:

@@ -1,11 +1,13 @@
 """Shifting, masks and alignment, against the plain logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jalign import data, losses, models
+from jalign import data, losses, models, sharding
 from jalign.train import forward
 from tests.train import tiny
 
@@ -34,6 +36,16 @@ def test_logps_and_entropies_are_those_of_the_shifted_logits():
     assert not np.any(np.asarray(stats.logps)[~batch.completion_mask])
     plain = forward.token_logps(model, params, batch, temperature=0.7)
     np.testing.assert_allclose(plain, stats.logps, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "vocabulary, tokens", [(512, 1024), (32_000, 512), (128_256, 128), (10**7, 64)]
+)
+def test_a_cpu_has_fewer_logits_at_once_for_a_large_vocabulary(vocabulary, tokens):
+    config = dataclasses.replace(tiny.model().config, vocab_size=vocabulary)
+    assert forward.chunk_size(models.Model(config)) == tokens
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    assert forward.chunk_size(models.Model(config, mesh=mesh)) == 8 * tokens
 
 
 def test_values_are_read_before_each_token():
