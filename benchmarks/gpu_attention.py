@@ -8,9 +8,11 @@ without the GPU's kernel.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
+from typing import NamedTuple
 
 # Before jax starts: torch needs memory, too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -57,76 +59,87 @@ def layouts(rows: int, length: int) -> dict[str, np.ndarray | None]:
     }
 
 
-def row_of(kind: str, path: str, segments, rows: int, length: int) -> str:
-    """Times one path and compares it with the plain one."""
+class Rows(NamedTuple):
+    """Arguments of attention, and the gradient of its output; B rows of T tokens."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    d_out: jax.Array
+    positions: jax.Array
+    segments: jax.Array | None
+
+    @property
+    def counted(self) -> jax.Array:
+        """bool [B, T, 1, 1], False at padding."""
+        if self.segments is None:
+            return jnp.ones((*self.positions.shape, 1, 1), bool)
+        return (self.segments > 0)[..., None, None]
+
+    def part(self, rows: slice) -> "Rows":
+        """Some of the rows, in float32."""
+        few = jax.tree.map(lambda x: x[rows], self)
+        wide = (x.astype(jnp.float32) for x in few[:4])
+        return Rows(*wide, few.positions, few.segments)
+
+
+def make_rows(segments: np.ndarray | None, rows: int, length: int) -> Rows:
+    """Random ones in bfloat16; padding has no gradient."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    q, k, v, out = (
+    q, k, v, d_out = (
         jax.random.normal(key, (rows, length, n, HEAD_DIM), jnp.bfloat16)
         for key, n in zip(keys, heads, strict=True)
     )
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
-    segments = None if segments is None else jnp.asarray(segments)
-    counts = jnp.ones((rows, length), bool) if segments is None else segments > 0
-    out = jnp.where(counts[..., None, None], out, 0)
+    ids = None if segments is None else jnp.asarray(segments)
+    result = Rows(q, k, v, d_out, positions, ids)
+    return result._replace(d_out=jnp.where(result.counted, d_out, 0))
 
-    def run(implementation, q, k, v):
-        return attend(
-            q,
-            k,
-            v,
-            q_positions=positions,
-            kv_positions=positions,
-            q_segment_ids=segments,
-            kv_segment_ids=segments,
-            implementation=implementation,
-        )
 
-    def both(implementation):
-        def fn(q, k, v):
-            y, back = jax.vjp(lambda *x: run(implementation, *x), q, k, v)
-            return y, back(out.astype(y.dtype))
+@functools.partial(jax.jit, static_argnums=0)
+def forward(path: str, rows: Rows) -> jax.Array:
+    return attend(
+        *rows[:3],
+        q_positions=rows.positions,
+        kv_positions=rows.positions,
+        q_segment_ids=rows.segments,
+        kv_segment_ids=rows.segments,
+        implementation=path,
+    )
 
-        return jax.jit(fn)
 
-    def error():
-        few = 2  # rows: plain attention keeps all scores
+@functools.partial(jax.jit, static_argnums=0)
+def forward_and_backward(path: str, rows: Rows) -> list[jax.Array]:
+    """The output where it counts, and the gradients of q, k and v."""
+    y, back = jax.vjp(
+        lambda *qkv: forward(path, Rows(*qkv, *rows[3:])), rows.q, rows.k, rows.v
+    )
+    return [jnp.where(rows.counted, y, 0), *back(rows.d_out.astype(y.dtype))]
 
-        def norms(x, y):
-            x = x.astype(jnp.float32)
-            return float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
 
-        y, grads = both(path)(q, k, v)
-        exact_y, exact_grads = [], []
-        for i in range(0, rows, few):
-            part = slice(i, i + few)
-            mine = None if segments is None else segments[part]
-            y32, back = jax.vjp(
-                lambda *x, part=part, mine=mine: attend(
-                    *x,
-                    q_positions=positions[part],
-                    kv_positions=positions[part],
-                    q_segment_ids=mine,
-                    kv_segment_ids=mine,
-                    implementation="plain",
-                ),
-                *(x[part].astype(jnp.float32) for x in (q, k, v)),
-            )
-            exact_y.append(y32)
-            exact_grads.append(back(out[part].astype(jnp.float32)))
-        y, exact = (
-            jnp.where(counts[..., None, None], x, 0)
-            for x in (y, jnp.concatenate(exact_y))
-        )
-        gaps = [norms(y, exact)]
-        for grad, parts in zip(grads, zip(*exact_grads, strict=True), strict=True):
-            gaps.append(norms(grad, jnp.concatenate(parts)))
-        return max(gaps)
+def error(path: str, rows: Rows) -> float:
+    """The largest relative error of output and gradients, by their norms."""
+    few = 2  # rows at once, for the plain path keeps all scores
+    parts = [
+        forward_and_backward("plain", rows.part(slice(i, i + few)))
+        for i in range(0, len(rows.q), few)
+    ]
 
-    gap = error()
-    forward = clock(jax.jit(lambda *x: run(path, *x)), (q, k, v))
-    whole = clock(both(path), (q, k, v))
-    return f"| {kind} | {path} | {forward:.2f} | {whole:.2f} | {gap:.1e} |"
+    def gap(x, y):
+        return float(jnp.linalg.norm(x.astype(jnp.float32) - y) / jnp.linalg.norm(y))
+
+    exact = map(jnp.concatenate, zip(*parts, strict=True))
+    return max(map(gap, forward_and_backward(path, rows), exact))
+
+
+def row_of(kind: str, path: str, segments, rows: int, length: int) -> str:
+    """Compares one path with the plain one, and times it."""
+    args = make_rows(segments, rows, length)
+    gap = error(path, args)
+    one = clock(lambda x: forward(path, x), (args,))
+    both = clock(lambda x: forward_and_backward(path, x), (args,))
+    return f"| {kind} | {path} | {one:.2f} | {both:.2f} | {gap:.1e} |"
 
 
 def clock(fn, args) -> float:
