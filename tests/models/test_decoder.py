@@ -141,3 +141,35 @@ def test_products_are_stored_and_elementwise_work_is_done_again():
     assert jaxpr.count(" exp ") > str(jax.make_jaxpr(fn)(x, w)).count(" exp ")
     forward = jaxpr.count("dot_general") - 1  # one of them is the gradient
     assert forward == 1
+
+
+def test_unrolled_layers_of_a_gpu_store_products_only(monkeypatch):
+    model = Model(CONFIGS["llama"], attention="plain", unroll=True)
+    params, tokens = random_params(model), random_tokens((2, 12))
+
+    def loss(params):
+        return (model.apply(params, tokens)[0] ** 2).sum()
+
+    def operations(platform):
+        monkeypatch.setattr(decoder, "platform_of", lambda mesh: platform)
+        return list(equations(jax.make_jaxpr(jax.grad(lambda p: loss(p)))(params)))
+
+    def of_weights(operations):  # without batch dimensions: not attention's
+        dots = [x for x in operations if x.primitive.name == "dot_general"]
+        return sum(not any(x.params["dimension_numbers"][1]) for x in dots)
+
+    def gates(operations):
+        return sum(x.primitive.name == "logistic" for x in operations)
+
+    everything, products = operations("tpu"), operations("gpu")
+    assert of_weights(products) == of_weights(everything) > 0
+    assert gates(products) == 2 * gates(everything) > 0
+
+
+def equations(jaxpr):
+    """Those of a jaxpr and of all that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(tuple(equation.params.values())):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(getattr(inner, "jaxpr", inner))
