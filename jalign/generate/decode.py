@@ -23,7 +23,7 @@ Choose = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]
 
 _SHRINK = 4  # the loop goes on with a quarter of its seats, when no more are taken
 _MIN_SEATS = 4
-_GROW = (4, 2)  # the cache begins with a quarter of the slots, then has a half
+_GROW = (4, 2)  # the cache begins with a quarter of its slots, goes on with a half
 
 
 class Queue(NamedTuple):
@@ -163,10 +163,10 @@ def _parts(seats: int, length: int, shrink: bool, grow: bool) -> list[_Part]:
     sizes = [seats]
     while shrink and sizes[-1] // _SHRINK >= _MIN_SEATS:
         sizes.append(sizes[-1] // _SHRINK)
-    slots = sorted({max(1, length // part) for part in _GROW if grow})
-    parts = [(seats, few) for few in slots] + [(size, length) for size in sizes]
-    after = dict(zip(sizes, [*sizes[1:], 0], strict=True))
-    return [_Part(size, few, after[size]) for size, few in parts]
+    fewer = [*sizes[1:], 0]
+    slots = sorted({max(1, length // share) for share in _GROW}) if grow else []
+    growing = [_Part(seats, n, fewer[0]) for n in slots]
+    return growing + [_Part(n, length, m) for n, m in zip(sizes, fewer, strict=True)]
 
 
 def _nothing(rows: int, length: int) -> Completion:

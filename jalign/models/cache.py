@@ -89,26 +89,23 @@ def write_keys(
 
     Returns: the new layers, and the layer written to as [B, S, K, H].
     """
-    zero = jnp.int32(0)
-    layers = _put(
-        layers, new.transpose(0, 2, 3, 1), (jnp.int32(layer), zero, zero, zero, slot)
-    )
-    return layers, layers[layer].transpose(0, 3, 1, 2)
+    return _write(layers, layer, slot, new, (0, 2, 3, 1))
 
 
 def write_values(
     layers: jax.Array, layer: jax.Array | int, slot: jax.Array, new: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`write_keys` for values: layers [L, B, K, S, H]."""
+    return _write(layers, layer, slot, new, (0, 2, 1, 3))
+
+
+def _write(layers, layer, slot, new, axes: tuple[int, ...]):
+    """`axes` of new [B, T, K, H] are in the cache's order."""
     zero = jnp.int32(0)
-    layers = _put(
-        layers, new.transpose(0, 2, 1, 3), (jnp.int32(layer), zero, zero, slot, zero)
-    )
-    return layers, layers[layer].transpose(0, 2, 1, 3)
-
-
-def _put(layers: jax.Array, new: jax.Array, place: tuple) -> jax.Array:
-    return jax.lax.dynamic_update_slice(layers, new[None].astype(layers.dtype), place)
+    place = (jnp.int32(layer), *(slot if axis == 1 else zero for axis in axes))
+    new = new.transpose(axes)[None].astype(layers.dtype)
+    layers = jax.lax.dynamic_update_slice(layers, new, place)
+    return layers, layers[layer].transpose(np.argsort(axes))
 
 
 def take_rows(cache: KVCache, rows: jax.Array) -> KVCache:

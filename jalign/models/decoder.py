@@ -196,11 +196,7 @@ class Decoder(nn.Module):
     def _scanned(self, x, where: Where, cache: kv.KVCache | None):
         c = self.config
         # prevent_cse: the scan already keeps forward and backward apart.
-        block: Any = Block
-        if self.remat:
-            block = nn.remat(Block, prevent_cse=False)
-        elif cache is None and platform_of(self.mesh) in ("cpu", "gpu"):
-            block = nn.remat(Block, prevent_cse=False, policy=products)
+        block = self._block(cache, ("cpu", "gpu"), prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -216,10 +212,8 @@ class Decoder(nn.Module):
 
     def _unrolled(self, x, where: Where, cache: kv.KVCache | None):
         c, memories = self.config, []
-        block: Any = nn.remat(Block) if self.remat else Block
         # A CPU's compiler would drop the barriers that keep this from being undone.
-        if not self.remat and cache is None and platform_of(self.mesh) == "gpu":
-            block = nn.remat(Block, policy=products)
+        block = self._block(cache, ("gpu",))
         for i in range(c.num_layers):
             memory = None if cache is None else (cache.k[i], cache.v[i])
             layer = block(c, self.mesh, self.dtype, self.attention, name=f"layers_{i}")
@@ -229,6 +223,14 @@ class Decoder(nn.Module):
             k, v = zip(*memories, strict=True)
             cache = cache._replace(k=k, v=v)
         return x, cache
+
+    def _block(self, cache: kv.KVCache | None, platforms: tuple, **how: Any) -> Any:
+        """Block, as its backward pass wants it; products are stored on `platforms`."""
+        if self.remat:
+            return nn.remat(Block, **how)
+        if cache is None and platform_of(self.mesh) in platforms:
+            return nn.remat(Block, policy=products, **how)
+        return Block
 
     def _init_head(self, hidden: jax.Array) -> None:
         """Creates the head's parameters; Model applies it, outside of the module."""

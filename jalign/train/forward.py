@@ -18,7 +18,8 @@ from jalign.models.attention import platform_of
 from jalign.types import PreferenceBatch, TokenBatch
 
 PyTree = Any
-CPU_LOGITS = 64 << 20  # bytes of logits that exist at once on a CPU
+CPU_LOGITS = 64 << 20  # bytes of logits that exist at once on a CPU device,
+CPU_TOKENS = 64  # unless these are fewer tokens
 
 
 class TokenStats(NamedTuple):
@@ -43,8 +44,8 @@ def chunk_size(model: Model) -> int:
     """
     tokens = DEFAULT_CHUNK_SIZE
     if platform_of(model.mesh) == "cpu":
-        fit = CPU_LOGITS // (4 * model.config.vocab_size)
-        tokens = min(tokens, 1 << max(6, fit.bit_length() - 1))
+        fit = max(1, CPU_LOGITS // (4 * model.config.vocab_size))
+        tokens = min(tokens, max(CPU_TOKENS, 1 << fit.bit_length() - 1))
     return tokens * (model.mesh.size if model.mesh is not None else 1)
 
 

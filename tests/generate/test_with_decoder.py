@@ -53,9 +53,17 @@ def rows_of(completion):
 def test_a_cache_that_grows_changes_nothing(params, monkeypatch):
     model, how = models.Model(CONFIG), dict(batch_size=3)
     want = sample(model, params, **how)
+    decode, grown = engine.decode, []
+
+    def noted(*args, grow, **more):
+        grown.append(grow)
+        return decode(*args, grow=grow, **more)
+
     monkeypatch.setattr(engine, "_GROW_FROM", N)
+    monkeypatch.setattr(engine, "decode", noted)
     jax.clear_caches()
     got = sample(model, params, **how)
+    assert grown == [True]
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logps, want.logps, rtol=1e-5, atol=1e-6)
 

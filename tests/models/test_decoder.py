@@ -152,7 +152,11 @@ def test_unrolled_layers_of_a_gpu_store_products_only(monkeypatch):
 
     def operations(platform):
         monkeypatch.setattr(decoder, "platform_of", lambda mesh: platform)
-        return list(equations(jax.make_jaxpr(jax.grad(lambda p: loss(p)))(params)))
+
+        def fresh(params):  # jax keeps traces by function
+            return loss(params)
+
+        return list(equations(jax.make_jaxpr(jax.grad(fresh))(params)))
 
     def of_weights(operations):  # without batch dimensions: not attention's
         dots = [x for x in operations if x.primitive.name == "dot_general"]
