@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jalign import data, evaluate, models, rewards, sharding
+from jalign import data, evaluate, rewards, sharding
+from jalign.pretrained import Pretrained, check_same_vocab, load_pretrained
 from jalign.train.reference import reference_examples
 from jalign.train.run import make_run_mesh
 
@@ -51,8 +52,9 @@ class GenerateConfig:
 def run_generate(config: GenerateConfig) -> str | None:
     """Samples one completion a prompt; returns the text to print, or None."""
     mesh = make_run_mesh(config.mesh)
-    model, params = models.load(config.model, mesh=mesh, dtype=config.dtype)
-    tokenizer = data.load_tokenizer(config.model)
+    loaded = load_pretrained(
+        config.model, mesh=mesh, dtype=config.dtype, head="language"
+    )
     if config.prompts:
         rows: list[dict] = data.load_rows(config.prompts)
     elif config.chat:
@@ -60,9 +62,7 @@ def run_generate(config: GenerateConfig) -> str | None:
     else:
         rows = [{"prompt": p} for p in config.prompt]
     texts = evaluate.sample_texts(
-        model,
-        params,
-        tokenizer,
+        *loaded,
         rows,
         key=jax.random.key(config.seed),
         max_new_tokens=config.max_new_tokens,
@@ -130,20 +130,28 @@ class EvalConfig:
 def run_eval(config: EvalConfig) -> str:
     """Measures the model on the rows; returns the JSON text."""
     mesh = make_run_mesh(config.mesh)
-    model, params = models.load(config.model, mesh=mesh)
-    tokenizer = data.load_tokenizer(config.model)
+    loaded = load_pretrained(config.model, mesh=mesh)
     rows = data.load_rows(config.data, limit=config.limit, bad_rows=config.bad_rows)
     reference = None
     if config.ref_model:
-        reference = models.load(config.ref_model, mesh=mesh)
+        reference = load_pretrained(config.ref_model, mesh=mesh, head="language")
+        check_same_vocab(loaded, reference, "--model and --ref-model")
     measure = {"sft": _eval_sft, "preference": _eval_pairs, "reward": _eval_reward}
-    result = measure[_task_of(config, rows)](
-        config, model, params, tokenizer, rows, reference
-    )
-    text = json.dumps(result, indent=2)
+    result = measure[_task_of(config, rows)](config, loaded, rows, reference)
+    _check_finite(result, config)
+    text = json.dumps(result, indent=2, allow_nan=False)
     if config.out and sharding.is_main_process():
         Path(config.out).write_text(text + "\n", encoding="utf-8")
     return text
+
+
+def _check_finite(result: dict[str, Any], config: EvalConfig) -> None:
+    bad = [k for k, v in result.items() if isinstance(v, float) and not np.isfinite(v)]
+    if bad:
+        raise ValueError(
+            f"{config.model}: {', '.join(bad)} on {config.data} is no finite number; "
+            "are its weights sound? (a row beyond the model's context can do it, too)"
+        )
 
 
 def _task_of(config: EvalConfig, rows: list[dict]) -> str:
@@ -166,7 +174,8 @@ def _loader(config: EvalConfig, model, examples, collate):
     )
 
 
-def _eval_sft(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
+def _eval_sft(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
+    model, params, tokenizer = loaded
     examples, counts = data.sft_examples(
         rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
     )
@@ -174,17 +183,22 @@ def _eval_sft(config, model, params, tokenizer, rows, reference) -> dict[str, An
     result = evaluate.eval_loss(model, params, loader) | {"rows": counts}
     if reference is not None:
         prompts = [e.tokens[: int(np.argmax(e.completion_mask))] for e in examples]
-        result |= _kl(config, model, params, tokenizer, prompts, reference)
+        result |= _kl(config, loaded, prompts, reference)
     return result
 
 
-def _eval_pairs(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
+def _eval_pairs(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
+    model, params, tokenizer = loaded
     pairs, counts = data.preference_examples(
-        rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
+        rows,
+        tokenizer,
+        max_length=config.max_length,
+        bad_rows=config.bad_rows,
+        keep_tail=bool(model.config.num_labels),
     )
     if reference is not None:
         size, length = config.batch_size, config.max_length
-        ref_model, ref_params = reference
+        ref_model, ref_params, _ = reference
         pairs = reference_examples(
             ref_model, ref_params, {"rows": pairs}, batch_size=size, max_length=length
         )["rows"]
@@ -192,8 +206,9 @@ def _eval_pairs(config, model, params, tokenizer, rows, reference) -> dict[str, 
     return evaluate.preference_accuracy(model, params, loader) | {"rows": counts}
 
 
-def _eval_reward(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
+def _eval_reward(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
     assert config.reward is not None
+    model, params, tokenizer = loaded
     prompts, counts = data.prompt_examples(
         rows, tokenizer, max_prompt_length=config.max_length, bad_rows=config.bad_rows
     )
@@ -211,7 +226,7 @@ def _eval_reward(config, model, params, tokenizer, rows, reference) -> dict[str,
     measured = {f"reward_{k}": result[k] for k in ("mean", "std", "stderr")}
     if reference is not None:
         tokens = [prompt.tokens for prompt in prompts]
-        measured |= _kl(config, model, params, tokenizer, tokens, reference)
+        measured |= _kl(config, loaded, tokens, reference)
     return measured | {"rows": counts}
 
 
@@ -222,8 +237,9 @@ def _reward_fn(spec: str, mesh) -> rewards.RewardFn:
     return rewards.weighted_sum(functions, [term.weight for term in terms])
 
 
-def _kl(config, model, params, tokenizer, prompts, reference) -> dict[str, float]:
-    ref_model, ref_params = reference
+def _kl(config, loaded: Pretrained, prompts, reference) -> dict[str, float]:
+    model, params, tokenizer = loaded
+    ref_model, ref_params, _ = reference
     return evaluate.kl_to_reference(
         model,
         params,
@@ -232,7 +248,7 @@ def _kl(config, model, params, tokenizer, prompts, reference) -> dict[str, float
         key=jax.random.key(config.seed),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        stop_tokens=[tokenizer.eos_token_id],
+        stop_tokens=data.stop_tokens(tokenizer, model.config.eos_token_ids),
         ref_model=ref_model,
         batch_size=config.batch_size,
     )

@@ -13,17 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jalign import data, losses, sharding
-from jalign.generate import continuation, generate_lists
+from jalign.generate import generate_lists
 from jalign.models import Model
-from jalign.rewards import RewardFn
+from jalign.rewards import RewardFn, reward_of
+from jalign.texts import Prompt, Tokens, sample_completions, sample_texts
 from jalign.train import forward
 from jalign.types import PreferenceBatch, PyTree, TokenBatch
 
 _NO_LIMIT = 1 << 30
-Tokens = Sequence[int] | np.ndarray
-Prompt = str | dict[str, Any] | data.PromptExample | Tokens
-"""A text, a data row, an encoded prompt, or token ids."""
-
 __all__ = [
     "eval_loss",
     "kl_to_reference",
@@ -122,7 +119,7 @@ def kl_to_reference(
     key: jax.Array,
     max_new_tokens: int,
     temperature: float = 1.0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     ref_model: Model | None = None,
     batch_size: int = 64,
 ) -> dict[str, float]:
@@ -133,15 +130,19 @@ def kl_to_reference(
       ref_params, ref_model: the reference; the same model where that is None.
       prompts: token ids.
       key: PRNG key.
-      max_new_tokens, stop_tokens, batch_size: as in `generate.generate_lists`.
+      max_new_tokens, batch_size: as in `generate.generate_lists`.
+      stop_tokens: token ids; None means all that the model's config names.
       temperature: of the sampling, > 0; both models' log-probs are taken at it.
 
     Returns: in nats `kl_per_sequence`, `kl_per_token` (k1, may be negative) and
-      `kl_k3_per_sequence`, `kl_k3_per_token` (k3, never negative), and `num_tokens`.
+      `kl_k3_per_sequence`, `kl_k3_per_token` (k3, never negative), and
+      `kl_num_tokens`, of the samples.
     Source: Schulman 2020, "Approximating KL divergence".
     """
     if temperature <= 0:
         raise ValueError("the KL is estimated from samples: temperature must be > 0")
+    if stop_tokens is None:
+        stop_tokens = model.config.eos_token_ids
     completions = generate_lists(
         model,
         params,
@@ -162,7 +163,7 @@ def kl_to_reference(
         "kl_per_token": k1 / tokens,
         "kl_k3_per_sequence": k3 / len(prompts),
         "kl_k3_per_token": k3 / tokens,
-        "num_tokens": tokens,
+        "kl_num_tokens": tokens,
     }
 
 
@@ -222,74 +223,15 @@ def mean_reward(
       `completions`, the texts.
     """
     how: dict[str, Any] = dict(key=key, max_new_tokens=max_new_tokens, **sampling)
-    examples = encode_prompts(prompts, tokenizer)
-    texts = sample_texts(model, params, tokenizer, examples, **how)
-    rows = [example.row for example in examples]
-    rewards = np.asarray(reward_fn([e.text for e in examples], texts, rows), np.float32)
+    samples = sample_completions(model, params, tokenizer, prompts, **how)
+    rewards = np.asarray(reward_of(reward_fn, samples), np.float32)
     return {
         "mean": float(rewards.mean()),
         "std": float(rewards.std()),
         "stderr": float(rewards.std() / np.sqrt(len(rewards))),
         "rewards": rewards,
-        "completions": texts,
+        "completions": samples.completions,
     }
-
-
-def sample_texts(
-    model: Model,
-    params: PyTree,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    key: jax.Array,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int] | None = None,
-    **sampling: Any,
-) -> list[str]:
-    """The text with which the model continues each prompt.
-
-    Args:
-      model, params, tokenizer: a causal language model and its tokenizer.
-      prompts: texts, data rows (`prompt`: a text or messages), PromptExamples or token
-        ids. None is ever cut: one that is too long is an error.
-      key: PRNG key; a prompt's text depends on it and the prompt's index.
-      max_new_tokens: the most tokens for a prompt.
-      stop_tokens: token ids; None means the EOS tokens of tokenizer and model.
-      **sampling: temperature, top_k, top_p, batch_size of `generate.generate_lists`.
-
-    Returns: B texts, without special tokens.
-    """
-    if stop_tokens is None:
-        known = {tokenizer.eos_token_id, *model.config.eos_token_ids}
-        stop_tokens = sorted(known - {None})
-    examples = encode_prompts(prompts, tokenizer)
-    ids = [np.asarray(example.tokens).tolist() for example in examples]
-    how: dict[str, Any] = dict(key=key, max_new_tokens=max_new_tokens, **sampling)
-    completions = generate_lists(model, params, ids, stop_tokens=stop_tokens, **how)
-    return [
-        continuation(tokenizer, p, c) for p, c in zip(ids, completions, strict=True)
-    ]
-
-
-def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Any
-) -> list[data.PromptExample]:
-    """Prompts of any kind as PromptExamples: all of them, in their order."""
-    rows: list[Any] = [{"prompt": p} if isinstance(p, str) else p for p in prompts]
-    todo = [i for i, row in enumerate(rows) if isinstance(row, dict)]
-    if todo:
-        # No limit here: `generate` refuses a prompt that is too long, by its row.
-        found, _ = data.prompt_examples(
-            [rows[i] for i in todo], tokenizer, max_prompt_length=_NO_LIMIT
-        )
-        for i, example in zip(todo, found, strict=True):
-            rows[i] = example
-    return [
-        row
-        if isinstance(row, data.PromptExample)
-        else data.PromptExample(np.asarray(row, np.int32), tokenizer.decode(row), {})
-        for row in rows
-    ]
 
 
 def _host(sums: jax.Array) -> np.ndarray:

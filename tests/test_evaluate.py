@@ -127,7 +127,7 @@ def test_kl_to_itself_is_zero_and_to_another_is_what_the_samples_say(params):
     ratio = np.where(sampled.mask, np.asarray(sampled.logps) + np.log(11), 0.0)
     k3 = np.where(sampled.mask, np.exp(-ratio) - 1 + ratio, 0.0)
     tokens = np.sum(sampled.mask)
-    assert result["num_tokens"] == tokens
+    assert result["kl_num_tokens"] == tokens
     np.testing.assert_allclose(result["kl_per_sequence"], ratio.sum() / 3, rtol=1e-4)
     np.testing.assert_allclose(result["kl_per_token"], ratio.sum() / tokens, rtol=1e-4)
     np.testing.assert_allclose(result["kl_k3_per_sequence"], k3.sum() / 3, rtol=1e-4)

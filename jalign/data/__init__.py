@@ -29,6 +29,7 @@ from jalign.data.loader import (
 from jalign.data.packing import PackedPairs, PackedRow, pack
 from jalign.data.rows import BadRow, Row, Rows
 from jalign.data.sources import load_rows
+from jalign.data.special_tokens import end_template_at_turn, stop_tokens
 from jalign.data.tokenizer import check_vocab, load_tokenizer
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "check_vocab",
     "collate_preferences",
     "collate_tokens",
+    "end_template_at_turn",
     "ensure_chat_template",
     "example_length",
     "filler",
@@ -58,4 +60,5 @@ __all__ = [
     "preference_examples",
     "prompt_examples",
     "sft_examples",
+    "stop_tokens",
 ]

@@ -6,7 +6,6 @@ conversation before it, and it is checked that the template only ever adds.
 """
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,8 @@ import numpy as np
 
 from jalign.data.messages import Messages
 from jalign.data.rows import RowError
-from jalign.data.tokenizer import CHUNK, Tokenizer, leading_ids
+from jalign.data.special_tokens import GENERATION_TAG, Tokenizer, end_texts
+from jalign.data.tokenizer import CHUNK, leading_ids
 
 logger = logging.getLogger("jalign.data")
 
@@ -30,8 +30,6 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 """For tokenizers without a template: "User:\\nHi\\n\\nAssistant:\\nHello</s>"."""
-
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Chat(NamedTuple):
@@ -111,16 +109,11 @@ def encode_chats(
     if not chats:
         return []
     ensure_chat_template(tokenizer)
-    if not assistant_only:
-        spans_of = _everything
-    elif _GENERATION_TAG.search(tokenizer.chat_template):
-        spans_of = _marked_spans
-    else:
-        spans_of = _added_spans
+    ends = end_texts(tokenizer)
     results: list[Any] = []
     for chat in chats:
         try:
-            results.append(_text_and_spans(tokenizer, chat, spans_of))
+            results.append(_text_and_spans(tokenizer, chat, assistant_only, ends))
         except RowError as error:
             results.append(error)
     good = [i for i, item in enumerate(results) if not isinstance(item, RowError)]
@@ -133,15 +126,25 @@ def encode_chats(
 Spans = list[tuple[int, int]]  # character offsets [start, end) into a text
 
 
-def _text_and_spans(tokenizer: Tokenizer, chat: Chat, spans_of) -> tuple[str, Spans]:
+def _text_and_spans(
+    tokenizer: Tokenizer, chat: Chat, assistant_only: bool, ends: Sequence[str]
+) -> tuple[str, Spans]:
     text = render(tokenizer, chat.messages, chat.template_args)
-    start = 0
+    spans_of, start = _everything, 0
+    if assistant_only:
+        marked = GENERATION_TAG.search(_template_of(tokenizer, chat.template_args))
+        spans_of = _marked_spans if marked else _added_spans
     if chat.prompt:
         prompt = _prompt_text(tokenizer, chat)
         _require_prefix(text, prompt, len(chat.prompt))
         start = len(prompt)
-    spans = [(max(a, start), b) for a, b in spans_of(tokenizer, chat, text)]
-    return text, [(a, _end_of_turn(tokenizer, text, a, b)) for a, b in spans if b > a]
+    spans = [(max(a, start), b) for a, b in spans_of(tokenizer, chat, text, ends)]
+    return text, [(a, _end_of_turn(text, a, b, ends)) for a, b in spans if b > a]
+
+
+def _template_of(tokenizer: Tokenizer, args: dict[str, Any]) -> str:
+    """The template that transformers takes: of several, by what the row asks for."""
+    return tokenizer.get_chat_template(args.get("chat_template"), args.get("tools"))
 
 
 def _prompt_text(tokenizer: Tokenizer, chat: Chat) -> str:
@@ -151,12 +154,12 @@ def _prompt_text(tokenizer: Tokenizer, chat: Chat) -> str:
     return render_prompt(tokenizer, chat.prompt, chat.template_args)
 
 
-def _everything(tokenizer: Tokenizer, chat: Chat, text: str) -> Spans:
+def _everything(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
     return [(0, len(text))]
 
 
-def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str) -> Spans:
-    """Where the template says {% generation %}, plus an EOS right behind it."""
+def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
+    """Where the template says {% generation %}, plus an end token right behind it."""
     encoded = tokenizer.apply_chat_template(
         chat.messages,
         tokenize=True,
@@ -165,18 +168,17 @@ def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str) -> Spans:
         tokenizer_kwargs={"return_offsets_mapping": True},
         **chat.template_args,
     )
-    eos = tokenizer.eos_token
     spans = []
     for (start, end), marked in zip(
         encoded["offset_mapping"], encoded["assistant_masks"], strict=True
     ):
         if marked:
-            follows = text.startswith(eos, end)
-            spans.append((start, end + len(eos) if follows else end))
+            follows = (len(token) for token in ends if text.startswith(token, end))
+            spans.append((start, end + max(follows, default=0)))
     return spans
 
 
-def _added_spans(tokenizer: Tokenizer, chat: Chat, text: str) -> Spans:
+def _added_spans(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
     """Per assistant turn: from the generation prompt to the end of the turn."""
     spans = []
     for i in range(chat.first_turn, len(chat.messages)):
@@ -188,12 +190,13 @@ def _added_spans(tokenizer: Tokenizer, chat: Chat, text: str) -> Spans:
             tokenizer, chat.messages[:i], chat.template_args, generation_prompt=True
         )
         _require_prefix(text, before, i)
-        spans.append((len(before), _turn_end(tokenizer, chat, text, i, len(before))))
+        end = _turn_end(tokenizer, chat, text, i, len(before), ends)
+        spans.append((len(before), end))
     return spans
 
 
 def _turn_end(
-    tokenizer: Tokenizer, chat: Chat, text: str, turn: int, start: int
+    tokenizer: Tokenizer, chat: Chat, text: str, turn: int, start: int, ends
 ) -> int:
     if turn == len(chat.messages) - 1:
         return len(text)
@@ -201,10 +204,11 @@ def _turn_end(
     if text.startswith(after):
         return len(after)
     # Some templates (Qwen3's) write a turn differently once others follow it.
-    end = text.find(tokenizer.eos_token, start)
-    if end < 0:
+    found = [(at, end) for end in ends if (at := text.find(end, start)) >= 0]
+    if not found:
         _require_prefix(text, after, turn + 1)
-    return end + len(tokenizer.eos_token)
+    at, end = min(found)
+    return at + len(end)
 
 
 def _require_prefix(text: str, prefix: str, turns: int) -> None:
@@ -217,12 +221,10 @@ def _require_prefix(text: str, prefix: str, turns: int) -> None:
         )
 
 
-def _end_of_turn(tokenizer: Tokenizer, text: str, start: int, end: int) -> int:
-    """Leaves out white space behind the EOS: sampling stops before it."""
+def _end_of_turn(text: str, start: int, end: int, ends: Sequence[str]) -> int:
+    """Leaves out white space behind the end token: sampling stops before it."""
     stripped = text[start:end].rstrip()
-    if stripped.endswith(tokenizer.eos_token):
-        return start + len(stripped)
-    return end
+    return start + len(stripped) if stripped.endswith(tuple(ends)) else end
 
 
 def _encode_spans(

@@ -28,6 +28,7 @@ def encode_exchanges(
     tokenizer: Tokenizer,
     assistant_only: bool | None = None,
     completion_only: bool | None = None,
+    keep_tail: bool = False,
 ) -> list[Example | RowError]:
     """Encodes strings and conversations, each kind in one call of the tokenizer.
 
@@ -35,6 +36,8 @@ def encode_exchanges(
       exchanges: parsed rows.
       tokenizer: with an EOS token.
       assistant_only, completion_only: as in `sft_examples`.
+      keep_tail: keep what the chat template writes behind the last trained token.
+        Nothing learns from it, but a reward model of others may be read there.
 
     Returns: in order, the example or what is wrong with the row.
     """
@@ -43,7 +46,8 @@ def encode_exchanges(
     pairs: Any = [(exchanges[i].prompt or "", exchanges[i].completion) for i in strings]
     for i, (ids, start) in zip(strings, encode_pairs(tokenizer, pairs), strict=True):
         everything = exchanges[i].prompt is None or completion_only is False
-        results[i] = _example(ids, np.arange(len(ids)) >= (0 if everything else start))
+        mask = np.arange(len(ids)) >= (0 if everything else start)
+        results[i] = _example(ids, mask, keep_tail)
     jobs: dict[bool, list[tuple[int, chat_lib.Chat]]] = {True: [], False: []}
     for i, exchange in enumerate(exchanges):
         if results[i] is None:
@@ -53,7 +57,8 @@ def encode_exchanges(
         chats = [chat for _, chat in job]
         encoded = chat_lib.encode_chats(tokenizer, chats, assistant_only=only)
         for (i, _), item in zip(job, encoded, strict=True):
-            results[i] = item if isinstance(item, RowError) else _example(*item)
+            bad = isinstance(item, RowError)
+            results[i] = item if bad else _example(*item, keep_tail)
     return results
 
 
@@ -71,12 +76,13 @@ def _chat(
     return assistant_only is not False, chat
 
 
-def _example(ids: np.ndarray, mask: np.ndarray) -> Example | RowError:
+def _example(ids: np.ndarray, mask: np.ndarray, keep_tail: bool) -> Example | RowError:
     mask = np.array(mask, bool)
     mask[:1] = False  # nothing predicts the first token
     if not mask.any():
         return RowError("(row)", "no token of it would be trained")
-    return Example(ids, mask)
+    end = len(ids) if keep_tail else int(np.flatnonzero(mask)[-1]) + 1
+    return Example(ids[:end], mask[:end])
 
 
 def check_masks_apply(

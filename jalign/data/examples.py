@@ -20,7 +20,7 @@ from jalign.data.encoding import (
 )
 from jalign.data.formats import (
     Exchange,
-    Preference,
+    Prompt,
     parse_preference,
     parse_prompt,
     parse_sft,
@@ -63,11 +63,13 @@ class PromptExample(NamedTuple):
       tokens: int32 [T].
       text: the prompt as the model sees it, templated if it was a conversation.
       row: the whole row, for reward functions.
+      prompt: the row's prompt itself, a text or a conversation; None where unknown.
     """
 
     tokens: np.ndarray
     text: str
     row: dict[str, Any]
+    prompt: Prompt | None = None
 
 
 def sft_examples(
@@ -119,6 +121,7 @@ def preference_examples(
     max_length: int,
     bad_rows: str = "error",
     over_length: str = "truncate",
+    keep_tail: bool = False,
 ) -> tuple[list[PreferenceExample], dict[str, int]]:
     """Makes pairs of `chosen` + `rejected` rows, for reward models and DPO alike.
 
@@ -127,13 +130,22 @@ def preference_examples(
       over_length: "truncate" keeps the start of both sides, and drops the pair if a
         side has no completion left or both have become equal; "drop" drops any pair
         with a side that is too long (better for reward models, which read the end).
+      keep_tail: keep what the chat template writes behind the last trained token. A
+        reward model is read at the last token: of an answer, as sampling ends it, or
+        with keep_tail where its own template ends, as transformers reads it.
 
     Returns: the pairs and the counts. Raises: ValueError, as `sft_examples`.
     """
     _check_options(max_length, bad_rows, over_length)
     records, bad = parse_rows(rows, parse_preference)
-    chosen = encode_exchanges([_side(p, p.chosen) for _, p in records], tokenizer)
-    rejected = encode_exchanges([_side(p, p.rejected) for _, p in records], tokenizer)
+    chosen, rejected = (
+        encode_exchanges(
+            [Exchange(p.prompt, getattr(p, side), p.template_args) for _, p in records],
+            tokenizer,
+            keep_tail=keep_tail,
+        )
+        for side in ("chosen", "rejected")
+    )
     pairs = [
         _pair(c, r, preference.margin)
         for c, r, (_, preference) in zip(chosen, rejected, records, strict=True)
@@ -166,8 +178,8 @@ def prompt_examples(
     prompts = [
         item
         if isinstance(item, RowError)
-        else PromptExample(item[1], item[0], dict(row))
-        for item, (_, (row, _)) in zip(encoded, records, strict=True)
+        else PromptExample(item[1], item[0], dict(row), prompt)
+        for item, (_, (row, prompt)) in zip(encoded, records, strict=True)
     ]
     good = _without_bad(records, prompts, bad)
     counts = settle(bad, total_rows(rows), bad_rows)
@@ -196,10 +208,6 @@ def _check_options(max_length: int, bad_rows: str, over_length: str) -> None:
         )
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, not {max_length}")
-
-
-def _side(preference: Preference, completion: Any) -> Exchange:
-    return Exchange(preference.prompt, completion, preference.template_args)
 
 
 def _pair(chosen: Any, rejected: Any, margin: float) -> PreferenceExample | RowError:

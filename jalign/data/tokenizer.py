@@ -3,46 +3,40 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from jalign.data.special_tokens import Tokenizer, settle_pad_token
 
 logger = logging.getLogger("jalign.data")
 
 CHUNK = 1024  # texts a call: Python lists of ids are many times larger than arrays
-Tokenizer = Any  # transformers.PreTrainedTokenizerFast, imported only when loading
-
-_PAD_NAMES = (
-    "<pad>",
-    "<|pad|>",
-    "[PAD]",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-    "<|endoftext|>",
-)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads a Hugging Face tokenizer and settles its EOS and pad tokens.
 
     jalign masks by length and never looks at pad ids, but the checkpoints it writes
-    are read by others: a pad token equal to EOS hides the EOS there, so another
-    token of the vocabulary is chosen where there is one. No token is ever added.
+    are read by others, see `settle_pad_token`. No token is ever added.
 
     Args:
       path: a directory with the tokenizer's files, or a hub id.
 
     Raises:
-      ValueError: no EOS token, not a fast tokenizer, or nothing loadable there.
+      ValueError: no EOS token, not a fast tokenizer, an empty one, or nothing loadable
+        there.
     """
     from transformers import AutoTokenizer
 
+    local = Path(path).expanduser()
+    source = str(local if local.exists() else path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # many kinds, by file format
         raise ValueError(f"{path}: no tokenizer can be loaded: {error}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{path}: not a fast tokenizer (there is no tokenizer.json)")
+    _check_not_empty(tokenizer, path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"{path}: the tokenizer has no EOS token, so nothing could learn to stop; "
@@ -52,32 +46,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def settle_pad_token(tokenizer: Tokenizer) -> None:
-    """Gives the tokenizer a pad token other than EOS if its vocabulary has one."""
-    pad, eos = tokenizer.pad_token, tokenizer.eos_token
-    if pad is not None and pad != eos:
-        return
-    vocab = tokenizer.get_vocab()
-    names = [*_PAD_NAMES, tokenizer.unk_token, eos]
-    tokenizer.pad_token = next(
-        name for name in names if name in vocab and (name != eos or name is names[-1])
-    )
-    logger.info(
-        "the tokenizer's pad token was %r; using %r (id %d)",
-        pad,
-        tokenizer.pad_token,
-        tokenizer.pad_token_id,
-    )
+def _check_not_empty(tokenizer: Tokenizer, path: str | Path) -> None:
+    """transformers makes an empty tokenizer of a folder that only names its class."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if not tokenizer.get_vocab().keys() - special - set(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{path}: the tokenizer has no tokens but special ones; is tokenizer.json "
+            "missing? Copy it there from the model that this one was made of"
+        )
 
 
-def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocab(
+    tokenizer: Tokenizer, vocab_size: int, *, where: str = "this model"
+) -> None:
     """Raises ValueError if the tokenizer can give ids that the model does not embed."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"the tokenizer gives ids up to {largest} ({token!r}), but the model "
-            f"embeds only {vocab_size}: they do not belong together"
+            f"{where}: the tokenizer gives ids up to {largest} ({token!r}), but the "
+            f"model embeds only {vocab_size}: they do not belong together"
         )
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
-from jalign import data, evaluate, models, report, train
+from jalign import data, evaluate, report, train
 from jalign.demo import task
+from jalign.pretrained import Pretrained, load_pretrained
 from jalign.train.ppo_config import CriticConfig, KLConfig, ScoreOptions
 
 _log = logging.getLogger("jalign.demo")
@@ -183,7 +184,7 @@ def judge_models(
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
     """(a row for each model, name -> replies to the held-out prompts)."""
     prompts = held_out_prompts(config.eval_prompts)
-    reference = models.load(str(out / FOLDERS["SFT"] / "model"))
+    reference = load_pretrained(out / FOLDERS["SFT"] / "model")
     rows, replies, figures = [], {}, {}
     for name, folder in FOLDERS.items():
         if name == "reward model":  # it answers nothing
@@ -202,12 +203,11 @@ def held_out_prompts(count: int) -> list[str]:
 
 
 def judge_model(
-    folder: Path, reference: tuple[Any, Any], prompts: Sequence[str], seed: int
+    folder: Path, reference: Pretrained, prompts: Sequence[str], seed: int
 ) -> tuple[dict[str, float], list[str]]:
     """Samples replies at temperature 1, all prompts again and again; judges them."""
     asked = [*prompts] * REPLIES
-    model, params = models.load(str(folder))
-    tokenizer = data.load_tokenizer(folder)
+    model, params, tokenizer = load_pretrained(folder)
     key = jax.random.key(seed)
     texts = evaluate.sample_texts(
         model, params, tokenizer, asked, key=key, max_new_tokens=REPLY_LENGTH
@@ -216,12 +216,11 @@ def judge_model(
     kl = evaluate.kl_to_reference(
         model,
         params,
-        reference[1],
+        reference.params,
         tokenizer(list(prompts))["input_ids"],
         key=jax.random.fold_in(key, 1),
         max_new_tokens=REPLY_LENGTH,
-        stop_tokens=(tokenizer.eos_token_id,),
-        ref_model=reference[0],
+        ref_model=reference.model,
     )
     figures = {
         name.replace("_", " "): sum(getattr(v, name) for v in verdicts) / len(verdicts)

@@ -55,16 +55,40 @@ def generate_lists(
     return completions[: len(prompts)]
 
 
-def continuation(tokenizer: Any, prompt: list[int], completion: list[int]) -> str:
+def continuations(
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    stop_tokens: Sequence[int] = (),
+) -> list[str]:
+    """`continuation` of each of B prompts."""
+    return [
+        continuation(tokenizer, prompt, completion, stop_tokens)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def continuation(
+    tokenizer: Any,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    stop_tokens: Sequence[int] = (),
+) -> str:
     """The text that the completion's ids add to the prompt's, no special tokens.
 
-    Decoding the completion alone would lose the space before its first word with
-    tokenizers of the SentencePiece kind, and split characters that cross the border.
+    A stop token at its end is left out, special or not. Decoding the completion alone
+    would lose the space before its first word with tokenizers of the SentencePiece
+    kind, and split characters that cross the border.
     """
-    before, both = (
-        tokenizer.decode(ids, skip_special_tokens=True)
-        for ids in (prompt, prompt + completion)
-    )
+    prompt, completion = list(prompt), list(completion)
+    if completion and completion[-1] in stop_tokens:
+        completion.pop()
+    how = {"skip_special_tokens": True}
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        # The text as it is: a tidied one is another one to whoever encodes it again.
+        how["clean_up_tokenization_spaces"] = False
+    before = tokenizer.decode(prompt, **how)
+    both = tokenizer.decode(prompt + completion, **how)
     if both.startswith(before):
         return both[len(before) :]
-    return tokenizer.decode(completion, skip_special_tokens=True)
+    return tokenizer.decode(completion, **how)

@@ -59,6 +59,7 @@ class ModelConfig:
       max_position: pretrained context length, tokens.
       family: a row of families.FAMILIES, for the file format.
       bos_token_id, eos_token_ids, pad_token_id: special tokens, where known.
+      generation: what else generation_config.json says, as JSON, for the export.
 
     Raises: ValueError naming the field that does not fit.
     """
@@ -83,6 +84,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    generation: str = "{}"
 
     def __post_init__(self):
         for name in _SIZES:

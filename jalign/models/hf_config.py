@@ -1,5 +1,6 @@
 """config.json <-> ModelConfig, both of transformers 4's and 5's spelling."""
 
+import json
 from typing import Any
 
 from jalign.models.config import ROPE_KINDS, ModelConfig, RopeScaling
@@ -12,6 +13,9 @@ from jalign.models.families import (
     architecture_of,
 )
 
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Keys of generation_config.json that ModelConfig has, or that are not ours to say.
+_NOT_KEPT = {*_TOKEN_KEYS, "transformers_version", "_from_model_config"}
 # RopeScaling field -> key in config.json.
 _ROPE_KEYS = {
     "factor": "factor",
@@ -74,6 +78,7 @@ def config_from_hf(
     if fields["head_dim"] is None:
         fields["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     theta, scaling = _read_rope(values)
+    others = {k: v for k, v in (generation or {}).items() if k not in _NOT_KEPT}
     return ModelConfig(
         **fields,
         **family.switches,
@@ -83,6 +88,7 @@ def config_from_hf(
         num_labels=_read_num_labels(raw),
         family=family_name,
         eos_token_ids=_eos_ids(values, generation or {}),
+        generation=json.dumps(others),
     )
 
 
@@ -100,6 +106,25 @@ def _read_num_labels(raw: dict[str, Any]) -> int:
     if architecture and not architecture.endswith("ForCausalLM"):
         raise ValueError(f"architecture {architecture!r} is not supported")
     return 0
+
+
+def check_token_ids(values: dict[str, Any], vocab_size: int) -> None:
+    """Raises ValueError for a special token's id that the model does not embed.
+
+    Args:
+      values: of config.json or generation_config.json.
+      vocab_size: V.
+    """
+    for key in _TOKEN_KEYS:
+        ids = values.get(key)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is None:
+                continue
+            if type(token) is not int or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{key}={ids!r} is not in the vocabulary, 0 to {vocab_size - 1}; "
+                    "name a token of it, or set it to null"
+                )
 
 
 def _eos_ids(values: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
@@ -169,12 +194,8 @@ def config_to_hf(
         raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if "attention_bias" not in FAMILIES[config.family].unfixed:
         raw["attention_bias"] = False
-    generation = {
-        key: raw[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if raw[key] is not None
-    }
-    return raw, generation
+    ids = {key: raw[key] for key in _TOKEN_KEYS if raw[key] is not None}
+    return raw, json.loads(config.generation) | ids
 
 
 def _write_rope(config: ModelConfig) -> dict[str, Any] | None:

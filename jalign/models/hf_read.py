@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jalign import sharding
 from jalign.models import families
 from jalign.models.config import ModelConfig
-from jalign.models.hf_config import config_from_hf
+from jalign.models.hf_config import check_token_ids, config_from_hf
 from jalign.models.hf_files import WeightFiles, model_folder
 from jalign.models.model import Model, Params
 
@@ -74,6 +74,10 @@ def load(
 def read_config(folder: Path) -> ModelConfig:
     """ModelConfig of a checkpoint folder. Errors name the file and the key."""
     file = folder / "config.json"
+    if not file.is_file() and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter only: merge it into its base model"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: not a model")
     generation = folder / "generation_config.json"
@@ -84,7 +88,11 @@ def read_config(folder: Path) -> ModelConfig:
             more = json.loads(generation.read_text(encoding="utf-8"))
         if not isinstance(raw, dict) or not isinstance(more, dict):
             raise ValueError("not a JSON object")
-        return config_from_hf(raw, more)
+        config = config_from_hf(raw, more)
+        check_token_ids(raw, config.vocab_size)
+        file = generation
+        check_token_ids(more, config.vocab_size)
+        return config
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 

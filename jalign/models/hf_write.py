@@ -1,5 +1,6 @@
 """Writes Hugging Face checkpoints, one weight file at a time."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import numpy as np
 
 from jalign import sharding
 from jalign.models import families
+from jalign.models.config import ModelConfig
 from jalign.models.hf_config import config_to_hf
 from jalign.models.hf_files import INDEX, WEIGHTS
 from jalign.models.hf_read import file_shape
@@ -48,9 +50,8 @@ def save(
     shapes = jax.tree.map(lambda x: x.shape, params)
     if shapes != jax.tree.map(lambda x: x.shape, model.param_shapes()):
         raise ValueError("params do not have the names and shapes of the model")
-    config, generation = config_to_hf(model.config, _dtype_name(params))
-    if tokenizer is not None and config["pad_token_id"] is None:
-        config["pad_token_id"] = tokenizer.pad_token_id
+    settled = model.config if tokenizer is None else _settled(model.config, tokenizer)
+    config, generation = config_to_hf(settled, _dtype_name(params))
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
@@ -60,11 +61,37 @@ def save(
             if _OLD_FILES.fullmatch(file.name) and file.name not in written:
                 file.unlink()
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            _save_tokenizer(folder, tokenizer)
         _write_json(folder / "generation_config.json", generation)
         _write_json(folder / "config.json", config)
         _log.info("wrote %s: %d weight file(s)", folder, len(written))
     sharding.barrier(f"models.save {path}")
+
+
+def _settled(config: ModelConfig, tokenizer: Any) -> ModelConfig:
+    """The config, agreeing with the tokenizer beside it on EOS and padding."""
+    pad, eos = tokenizer.pad_token_id, (*config.eos_token_ids, tokenizer.eos_token_id)
+    ids = tuple(dict.fromkeys(token for token in eos if token is not None))
+    pad = config.pad_token_id if pad is None else pad
+    return dataclasses.replace(config, eos_token_ids=ids, pad_token_id=pad)
+
+
+def _save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Writes its files so that transformers 4 and 5 read the same tokenizer.
+
+    5 calls a tokenizer without a class of its own by a name that 4 does not know, and
+    lists more special tokens under a key that 4 expects to be an object.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    for key in ("backend", "is_local", "local_files_only"):
+        values.pop(key, None)  # of the loading, not of the tokenizer
+    _write_json(file, values)
 
 
 def _dtype_name(params: Params) -> str:

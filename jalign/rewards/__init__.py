@@ -4,10 +4,16 @@ A reward function takes prompts, completions and the data rows they came from, e
 list of B, and gives float32 [B].
 """
 
-from jalign.rewards.functions import RewardFn, checked, load_reward
+from jalign.rewards.functions import checked, load_reward
+from jalign.rewards.samples import (
+    RewardFn,
+    Samples,
+    each_reward,
+    reward_of,
+    samples_of,
+)
 from jalign.rewards.scorer import model_reward, score_tokens
 from jalign.rewards.sums import (
-    Judge,
     RewardTerm,
     load_term,
     parse_rewards,
@@ -16,10 +22,11 @@ from jalign.rewards.sums import (
 from jalign.rewards.verifiers import final_number, gsm8k, gsm8k_format
 
 __all__ = [
-    "Judge",
     "RewardFn",
     "RewardTerm",
+    "Samples",
     "checked",
+    "each_reward",
     "final_number",
     "gsm8k",
     "gsm8k_format",
@@ -27,6 +34,8 @@ __all__ = [
     "load_term",
     "model_reward",
     "parse_rewards",
+    "reward_of",
+    "samples_of",
     "score_tokens",
     "weighted_sum",
 ]

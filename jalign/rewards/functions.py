@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-RewardFn = Callable[[list[str], list[str], list[dict[str, Any]]], np.ndarray]
-"""(prompts, completions, rows), each a list of B -> float32 [B]."""
+from jalign.rewards.samples import RewardFn
 
 
 def load_reward(spec: str, *, timeout: float | None = 600.0) -> RewardFn:

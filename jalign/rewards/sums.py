@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jalign import data, models
-from jalign.rewards.functions import RewardFn, checked, load_reward
+from jalign.pretrained import Pretrained, load_pretrained
+from jalign.rewards.functions import checked, load_reward
+from jalign.rewards.samples import RewardFn, each_reward
 from jalign.rewards.scorer import model_reward
 from jalign.rewards.verifiers import VERIFIERS
-from jalign.types import PyTree
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _TERM = re.compile(rf"(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<source>\S(?:.*\S)?)")
@@ -30,20 +30,6 @@ class RewardTerm(NamedTuple):
     weight: float
     name: str
     source: str
-
-
-class Judge(NamedTuple):
-    """A loaded reward checkpoint.
-
-    Attributes:
-      model: with a scalar head.
-      params: its parameters.
-      tokenizer: its own.
-    """
-
-    model: models.Model
-    params: PyTree
-    tokenizer: Any
 
 
 def parse_rewards(text: str) -> tuple[RewardTerm, ...]:
@@ -76,29 +62,30 @@ def parse_rewards(text: str) -> tuple[RewardTerm, ...]:
     return tuple(terms.values())
 
 
-def load_term(source: str, **options: Any) -> tuple[RewardFn, Judge | None]:
+def load_term(source: str, **options: Any) -> tuple[RewardFn, Pretrained | None]:
     """The function of a term, and the model behind it where there is one.
 
     Args:
       source: of a RewardTerm.
-      options: of models.load, for a checkpoint.
+      options: of load_pretrained, for a checkpoint.
 
     Raises: ValueError if there is nothing of this name; what load_reward and
-      models.load raise.
+      load_pretrained raise.
     """
     if source in VERIFIERS:
         return checked(VERIFIERS[source], name=source), None
     if is_function(source):
         return load_reward(source), None
-    if not Path(source).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    if not Path(source).expanduser().exists() and not is_hub_id:
         close = difflib.get_close_matches(source, VERIFIERS, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"reward {source!r} is not FILE.py:FUNCTION, no directory, no hub id "
             f"(OWNER/NAME), and not built in ({', '.join(VERIFIERS)}){hint}"
         )
-    judge = Judge(*models.load(source, **options), data.load_tokenizer(source))
-    return model_reward(*judge), judge
+    scorer = load_pretrained(source, head="scalar", **options)
+    return model_reward(*scorer), scorer
 
 
 def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> RewardFn:
@@ -109,9 +96,10 @@ def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> Rew
       weights: K numbers.
     """
 
-    def total(prompts, completions, rows):
-        parts = [f(prompts, completions, rows) for f in functions]
-        return np.stack(parts, axis=1) @ np.asarray(weights, np.float32)
+    stacked, factors = each_reward(functions), np.asarray(weights, np.float32)
+
+    def total(prompts, completions, rows, *, samples=None):
+        return stacked(prompts, completions, rows, samples=samples) @ factors
 
     return total
 

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jalign import data, generate, models, rewards, sharding
+from jalign.pretrained import load_pretrained
 from jalign.train import forward
 from jalign.train.online_config import OnlineConfig, SampleConfig
 from jalign.train.rollout import Actors
@@ -53,9 +54,7 @@ def load_cast(
     """
     compute = config.options.compute
     how = {"mesh": mesh, "dtype": compute.dtype, "remat": compute.remat}
-    tokenizer = data.load_tokenizer(config.model)
-    policy, params = models.load(config.model, **how)
-    data.check_vocab(tokenizer, policy.config.vocab_size)
+    policy, params, tokenizer = load_pretrained(config.model, head="language", **how)
     terms = rewards.parse_rewards(config.reward)
     loaded = [rewards.load_term(term.source, **how) for term in terms]
     functions = [f if judge else on_main_process(f) for f, judge in loaded]
@@ -79,18 +78,9 @@ def load_cast(
         critic,
         critic_params,
         tokenizer,
-        functions[0] if len(functions) == 1 else side_by_side(functions),
+        functions[0] if len(functions) == 1 else rewards.each_reward(functions),
         {term.name: term.weight for term in terms},
     )
-
-
-def side_by_side(functions: list[rewards.RewardFn]) -> rewards.RewardFn:
-    """K reward functions as one that gives float32 [B, K]."""
-
-    def stacked(prompts, completions, rows):
-        return np.stack([f(prompts, completions, rows) for f in functions], axis=1)
-
-    return stacked
 
 
 def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
@@ -128,7 +118,7 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
     """
     sampling, policy, mesh = config.options.sampling, cast.policy, cast.policy.mesh
     rows = config.completions // config.options.num_minibatches
-    stops, tokenizer = stop_tokens(cast, sampling), cast.tokenizer
+    stops = stop_tokens(cast, sampling)
 
     def sample(params, prompts, key):
         completion = generate.generate(
@@ -162,7 +152,7 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
         reference=reference if config.has_reference else None,
         critic=on_host(_values, cast.critic) if cast.critic else None,
         reward=cast.reward,
-        decode=lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True),
+        tokenizer=cast.tokenizer,
         stop_tokens=stops,
         max_length=config.max_length,
         reward_weights=cast.reward_weights,
@@ -182,8 +172,8 @@ def stop_tokens(cast: Cast, sampling: SampleConfig) -> tuple[int, ...]:
 
     Raises: ValueError for an id outside the vocabulary.
     """
-    known = {cast.tokenizer.eos_token_id, *cast.policy.config.eos_token_ids}
-    stops = sampling.stop_token_ids or sorted(known - {None})
+    known = data.stop_tokens(cast.tokenizer, cast.policy.config.eos_token_ids)
+    stops = sampling.stop_token_ids or known
     size = cast.policy.config.vocab_size
     for stop in stops:
         if not 0 <= stop < size:

@@ -10,6 +10,7 @@ import jax
 
 from jalign import data, evaluate, models, report, sharding
 from jalign.models import Model
+from jalign.pretrained import load_pretrained
 from jalign.train import objectives, optim
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jalign.train.held_out import (
@@ -205,12 +206,12 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
 
 def _load(config: RunConfig, recipe: Recipe, run: Run):
     compute = recipe.compute
-    model, params = models.load(
+    model, params, tokenizer = load_pretrained(
         config.model, mesh=run.mesh, dtype=compute.dtype, remat=compute.remat
     )
     model, params = recipe.prepare(model, params)
-    tokenizer = data.load_tokenizer(config.model)
-    data.check_vocab(tokenizer, model.config.vocab_size)
+    if model.config.num_labels:
+        data.end_template_at_turn(tokenizer)
     return model, params, tokenizer
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jalign import data, losses
-from jalign.rewards import RewardFn
+from jalign.generate import continuations
+from jalign.rewards import RewardFn, Samples, reward_of, samples_of
 from jalign.train.online_config import ScoreLimits
 from jalign.types import Completion, PyTree, Rollout, TokenBatch
 
@@ -32,7 +33,7 @@ class Actors(NamedTuple):
       reward: (prompts, completions, rows) -> float32 [B], or [B, K] of K rewards;
         jalign.rewards.checked makes one that names the row whose reward is no finite
         number.
-      decode: token id lists -> texts.
+      tokenizer: the policy's.
       stop_tokens: ids that end a completion.
       max_length: no row is longer.
       reward_weights: name -> weight of each of the K rewards, in their order.
@@ -44,7 +45,7 @@ class Actors(NamedTuple):
     reference: Callable[[TokenBatch], np.ndarray] | None
     critic: Callable[[PyTree, TokenBatch], np.ndarray] | None
     reward: RewardFn
-    decode: Callable[[list[list[int]]], list[str]]
+    tokenizer: Any
     stop_tokens: tuple[int, ...]
     max_length: int
     reward_weights: Mapping[str, float] = {"reward": 1.0}
@@ -133,8 +134,11 @@ def sample_and_score(
     longest = max(map(len, prompts)) + completion.tokens.shape[1]
     batch = join(prompts, completion, data.bucket_length(longest, actors.max_length))
     rows = zip(completion.tokens, completion.mask, strict=True)
-    texts = actors.decode([tokens[mask].tolist() for tokens, mask in rows])
-    rewards, parts = judge(actors, examples, texts)
+    ids = [tokens[mask].tolist() for tokens, mask in rows]
+    known = actors.tokenizer, actors.stop_tokens
+    texts = continuations(known[0], prompts, ids, known[1])
+    samples = samples_of(examples, ids, texts, *known)
+    rewards, parts = judge(actors, samples)
     sampler_logps = np.zeros(batch.tokens.shape, np.float32)
     sampler_logps[batch.completion_mask] = completion.logps[completion.mask]
     logps, values = None, None
@@ -147,7 +151,7 @@ def sample_and_score(
         ref_logps=actors.reference(batch) if actors.reference else None,
         rewards=rewards,
         stopped=ended(completion, actors.stop_tokens),
-        texts=texts,
+        texts=samples.completions,
         reward_parts=parts,
         values=values,
     )
@@ -158,13 +162,10 @@ def in_groups(items: Sequence[Any], group_size: int) -> list[Any]:
     return [item for item in items for _ in range(group_size)]
 
 
-def judge(
-    actors: Actors, examples: Sequence[data.PromptExample], texts: list[str]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def judge(actors: Actors, samples: Samples) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(weighted sum of the rewards [B], each reward [B] by name)."""
-    prompts = [example.text for example in examples]
-    values = actors.reward(prompts, texts, [example.row for example in examples])
-    columns = np.asarray(values, np.float32).reshape(len(texts), -1)
+    values = reward_of(actors.reward, samples)
+    columns = np.asarray(values, np.float32).reshape(len(samples.completions), -1)
     weights = np.array(list(actors.reward_weights.values()), np.float32)
     parts = dict(zip(actors.reward_weights, columns.T, strict=True))
     return columns @ weights, parts

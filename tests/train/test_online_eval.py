@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from jalign.train.actors import make_actors, side_by_side
+from jalign.rewards import each_reward
+from jalign.train.actors import make_actors
 from jalign.train.online_eval import evaluate_prompts
 from tests.train.grpo_world import make_group_cast, make_grpo_config
 from tests.train.ppo_world import make_prompts
@@ -16,7 +17,7 @@ def test_figures_are_means_over_all_prompts_and_repeat():
     config = make_grpo_config()
     cast = make_group_cast()
     cast = cast._replace(
-        reward=side_by_side([cast.reward, lengths]),
+        reward=each_reward([cast.reward, lengths]),
         reward_weights={"a": 1.0, "length": 0.5},
     )
     # Without a reference nothing is asked of the policy but its completions.

@@ -22,6 +22,13 @@ MASK = np.array([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]], bool)
 OPTIONS = dict(kl_coef=0.1, gamma=0.9, gae_lambda=0.8)
 
 
+class WordTokenizer:
+    """A word is its id."""
+
+    def decode(self, ids, **how):
+        return " ".join(map(str, ids))
+
+
 def completion(rows, width):
     tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width))
     for i, row in enumerate(rows):
@@ -195,13 +202,14 @@ def test_sample_and_score_hands_on_texts_rows_and_the_samplers_logps(key):
         reference=lambda batch: np.zeros(batch.tokens.shape, np.float32),
         critic=lambda params, batch: np.zeros(batch.tokens.shape, np.float32),
         reward=reward,
-        decode=lambda ids: [" ".join(map(str, row)) for row in ids],
+        tokenizer=WordTokenizer(),
         stop_tokens=(2,),
         max_length=16,
     )
     scored = sample_and_score(actors, "params", prompts, key)
     texts, rows = [p.text for p in prompts], [p.row for p in prompts]
-    assert seen["reward"] == (texts, ["4 5", "6", "7 2"], rows)
+    # The stop token is no part of the text.
+    assert seen["reward"] == (texts, [" 4 5", " 6", " 7"], rows)
     mask = scored.batch.completion_mask
     np.testing.assert_array_equal(scored.sampler_logps, np.where(mask, -1.0, 0.0))
     np.testing.assert_array_equal(scored.logps, np.where(mask, -1.5, 0.0))
@@ -229,7 +237,7 @@ def test_the_completions_of_a_prompt_lie_behind_each_other(key):
         reference=None,
         critic=None,
         reward=reward,
-        decode=lambda ids: [" ".join(map(str, row)) for row in ids],
+        tokenizer=WordTokenizer(),
         stop_tokens=(2,),
         max_length=16,
         reward_weights={"a": 1.0, "b": -0.5},
@@ -238,7 +246,7 @@ def test_the_completions_of_a_prompt_lie_behind_each_other(key):
     scored = sample_and_score(actors, "params", prompts, key)
     texts_in, texts, rows = seen["reward"]
     assert texts_in == [prompts[0].text] * 2 + [prompts[1].text] * 2
-    assert texts == ["4", "5", "6", "7"] and rows[2] is prompts[1].row
+    assert texts == [" 4", " 5", " 6", " 7"] and rows[2] is prompts[1].row
     first = len(prompts[1].tokens)
     np.testing.assert_array_equal(scored.batch.tokens[2:, first], [6, 7])
     np.testing.assert_array_equal(scored.rewards, [-4, -8, -12, -16])

@@ -1,0 +1,135 @@
+"""Which token starts, ends and pads a text: settled in one place, for all rooms.
+
+A model's files name their special tokens several times (tokenizer, config.json,
+generation_config.json), and the chat template ends a turn with one that none of them
+need mention. What is settled here is what sampling stops at, what a reward is read
+at, and what is exported.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jalign.data.messages import Messages
+
+logger = logging.getLogger("jalign.data")
+
+Tokenizer = Any  # transformers.PreTrainedTokenizerFast
+
+_PAD_NAMES = (
+    "<pad>",
+    "<|pad|>",
+    "[PAD]",
+    "<|padding|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+    "<|endoftext|>",
+)
+GENERATION_TAG = re.compile(r"\{%(-?)(\s*)generation\s*(-?)%\}")
+_END_TAG = re.compile(r"\{%(-?)(\s*)endgeneration\s*(-?)%\}")
+_QUESTION: Messages = [{"role": "user", "content": "q"}]
+_ANSWER = "jalign"  # plain letters: no template trims or escapes them
+
+
+def turn_tail(tokenizer: Tokenizer) -> str:
+    """What the chat template writes behind the text of a last assistant turn.
+
+    For example "<|im_end|>\\n"; "" without a template, or where it refuses a plain
+    question and answer.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    turns = [*_QUESTION, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # jinja's kinds and whatever a template runs into
+        logger.debug("the chat template refuses a question and answer: %s", error)
+        return ""
+    _, found, tail = text.rpartition(_ANSWER)
+    return tail if found else ""
+
+
+def turn_end(tokenizer: Tokenizer) -> str | None:
+    """The special token that ends an assistant's turn in the chat template, if any."""
+    tail = turn_tail(tokenizer).lstrip()
+    if not tail:
+        return None
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    ends = [token for token in added if token and tail.startswith(token)]
+    return max(ends, key=len, default=None)
+
+
+def end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The tokens, as text, that end an answer: the tokenizer's EOS, the template's."""
+    ends = (tokenizer.eos_token, turn_end(tokenizer))
+    return tuple(dict.fromkeys(end for end in ends if end))
+
+
+def stop_tokens(tokenizer: Tokenizer, eos_token_ids: Sequence[int] = ()) -> list[int]:
+    """Every token that ends a completion.
+
+    Args:
+      tokenizer: its EOS, and what its chat template ends a turn with.
+      eos_token_ids: those that the model's files name; they come first.
+
+    Returns: different ids.
+    """
+    end = turn_end(tokenizer)
+    known = [*eos_token_ids, tokenizer.eos_token_id]
+    known.append(None if end is None else tokenizer.convert_tokens_to_ids(end))
+    return list(dict.fromkeys(token for token in known if token is not None))
+
+
+def settle_pad_token(tokenizer: Tokenizer) -> None:
+    """Gives the tokenizer a pad token that ends no answer.
+
+    A pad token that also ends answers hides the end from whoever masks by it:
+    transformers reads a reward model at the last token that is not padding. No token is
+    ever added, so where no token is meant for it, another one serves.
+    """
+    pad, ends = tokenizer.pad_token, end_texts(tokenizer)
+    if pad is not None and pad not in ends:
+        return
+    vocab = tokenizer.get_vocab()
+    names = [*_PAD_NAMES, tokenizer.unk_token, *tokenizer.all_special_tokens]
+    names += sorted(vocab, key=vocab.__getitem__, reverse=True)
+    tokenizer.pad_token = next(
+        (name for name in names if name in vocab and name not in ends), ends[0]
+    )
+    logger.info(
+        "the tokenizer's pad token was %r; using %r (id %d)",
+        pad,
+        tokenizer.pad_token,
+        tokenizer.pad_token_id,
+    )
+
+
+def end_template_at_turn(tokenizer: Tokenizer) -> None:
+    """Makes the chat template write nothing behind the end of the last turn.
+
+    A reward model reads its score at the last token of a text. Many templates write a
+    line break behind the end of a turn, which no policy ever samples; a template that
+    ends where sampling ends has the score read at one token everywhere.
+    """
+    tail = turn_tail(tokenizer)
+    if tail == tail.rstrip():
+        return
+
+    def ended(template: str) -> str:
+        # Jinja drops one line break at the end of a template, but not in a block; and
+        # transformers cannot find marked tokens in a block.
+        body = GENERATION_TAG.sub(r"{%\1 if true \3%}", template.removesuffix("\n"))
+        body = _END_TAG.sub(r"{%\1 endif \3%}", body)
+        return (
+            "{% set _conversation %}" + body + "{% endset %}{{ _conversation if "
+            "add_generation_prompt is defined and add_generation_prompt else "
+            "_conversation.rstrip() }}"
+        )
+
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = {name: ended(text) for name, text in template.items()}
+    else:
+        template = ended(template)
+    tokenizer.chat_template = template
