@@ -1,4 +1,4 @@
-# make demo | test | lint | parity | bench : each makes the environment it needs.
+# make demo | test | test-newest | lint | parity | bench : each makes the environment it needs.
 PYTHON ?= python3
 VENV ?= .venv
 PARITY_VENV ?= .venv-parity
@@ -9,7 +9,16 @@ TUNIX_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python
 TORCH ?= torch==2.13.0
 TUNIX ?= 0.1.7
 
-.PHONY: demo test lint parity bench clean
+# What touches jax's own interface, and one run of each recipe. Everything else does not
+# depend on the version, and is tested once.
+NEWEST = tests/models tests/sharding tests/generate/test_engine.py \
+	tests/losses/test_properties.py tests/losses/test_chunked.py tests/losses/test_logps.py \
+	tests/train/test_step.py tests/train/test_loop.py tests/train/test_checkpoint.py \
+	tests/train/test_optim.py tests/train/test_offline.py \
+	tests/train/test_online.py::test_a_run_leaves_models_metrics_and_a_report \
+	tests/train/test_online.py::test_a_grpo_run_leaves_a_model_metrics_and_a_report
+
+.PHONY: demo test test-newest lint parity bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +38,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+# make test-newest PYTHON=python3.13 VENV=.venv-newest
+test-newest: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(NEWEST)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

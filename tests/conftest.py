@@ -16,6 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     for _name, _value in _CACHE.items():
         jax.config.update(_name, _value)
         os.environ[_name.upper()] = str(_value)
+pytest_plugins = ["tests.cpu_seconds"]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -52,18 +52,24 @@ def test_every_token_of_an_update_has_ratio_1_before_any_step():
     jax.tree.map(np.testing.assert_array_equal, before, state.policy.params)
 
 
-@pytest.mark.parametrize(("critic", "end"), [({}, 0.5), (SHARED, 0.35)])
-def test_a_random_model_learns_to_say_a(critic, end):
-    how = {"num_epochs": 4, "num_minibatches": 1}
-    config = make_config(steps=25, ppo=how | critic)
+@pytest.mark.parametrize("critic", [{}, SHARED])
+def test_a_random_model_learns_to_say_a(critic):
+    """From about 0.05 to almost 1: a KL this cheap lets the reward saturate.
+
+    The end over ten seeds of model and sampling: 0.97 to 1.00 and, with one trunk,
+    0.83 to 1.00 on jax 0.10; 0.96 to 1.00 and 0.90 to 1.00 on jax 0.12. KL 18 to 23.
+    """
+    how = {"num_epochs": 4, "num_minibatches": 1, "kl": KLConfig(kl_coef=0.01)}
+    fast = OptimConfig(learning_rate=5e-3, schedule="constant")
+    config = make_config(steps=30, batch_size=24, optim=fast, ppo=how | critic)
     state, parts = start(config)
     rewards = []
     for _ in range(config.steps):
         state, metrics = iterate(state, make_prompts(), **parts)
         rewards.append(metrics["reward"])
     assert np.mean(rewards[:3]) < 0.15
-    assert np.mean(rewards[-3:]) > end
-    assert metrics["objective/kl"] > 0.5 and metrics["skipped"] == 0
+    assert np.mean(rewards[-3:]) > 0.5
+    assert metrics["objective/kl"] > 5 and metrics["skipped"] == 0
 
 
 def test_a_shared_trunk_takes_one_pass_and_one_update_for_both():

@@ -9,6 +9,9 @@ from jalign import data
 from jalign.models import Model, ModelConfig
 
 VOCAB = 40
+# Terms of the sums on the way to a log-probability: the norm, q, k, scores, their
+# softmax over 16 positions, o, gate and down of two layers, then norm and vocabulary.
+SUM_LENGTH = 2 * (32 + 32 + 8 + 16 + 32 + 32 + 32 + 48) + 32 + 32 + VOCAB
 
 
 def config(**changes) -> ModelConfig:
