@@ -43,12 +43,14 @@ class Chat(NamedTuple):
       first_turn: index of the first turn of the completion. One less than the length
         of the prompt where that turn continues the prompt's last one (a prefill).
       template_args: extra variables for the template.
+      untrained: indices of turns of which no token is trained, though others are.
     """
 
     messages: Messages
     prompt: Messages
     first_turn: int
     template_args: dict[str, Any]
+    untrained: Sequence[int] = ()
 
 
 def join_turns(prompt: Messages, completion: Messages) -> tuple[Messages, int]:
@@ -130,7 +132,8 @@ def encode_chats(
     return results
 
 
-Spans = list[tuple[int, int]]  # character offsets [start, end) into a text
+Span = tuple[int, int]  # character offsets [start, end) into a text
+Spans = list[Span]
 
 
 def _text_and_spans(tokenizer: Tokenizer, chat: Chat, spans_of) -> tuple[str, Spans]:
@@ -140,7 +143,10 @@ def _text_and_spans(tokenizer: Tokenizer, chat: Chat, spans_of) -> tuple[str, Sp
         prompt = _prompt_text(tokenizer, chat)
         _require_prefix(text, prompt, len(chat.prompt))
         start = len(prompt)
+    _refuse_eos(tokenizer, chat)
     spans = [(max(a, start), b) for a, b in spans_of(tokenizer, chat, text)]
+    for turn in chat.untrained:
+        spans = _without(spans, *_turn_span(tokenizer, chat, text, turn))
     return text, [(a, _end_of_turn(tokenizer, text, a, b)) for a, b in spans if b > a]
 
 
@@ -149,6 +155,34 @@ def _prompt_text(tokenizer: Tokenizer, chat: Chat) -> str:
     if closed:
         return render(tokenizer, chat.prompt, chat.template_args)
     return render_prompt(tokenizer, chat.prompt, chat.template_args)
+
+
+def _refuse_eos(tokenizer: Tokenizer, chat: Chat) -> None:
+    """An answer that holds the EOS would train to go on behind it, and a second one."""
+    for turn in chat.messages[chat.first_turn :]:
+        if turn["role"] == "assistant" and tokenizer.eos_token in turn["content"]:
+            raise RowError(
+                "(chat template)",
+                f"ends an answer that holds the EOS {tokenizer.eos_token!r} already: "
+                "leave it out of the text",
+            )
+
+
+def _turn_span(tokenizer: Tokenizer, chat: Chat, text: str, turn: int) -> Span:
+    """All that the template writes for a turn."""
+    before = render(tokenizer, chat.messages[:turn], chat.template_args) if turn else ""
+    _require_prefix(text, before, turn)
+    return len(before), _turn_end(tokenizer, chat, text, turn, len(before))
+
+
+def _without(spans: Spans, start: int, end: int) -> Spans:
+    """The spans less what lies in [start, end)."""
+    return [
+        (a, b)
+        for first, last in spans
+        for a, b in ((first, min(last, start)), (max(first, end), last))
+        if b > a
+    ]
 
 
 def _everything(tokenizer: Tokenizer, chat: Chat, text: str) -> Spans:

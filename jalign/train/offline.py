@@ -21,6 +21,7 @@ from jalign.train.held_out import (
 from jalign.train.loop import fit
 from jalign.train.metrics import MetricsWriter, training_flops_per_token
 from jalign.train.reference import reference_examples
+from jalign.train.rows import load_run_rows
 from jalign.train.run import Clock, Run, open_run, restore_state
 from jalign.train.step import abstract_state, init_state, make_train_step
 from jalign.types import TrainState
@@ -67,6 +68,7 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
             assistant_only=options.assistant_only,
             completion_only=options.completion_only,
             bad_rows=config.bad_rows,
+            columns=config.columns,
         )
         packed = data.pack(found, config.max_length) if options.packing else found
         return packed, counts
@@ -147,12 +149,10 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
         clock = Clock()
         model, params, tokenizer = _load(config, recipe, run)
         clock.lap("load model")
-        rows = {"train": data.load_rows(config.data)}
-        if config.eval_data:
-            rows["eval"] = data.load_rows(config.eval_data)
-        sets = {
-            name: recipe.examples(part, tokenizer)[0] for name, part in rows.items()
-        }
+        train_rows, eval_rows = load_run_rows(config)
+        sets = {"train": recipe.examples(train_rows, tokenizer)[0]}
+        if eval_rows is not None:
+            sets["eval"] = recipe.examples(eval_rows, tokenizer)[0]
         clock.lap("read data")
         if recipe.reference:
             sets = reference_examples(
@@ -166,7 +166,8 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
             clock.lap("reference log-probs")
         prompts = []
         if not model.config.num_labels:
-            prompts = sample_prompts(rows.get("eval", rows["train"]), tokenizer)
+            shown = train_rows if eval_rows is None else eval_rows
+            prompts = sample_prompts(shown, tokenizer, config.columns)
 
         def look(params):
             figures = measure(
@@ -221,8 +222,12 @@ def _as_language_model(model: Model, params: PyTree) -> tuple[Model, PyTree]:
 
 
 def _preference_examples(config: RunConfig):
-    fn, length = data.preference_examples, config.max_length
-    return functools.partial(fn, max_length=length, bad_rows=config.bad_rows)
+    return functools.partial(
+        data.preference_examples,
+        max_length=config.max_length,
+        bad_rows=config.bad_rows,
+        columns=config.columns,
+    )
 
 
 def _train(
