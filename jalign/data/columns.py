@@ -5,7 +5,15 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from jalign.data.row_layouts import KNOWN_COLUMNS, Layout, has_pair, unused_columns
+from jalign.data.row_layouts import (
+    ANSWERS,
+    KNOWN_COLUMNS,
+    PAIRS,
+    Layout,
+    has_pair,
+    prompt_layout,
+    unused_columns,
+)
 from jalign.data.rows import BadRow, parse_rows
 
 logger = logging.getLogger("jalign.data")
@@ -39,7 +47,9 @@ def parse_by_columns(
         check_columns(names, rows)
     renamed = (rename(row, names) for row in rows if isinstance(row, dict))
     unused = unused_columns(renamed, layout_of) if layout_of else []
-    for name in names.keys() & set(unused):
+    # An answer is left to the reward functions where only prompts are read.
+    answers = {*ANSWERS, *sum(PAIRS, ())} if layout_of is prompt_layout else set()
+    for name in (names.keys() & set(unused)) - answers:
         raise ValueError(
             f"columns: {name!r} is not read, as another column goes before it: leave "
             f"that out by {IGNORE}=COLUMN"

@@ -23,7 +23,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 """What is asked, best first, with the columns that are put behind it. `prompt` is text
 or messages, as it stands; any other one is the user's turn of a conversation."""
 
-ANSWERS = ("completion", "response", "output", "answer", "solution")
+ANSWERS = ("completion", "response", "output", "solution", "answer")
 """What is to be answered, best first."""
 
 PAIRS = (
@@ -164,9 +164,10 @@ def unused_columns(rows: Iterable[dict[str, Any]], layout_of) -> list[str]:
     used: set[str] = {*BESIDE}
     for row in kinds.values():
         try:
-            used.update(layout_of(row).names)
+            layout = layout_of(row)
         except RowError:
             continue
+        used.update(layout.names, *(PROMPTS.get(name, ()) for name in layout.names))
     names = dict.fromkeys(name for row in kinds.values() for name in row)
     return [name for name in names if name not in used]
 
