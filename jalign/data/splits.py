@@ -45,7 +45,7 @@ def split_of(file: Path, asked: Sequence[str] = ()) -> str | None:
     if shard:
         return canonical(shard[1])
     parts = [*file.parent.parts, name]
-    found = {canonical(part) for part in parts if canonical(part) in asked}
+    found = {part for part in parts if part in asked and part not in _CANONICAL}
     found = found or set().union(*map(named_splits, parts))
     if len(found) > 1:
         raise ValueError(
