@@ -148,18 +148,6 @@ def test_hf_tensor_names_stand_in_families_only(path, trees):
             assert not HF_NAME.search(node.value), f"{path}: {node.value!r}"
 
 
-def test_tests_mirror_the_package():
-    missing = [
-        str(f.relative_to(PACKAGE))
-        for f in FILES
-        if f.name not in {"__init__.py", "__main__.py"}
-        and not (
-            ROOT / "tests" / f.relative_to(PACKAGE).with_name(f"test_{f.name}")
-        ).exists()
-    ]
-    assert not missing, f"no test file mirrors {missing}"
-
-
 def test_every_public_name_is_documented():
     """Each name in an `__all__` has a docstring and a line in docs/api.md."""
     import importlib

@@ -18,6 +18,8 @@ class RunConfig(DataOptions):
 
     model: str
     """Model to train: a directory in HF format or a hub id."""
+    data: str
+    """Training rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split."""
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
     steps: int | None = None

@@ -64,11 +64,9 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
         found, counts = data.sft_examples(
             rows,
             tokenizer,
-            max_length=config.max_length,
             assistant_only=options.assistant_only,
             completion_only=options.completion_only,
-            bad_rows=config.bad_rows,
-            columns=config.columns,
+            **_how(config),
         )
         packed = data.pack(found, config.max_length) if options.packing else found
         return packed, counts
@@ -149,7 +147,7 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
         clock = Clock()
         model, params, tokenizer = _load(config, recipe, run)
         clock.lap("load model")
-        train_rows, eval_rows = load_run_rows(config)
+        train_rows, eval_rows = load_run_rows(config.data, config)
         sets = {"train": recipe.examples(train_rows, tokenizer)[0]}
         if eval_rows is not None:
             sets["eval"] = recipe.examples(eval_rows, tokenizer)[0]
@@ -166,7 +164,7 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
             clock.lap("reference log-probs")
         prompts = []
         if not model.config.num_labels:
-            shown = train_rows if eval_rows is None else eval_rows
+            shown = eval_rows or train_rows
             prompts = sample_prompts(shown, tokenizer, config.columns)
 
         def look(params):
@@ -222,12 +220,11 @@ def _as_language_model(model: Model, params: PyTree) -> tuple[Model, PyTree]:
 
 
 def _preference_examples(config: RunConfig):
-    return functools.partial(
-        data.preference_examples,
-        max_length=config.max_length,
-        bad_rows=config.bad_rows,
-        columns=config.columns,
-    )
+    return functools.partial(data.preference_examples, **_how(config))
+
+
+def _how(config: RunConfig) -> dict[str, Any]:
+    return {n: getattr(config, n) for n in ("max_length", "bad_rows", "columns")}
 
 
 def _train(

@@ -93,7 +93,7 @@ def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
     with open_run(config, method.name) as run:
         clock = Clock()
         cast = method.load_cast(config, run.mesh)
-        train_rows, eval_rows = load_run_rows(config)
+        train_rows, eval_rows = load_run_rows(config.data, config)
         prompts = make_prompts(train_rows, cast, config)
         held_out = make_prompts(eval_rows, cast, config) if eval_rows else []
         total = config.steps or data.num_steps(

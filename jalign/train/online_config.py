@@ -103,6 +103,8 @@ class OnlineConfig(DataOptions):
 
     model: str
     """Policy to align, and the frozen reference: a directory or a hub id."""
+    data: str
+    """Prompts: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
     reward: str

@@ -11,11 +11,8 @@ _log = logging.getLogger("jalign.train")
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which rows a run trains on and which it holds out; all commands share them."""
+    """Which rows of its `data` a run trains on, and which it holds out."""
 
-    data: str
-    """Training rows or prompts: a hub id, a file (.jsonl, .json, .csv, .parquet) or a
-    directory; "SOURCE[NAME]" names a split of it."""
     split: str | None = None
     """Split of `data` to train on; unset takes train, or what has no splits whole."""
     eval_data: str | None = None
@@ -33,18 +30,23 @@ class DataOptions:
         data.parse_columns(self.columns)
 
 
-def load_run_rows(options: DataOptions) -> tuple[data.Rows, data.Rows | None]:
+def load_run_rows(
+    source: str, options: DataOptions
+) -> tuple[data.Rows, data.Rows | None]:
     """(training rows, held-out rows or None); warns where both share rows.
+
+    Args:
+      source: the run's `data`.
+      options: the run's config.
 
     Raises: as data.load_rows.
     """
     skip = options.bad_rows
-    rows = data.load_rows(options.data, split=options.split, bad_rows=skip)
-    source = options.eval_data or (options.eval_split and options.data)
-    if not source:
+    rows = data.load_rows(source, split=options.split, bad_rows=skip)
+    if not (options.eval_data or options.eval_split):
         return rows, None
     split = options.eval_split or data.HELD_OUT
-    held_out = data.load_rows(source, split=split, bad_rows=skip)
+    held_out = data.load_rows(options.eval_data or source, split=split, bad_rows=skip)
     shared = {row.origin for row in rows} & {row.origin for row in held_out}
     if shared:
         _log.warning(

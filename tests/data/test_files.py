@@ -1,4 +1,4 @@
-"""Tests for jalign/data/files.py: CSV and compressed files; others in test_sources.py."""
+"""Tests for jalign/data/files.py: CSV and compressed files; more in test_sources."""
 
 import bz2
 import gzip
