@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,13 @@ class GenerateConfig:
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts: str | None = None
-    """Instead: a file of prompt rows (`prompt`: a text or messages) or a hub id."""
+    """Instead: rows with prompts: a file, a directory or a hub id."""
+    split: str | None = None
+    """Split of --prompts; unset takes train, or what has no splits whole."""
+    columns: str | None = None
+    """Names of the columns of --prompts, such as "prompt=question"."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows of --prompts that cannot be used."""
     max_new_tokens: int = 128
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
@@ -45,6 +52,9 @@ class GenerateConfig:
     def __post_init__(self):
         if bool(self.prompt) == bool(self.prompts):
             raise ValueError("give either --prompt TEXT … or --prompts FILE")
+        data.parse_columns(self.columns)
+        if self.prompt and (self.split or self.columns):
+            raise ValueError("--split and --columns are of --prompts FILE")
         if self.batch_size < 1 or self.max_new_tokens < 1:
             raise ValueError("--batch-size and --max-new-tokens must be at least 1")
 
@@ -55,15 +65,10 @@ def run_generate(config: GenerateConfig) -> str | None:
     loaded = load_pretrained(
         config.model, mesh=mesh, dtype=config.dtype, head="language"
     )
-    if config.prompts:
-        rows: list[dict] = data.load_rows(config.prompts)
-    elif config.chat:
-        rows = [{"prompt": [{"role": "user", "content": p}]} for p in config.prompt]
-    else:
-        rows = [{"prompt": p} for p in config.prompt]
+    prompts, given = _generate_prompts(config, loaded.tokenizer)
     texts = evaluate.sample_texts(
         *loaded,
-        rows,
+        prompts,
         key=jax.random.key(config.seed),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -73,17 +78,39 @@ def run_generate(config: GenerateConfig) -> str | None:
     )
     if config.out is None:
         shown = [
-            row["prompt"] + text if isinstance(row["prompt"], str) else text
-            for row, text in zip(rows, texts, strict=True)
+            prompt + text if isinstance(prompt, str) else text
+            for prompt, text in zip(given, texts, strict=True)
         ]
         return "\n---\n".join(shown)
     if sharding.is_main_process():
         lines = (
-            json.dumps({"prompt": row["prompt"], "completion": text})
-            for row, text in zip(rows, texts, strict=True)
+            json.dumps({"prompt": prompt, "completion": text})
+            for prompt, text in zip(given, texts, strict=True)
         )
         Path(config.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return None
+
+
+def _generate_prompts(
+    config: GenerateConfig, tokenizer
+) -> tuple[list[data.PromptExample], list[Any]]:
+    """The prompts, and each as a row of `prompt` would hold it: a text or messages."""
+    if config.prompts:
+        rows: list[dict] = data.load_rows(
+            config.prompts, split=config.split, bad_rows=config.bad_rows
+        )
+    elif config.chat:
+        rows = [{"prompt": [{"role": "user", "content": p}]} for p in config.prompt]
+    else:
+        rows = [{"prompt": p} for p in config.prompt]
+    prompts, _ = data.prompt_examples(
+        rows,
+        tokenizer,
+        max_prompt_length=sys.maxsize,  # the sampler refuses one that is too long
+        bad_rows=config.bad_rows,
+        columns=config.columns,
+    )
+    return prompts, [p.source.prompt if p.source else p.text for p in prompts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +126,11 @@ class EvalConfig:
     model: str
     """HF checkpoint: a directory or a hub id."""
     data: str
-    """Rows: a file, a directory or a hub id."""
+    """Rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
+    split: str | None = None
+    """Which split; unset takes test or validation, never train, or what has none."""
+    columns: str | None = None
+    """Names of columns, such as "prompt=question,completion=answer,ignore=label"."""
     task: Literal["auto", "sft", "preference", "reward"] = "auto"
     """auto: preference if rows have chosen and rejected, reward with --reward."""
     ref_model: str | None = None
@@ -121,6 +152,7 @@ class EvalConfig:
     """Also write the JSON to this file."""
 
     def __post_init__(self):
+        data.parse_columns(self.columns)
         if self.task == "reward" and not self.reward:
             raise ValueError("--task reward needs --reward CHECKPOINT or FILE.py:NAME")
         if self.reward and self.task in {"sft", "preference"}:
@@ -131,7 +163,12 @@ def run_eval(config: EvalConfig) -> str:
     """Measures the model on the rows; returns the JSON text."""
     mesh = make_run_mesh(config.mesh)
     loaded = load_pretrained(config.model, mesh=mesh)
-    rows = data.load_rows(config.data, limit=config.limit, bad_rows=config.bad_rows)
+    rows = data.load_rows(
+        config.data,
+        split=config.split or data.HELD_OUT,
+        limit=config.limit,
+        bad_rows=config.bad_rows,
+    )
     reference = None
     if config.ref_model:
         reference = load_pretrained(config.ref_model, mesh=mesh, head="language")
@@ -159,7 +196,11 @@ def _task_of(config: EvalConfig, rows: list[dict]) -> str:
         return config.task
     if config.reward:
         return "reward"
-    return "preference" if rows and "chosen" in rows[0] else "sft"
+    return "preference" if data.are_pairs(rows, config.columns) else "sft"
+
+
+def _how(config: EvalConfig) -> dict[str, Any]:
+    return {"bad_rows": config.bad_rows, "columns": config.columns}
 
 
 def _loader(config: EvalConfig, model, examples, collate):
@@ -177,7 +218,7 @@ def _loader(config: EvalConfig, model, examples, collate):
 def _eval_sft(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
     model, params, tokenizer = loaded
     examples, counts = data.sft_examples(
-        rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
+        rows, tokenizer, max_length=config.max_length, **_how(config)
     )
     loader = _loader(config, model, examples, data.collate_tokens)
     result = evaluate.eval_loss(model, params, loader) | {"rows": counts}
@@ -193,8 +234,8 @@ def _eval_pairs(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
         rows,
         tokenizer,
         max_length=config.max_length,
-        bad_rows=config.bad_rows,
         keep_tail=bool(model.config.num_labels),
+        **_how(config),
     )
     if reference is not None:
         size, length = config.batch_size, config.max_length
@@ -210,7 +251,7 @@ def _eval_reward(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
     assert config.reward is not None
     model, params, tokenizer = loaded
     prompts, counts = data.prompt_examples(
-        rows, tokenizer, max_prompt_length=config.max_length, bad_rows=config.bad_rows
+        rows, tokenizer, max_prompt_length=config.max_length, **_how(config)
     )
     result = evaluate.mean_reward(
         model,

@@ -10,6 +10,7 @@ from jalign.data.batching import (
     collate_tokens,
 )
 from jalign.data.chat import DEFAULT_CHAT_TEMPLATE, ensure_chat_template
+from jalign.data.columns import are_pairs, parse_columns
 from jalign.data.encoding import Example
 from jalign.data.examples import (
     PreferenceExample,
@@ -30,10 +31,12 @@ from jalign.data.packing import PackedPairs, PackedRow, pack
 from jalign.data.rows import BadRow, Row, Rows
 from jalign.data.sources import load_rows
 from jalign.data.special_tokens import end_template_at_turn, stop_tokens
+from jalign.data.splits import HELD_OUT
 from jalign.data.tokenizer import check_vocab, load_tokenizer
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
+    "HELD_OUT",
     "BadRow",
     "Example",
     "PackedPairs",
@@ -42,6 +45,7 @@ __all__ = [
     "PromptExample",
     "Row",
     "Rows",
+    "are_pairs",
     "batch_indices",
     "bucket_length",
     "check_vocab",
@@ -57,6 +61,7 @@ __all__ = [
     "make_loader",
     "num_steps",
     "pack",
+    "parse_columns",
     "preference_examples",
     "prompt_examples",
     "sft_examples",

@@ -41,12 +41,14 @@ class Chat(NamedTuple):
       first_turn: index of the first turn of the completion. One less than the length
         of the prompt where that turn continues the prompt's last one (a prefill).
       template_args: extra variables for the template.
+      untrained: indices of turns of which no token is trained, though others are.
     """
 
     messages: Messages
     prompt: Messages
     first_turn: int
     template_args: dict[str, Any]
+    untrained: Sequence[int] = ()
 
 
 def join_turns(prompt: Messages, completion: Messages) -> tuple[Messages, int]:
@@ -123,7 +125,8 @@ def encode_chats(
     return results
 
 
-Spans = list[tuple[int, int]]  # character offsets [start, end) into a text
+Span = tuple[int, int]  # character offsets [start, end) into a text
+Spans = list[Span]
 
 
 def _text_and_spans(
@@ -138,7 +141,10 @@ def _text_and_spans(
         prompt = _prompt_text(tokenizer, chat)
         _require_prefix(text, prompt, len(chat.prompt))
         start = len(prompt)
+    _refuse_eos(chat, ends)
     spans = [(max(a, start), b) for a, b in spans_of(tokenizer, chat, text, ends)]
+    for turn in chat.untrained:
+        spans = _without(spans, *_turn_span(tokenizer, chat, text, turn, ends))
     return text, [(a, _end_of_turn(text, a, b, ends)) for a, b in spans if b > a]
 
 
@@ -152,6 +158,35 @@ def _prompt_text(tokenizer: Tokenizer, chat: Chat) -> str:
     if closed:
         return render(tokenizer, chat.prompt, chat.template_args)
     return render_prompt(tokenizer, chat.prompt, chat.template_args)
+
+
+def _refuse_eos(chat: Chat, ends: Sequence[str]) -> None:
+    """An answer that holds an end would train to go on behind it, and a second one."""
+    for turn in chat.messages[chat.first_turn :]:
+        held = [end for end in ends if end in turn["content"]]
+        if turn["role"] == "assistant" and held:
+            raise RowError(
+                "(chat template)",
+                f"ends an answer that holds the EOS {held[0]!r} already: leave it out "
+                "of the text",
+            )
+
+
+def _turn_span(tokenizer: Tokenizer, chat: Chat, text: str, turn: int, ends) -> Span:
+    """All that the template writes for a turn."""
+    before = render(tokenizer, chat.messages[:turn], chat.template_args) if turn else ""
+    _require_prefix(text, before, turn)
+    return len(before), _turn_end(tokenizer, chat, text, turn, len(before), ends)
+
+
+def _without(spans: Spans, start: int, end: int) -> Spans:
+    """The spans less what lies in [start, end)."""
+    return [
+        (a, b)
+        for first, last in spans
+        for a, b in ((first, min(last, start)), (max(first, end), last))
+        if b > a
+    ]
 
 
 def _everything(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:

@@ -7,6 +7,7 @@ import numpy as np
 
 from jalign.data import chat as chat_lib
 from jalign.data.formats import Exchange, Prompt
+from jalign.data.messages import plain_turns
 from jalign.data.rows import RowError
 from jalign.data.tokenizer import Tokenizer, encode_pairs, encode_plain, encode_texts
 
@@ -45,9 +46,11 @@ def encode_exchanges(
     strings = [i for i, e in enumerate(exchanges) if isinstance(e.completion, str)]
     pairs: Any = [(exchanges[i].prompt or "", exchanges[i].completion) for i in strings]
     for i, (ids, start) in zip(strings, encode_pairs(tokenizer, pairs), strict=True):
-        everything = exchanges[i].prompt is None or completion_only is False
+        whole: Any = exchanges[i].completion if exchanges[i].prompt is None else None
+        everything = whole is not None or completion_only is False
         mask = np.arange(len(ids)) >= (0 if everything else start)
-        results[i] = _example(ids, mask, keep_tail)
+        error = _eos_error(tokenizer, ids, start, whole)
+        results[i] = error or _example(ids, mask, keep_tail)
     jobs: dict[bool, list[tuple[int, chat_lib.Chat]]] = {True: [], False: []}
     for i, exchange in enumerate(exchanges):
         if results[i] is None:
@@ -62,6 +65,28 @@ def encode_exchanges(
     return results
 
 
+def _eos_error(
+    tokenizer: Tokenizer, ids: np.ndarray, start: int, text: str | None
+) -> RowError | None:
+    """What is wrong with the EOS tokens of an answer, or of a `text` row's text.
+
+    A text may hold more of them than the one that ends it, as a templated conversation
+    does, if it ends in one of its own.
+    """
+    ends = ids == tokenizer.eos_token_id
+    ends[:1] = False  # it may be the BOS as well
+    if not ends[start:-1].any():
+        return None
+    name = tokenizer.eos_token
+    if text is None:
+        reason = f"holds the EOS {name!r} before its end: nothing is sampled behind it"
+        return RowError("completion", reason)
+    if text.endswith(name) and not ends[-2:].all():
+        return None
+    reason = f"holds the EOS {name!r} and would get another: let it end with just one"
+    return RowError("text", reason + ", nothing behind it, or use `messages`")
+
+
 def _chat(
     exchange: Exchange, assistant_only: bool | None, completion_only: bool | None
 ) -> tuple[bool, chat_lib.Chat]:
@@ -69,11 +94,15 @@ def _chat(
     prompt: Any = exchange.prompt or []
     completion: Any = exchange.completion
     messages, first = chat_lib.join_turns(prompt, completion)
+    marks = [turn.get("train", True) for turn in messages]
+    messages, prompt = plain_turns(messages), plain_turns(prompt)
     if prompt and completion_only is False:
-        chat = chat_lib.Chat(messages, [], 0, exchange.template_args)
-        return bool(assistant_only), chat
-    chat = chat_lib.Chat(messages, prompt, first, exchange.template_args)
-    return assistant_only is not False, chat
+        prompt, first, only = [], 0, bool(assistant_only)
+    else:
+        only = assistant_only is not False
+    args = exchange.template_args
+    untrained = [i for i in range(first, len(messages)) if not marks[i]]
+    return only, chat_lib.Chat(messages, prompt, first, args, untrained)
 
 
 def _example(ids: np.ndarray, mask: np.ndarray, keep_tail: bool) -> Example | RowError:

@@ -2,8 +2,8 @@
 
 The truncation policy: an example that is too long keeps its start, so BOS and the
 prompt stay and the EOS is lost rather than forged; an example with no trained token
-left is dropped and counted; prompts for sampling are dropped, never cut. When
-everything is dropped, that is an error.
+left is dropped and counted; prompts for sampling are dropped, never cut. More than a
+tenth dropped is a warning, more than half an error.
 """
 
 import logging
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jalign.data.columns import Columns, parse_by_columns
 from jalign.data.encoding import (
     Example,
     check_masks_apply,
@@ -25,12 +26,15 @@ from jalign.data.formats import (
     parse_prompt,
     parse_sft,
 )
-from jalign.data.rows import BadRow, RowError, check_bad_rows_mode, parse_rows, settle
+from jalign.data.row_layouts import preference_layout, prompt_layout, sft_layout
+from jalign.data.rows import BadRow, RowError, check_bad_rows_mode, settle
 from jalign.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("jalign.data")
 
 OVER_LENGTH_MODES = ("truncate", "drop")
+MANY_DROPPED, MOST_DROPPED = 0.1, 0.5
+"""Shares of the rows above which losing them is a warning, and an error."""
 
 
 class PreferenceExample(NamedTuple):
@@ -62,14 +66,14 @@ class PromptExample(NamedTuple):
     Attributes:
       tokens: int32 [T].
       text: the prompt as the model sees it, templated if it was a conversation.
-      row: the whole row, for reward functions.
-      prompt: the row's prompt itself, a text or a conversation; None where unknown.
+      row: the whole row as it was read, for reward functions.
+      source: the prompt before the template: a text or messages; None where unknown.
     """
 
     tokens: np.ndarray
     text: str
     row: dict[str, Any]
-    prompt: Prompt | None = None
+    source: Prompt | None = None
 
 
 def sft_examples(
@@ -81,8 +85,9 @@ def sft_examples(
     completion_only: bool | None = None,
     bad_rows: str = "error",
     over_length: str = "truncate",
+    columns: Columns = None,
 ) -> tuple[list[Example], dict[str, int]]:
-    """Makes supervised examples of `text`, `messages` or `prompt` + `completion` rows.
+    """Makes supervised examples of conversations, prompts with answers, and texts.
 
     Args:
       rows: from `load_rows`, or any list of dicts.
@@ -93,18 +98,21 @@ def sft_examples(
         means yes.
       bad_rows: "error", or "skip" to leave unusable rows out and count them.
       over_length: "truncate" keeps the start; "drop" leaves long examples out.
+      columns: other names, {"prompt": "question"} or "prompt=question,completion=...";
+        "ignore" names columns that are not to be read. docs/data.md has the table of
+        the layouts that need none.
 
     Returns:
       The examples, in the order of the rows, and counts: rows, examples, bad_rows (in
       all, and by field and reason), over_length (dropped), truncated (kept).
 
     Raises:
-      ValueError: bad rows by file, row, field and reason; nothing left; an option that
-        does not apply to the rows.
+      ValueError: bad rows by file, row, field and reason; more than half of the usable
+        rows too long; an option that does not apply to the rows.
     """
     _check_options(max_length, bad_rows, over_length)
-    records, bad = parse_rows(rows, parse_sft)
-    exchanges = [exchange for _, exchange in records]
+    records, bad = parse_by_columns(rows, parse_sft, sft_layout, columns)
+    exchanges = [exchange for _, (_, exchange) in records]
     check_masks_apply(exchanges, assistant_only, completion_only)
     encoded = encode_exchanges(exchanges, tokenizer, assistant_only, completion_only)
     good = _without_bad(records, encoded, bad)
@@ -121,12 +129,13 @@ def preference_examples(
     max_length: int,
     bad_rows: str = "error",
     over_length: str = "truncate",
+    columns: Columns = None,
     keep_tail: bool = False,
 ) -> tuple[list[PreferenceExample], dict[str, int]]:
     """Makes pairs of `chosen` + `rejected` rows, for reward models and DPO alike.
 
     Args:
-      rows, tokenizer, max_length, bad_rows: as in `sft_examples`.
+      rows, tokenizer, max_length, bad_rows, columns: as in `sft_examples`.
       over_length: "truncate" keeps the start of both sides, and drops the pair if a
         side has no completion left or both have become equal; "drop" drops any pair
         with a side that is too long (better for reward models, which read the end).
@@ -137,10 +146,11 @@ def preference_examples(
     Returns: the pairs and the counts. Raises: ValueError, as `sft_examples`.
     """
     _check_options(max_length, bad_rows, over_length)
-    records, bad = parse_rows(rows, parse_preference)
+    records, bad = parse_by_columns(rows, parse_preference, preference_layout, columns)
+    found = [preference for _, (_, preference) in records]
     chosen, rejected = (
         encode_exchanges(
-            [Exchange(p.prompt, getattr(p, side), p.template_args) for _, p in records],
+            [Exchange(p.prompt, getattr(p, side), p.template_args) for p in found],
             tokenizer,
             keep_tail=keep_tail,
         )
@@ -148,7 +158,7 @@ def preference_examples(
     )
     pairs = [
         _pair(c, r, preference.margin)
-        for c, r, (_, preference) in zip(chosen, rejected, records, strict=True)
+        for c, r, preference in zip(chosen, rejected, found, strict=True)
     ]
     good = _without_bad(records, pairs, bad)
     counts = settle(bad, total_rows(rows), bad_rows)
@@ -163,8 +173,10 @@ def prompt_examples(
     *,
     max_prompt_length: int,
     bad_rows: str = "error",
+    columns: Columns = None,
 ) -> tuple[list[PromptExample], dict[str, int]]:
-    """Makes prompts for sampling of rows with `prompt`, or of conversations.
+    """Makes prompts for sampling of the rows that `sft_examples` and
+    `preference_examples` take: the same tokens as there, without the answers.
 
     A conversation is templated up to where the assistant speaks; trailing assistant
     turns of `messages` rows are left out. Longer prompts are dropped and counted,
@@ -173,7 +185,23 @@ def prompt_examples(
     Returns: the prompts and the counts. Raises: ValueError, as `sft_examples`.
     """
     _check_options(max_prompt_length, bad_rows, "drop")
-    records, bad = parse_rows(rows, lambda row: (row, parse_prompt(row)))
+    good, bad = encode_prompt_rows(rows, tokenizer, columns)
+    counts = settle(bad, total_rows(rows), bad_rows)
+    fitted = [p if len(p.tokens) <= max_prompt_length else None for p in good]
+    name = f"max_prompt_length={max_prompt_length}"
+    return _finish(rows, fitted, [False] * len(good), counts, name)
+
+
+def encode_prompt_rows(
+    rows: Sequence[dict],
+    tokenizer: Tokenizer,
+    columns: Columns = None,
+    *,
+    quiet: bool = False,
+) -> tuple[list[PromptExample], list[BadRow]]:
+    """The prompts of all rows that have one, whatever their length; the other rows."""
+    layout_of = None if quiet else prompt_layout
+    records, bad = parse_by_columns(rows, parse_prompt, layout_of, columns)
     encoded = encode_prompts(tokenizer, [prompt for _, (_, prompt) in records])
     prompts = [
         item
@@ -181,11 +209,7 @@ def prompt_examples(
         else PromptExample(item[1], item[0], dict(row), prompt)
         for item, (_, (row, prompt)) in zip(encoded, records, strict=True)
     ]
-    good = _without_bad(records, prompts, bad)
-    counts = settle(bad, total_rows(rows), bad_rows)
-    fitted = [p if len(p.tokens) <= max_prompt_length else None for p in good]
-    name = f"max_prompt_length={max_prompt_length}"
-    return _finish(rows, fitted, [False] * len(good), counts, name)
+    return _without_bad(records, prompts, bad), bad
 
 
 def example_length(example: Any) -> int:
@@ -246,23 +270,26 @@ def _fit_pair(pair: PreferenceExample, max_length: int, over_length: str):
 
 
 def _finish(rows, fitted, was_long, counts, limit: str):
-    """Leaves dropped examples (None) out, counts, and refuses to end with none."""
+    """Leaves dropped examples (None) out, counts, and refuses to lose most of them."""
     kept = [example for example in fitted if example is not None]
-    if not kept:
-        raise ValueError(
-            f"none of the {len(fitted)} usable rows fits: with {limit} nothing to "
-            "train or sample from is left of any of them; raise it"
-        )
+    dropped, total = len(fitted) - len(kept), total_rows(rows)
+    lost = (
+        f"{dropped} of the {len(fitted)} usable rows do not fit: with {limit} nothing "
+        "to train or sample from is left of them; raise it"
+    )
+    if not kept or dropped > len(fitted) * MOST_DROPPED:
+        raise ValueError(lost)
+    if dropped > len(fitted) * MANY_DROPPED:
+        logger.warning("%s", lost)
+    if counts["bad_rows"] > total * MANY_DROPPED:
+        reasons = ", ".join(f"{n} x {k[9:]}" for k, n in counts.items() if "/" in k)
+        bad = f"{counts['bad_rows']} of {total} rows are unusable and left out"
+        logger.warning("%s (%s): mend them, or name their columns", bad, reasons)
     truncated = sum(
         long and example is not None
         for long, example in zip(was_long, fitted, strict=True)
     )
-    result = {
-        "rows": total_rows(rows),
-        "examples": len(kept),
-        "over_length": len(fitted) - len(kept),
-        "truncated": truncated,
-        **counts,
-    }
+    result = {"rows": total, "examples": len(kept), "over_length": dropped}
+    result |= {"truncated": truncated, **counts}
     logger.info("%s", ", ".join(f"{name} {n}" for name, n in result.items() if n))
     return kept, result

@@ -1,24 +1,19 @@
-"""The row formats of TRL, detected and checked row by row.
+"""Rows of every known layout to the formats of TRL, each row on its own.
 
 Standard rows hold strings, conversational ones lists of {"role", "content"}.
-See docs/data.md for the table. A row is never mended silently: what does not fit
-raises `RowError` with the field and the reason.
+`row_layouts` says which columns are read; docs/data.md has the table. A row is never
+mended silently: what does not fit raises `RowError` with the field and the reason.
 """
 
 import json
 import math
 from typing import Any, NamedTuple
 
-from jalign.data.messages import (
-    Messages,
-    check_unicode,
-    kind_of,
-    parse_messages,
-    says_something,
-)
+from jalign.data import compose
+from jalign.data import row_layouts as layouts
+from jalign.data.compose import Text
+from jalign.data.messages import kind_of, plain_turns, without_nulls
 from jalign.data.rows import RowError
-
-Text = str | Messages
 
 
 class Exchange(NamedTuple):
@@ -53,32 +48,27 @@ class Prompt(NamedTuple):
 
 
 def parse_sft(row: dict) -> Exchange:
-    """`messages`, `conversations`, `prompt` + `completion`, or `text`, in this order.
+    """A conversation, a prompt with its completion, or a text.
 
     Raises: RowError.
     """
-    args = template_args(row)
-    for field in ("messages", "conversations"):
-        if row.get(field) is not None:
-            turns = parse_messages(row[field], field)
-            _require_answer(turns, field)
-            return Exchange(None, turns, args)
-    paired = row.get("prompt") is not None and "completion" in row
-    if row.get("completion") is not None or paired:
-        prompt = _text(row, "prompt")
-        completion = _text(row, "completion")
-        _same_kind(prompt, completion, "completion")
-        _require_content(completion, "completion")
-        return Exchange(prompt, completion, args)
-    if row.get("text") is not None:
-        text = row["text"]
-        if not isinstance(text, str):
-            raise RowError("text", f"is {kind_of(text)}, not a string")
-        check_unicode(text, "text")
-        _require_content(text, "text")
+    layout, args = layouts.sft_layout(row), template_args(row)
+    if layout.turns:
+        turns = compose.conversation(row, layout)
+        compose.require_answer(turns, layout.turns)
+        return Exchange(None, turns, args)
+    if layout.text:
+        text = compose.string(row, layout.text)
+        compose.require_content(text, layout.text)
         return Exchange(None, text, args)
-    expected = "messages, conversations, prompt + completion, or text"
-    raise _unknown(row, expected)
+    prompt: Any = compose.prompt_of(row, layout)
+    (completion,) = compose.answers(row, layout)
+    _same_kind(prompt, completion, layout.answers[0])
+    _refuse_repeat(row, layout, prompt, completion)
+    if not layouts.is_blank(row.get("history")):
+        # Its answers are trained, as LLaMA-Factory has it.
+        return Exchange(None, [*prompt, *completion], args)
+    return Exchange(prompt, completion, args)
 
 
 def parse_preference(row: dict) -> Preference:
@@ -86,55 +76,87 @@ def parse_preference(row: dict) -> Preference:
 
     Raises: RowError; also where a completion is empty or both are equal.
     """
-    if "chosen" not in row and "rejected" not in row:
-        raise _unknown(row, "chosen + rejected, and optionally prompt")
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    _same_kind(chosen, rejected, "rejected")
-    for field, value in (("chosen", chosen), ("rejected", rejected)):
-        _require_content(value, field)
+    layout = layouts.preference_layout(row)
+    chosen, rejected = compose.answers(row, layout)
+    first, second = layout.answers
+    _same_kind(chosen, rejected, second)
     if chosen == rejected:
-        raise RowError("rejected", "equals chosen")
-    prompt, chosen, rejected = _split_preference(row, chosen, rejected)
+        raise RowError(second, f"equals {first}")
+    prompt, chosen, rejected = _split_preference(row, layout, chosen, rejected)
     return Preference(prompt, chosen, rejected, _margin(row), template_args(row))
 
 
 def _split_preference(
-    row: dict, chosen: Text, rejected: Text
+    row: dict, layout: layouts.Layout, chosen: Text, rejected: Text
 ) -> tuple[Text, Text, Text]:
     """Prompt, chosen and rejected apart, whichever way the row holds the prompt."""
-    if "prompt" not in row:
-        return extract_prompt(chosen, rejected)
-    prompt = _text(row, "prompt")
-    if isinstance(prompt, str) and isinstance(chosen, list):
-        # As in UltraFeedback: the string repeats a turn of the conversations.
-        parts = extract_prompt(chosen, rejected)
-        turns: Any = parts[0]
-        if not any(turn["content"].strip() == prompt.strip() for turn in turns):
-            raise RowError("prompt", "is no turn of the conversations")
-        return parts
-    _same_kind(prompt, chosen, "chosen")
-    if isinstance(prompt, list) and chosen[: len(prompt)] == prompt:
-        raise RowError("chosen", "repeats the turns of prompt; leave one of them out")
-    return prompt, chosen, rejected
+    if not layout.prompt:
+        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+        return compose.with_system(prompt, row, layout), chosen, rejected
+    name, *_ = layout.prompt
+    if isinstance(row[name], list) or isinstance(chosen, str):
+        prompt = compose.prompt_of(row, layout)
+        _same_kind(prompt, chosen, layout.answers[0])
+        _refuse_repeat(row, layout, prompt, chosen)
+        return prompt, chosen, rejected
+    if _answers_only(chosen) and _answers_only(rejected):
+        _refuse_repeat(row, layout, [], chosen)
+        return compose.prompt_turns(row, layout), chosen, rejected
+    # As in UltraFeedback: the string repeats a turn of the conversations.
+    turns: Any
+    turns, chosen, rejected = extract_prompt(chosen, rejected)
+    text = compose.asked_text(row, layout).strip()
+    if not any(turn["content"].strip() == text for turn in turns):
+        raise RowError(name, "is no turn of the conversations")
+    return compose.with_system(turns, row, layout), chosen, rejected
+
+
+def _answers_only(turns: Any) -> bool:
+    return turns[0]["role"] == "assistant"
+
+
+def _refuse_repeat(
+    row: dict, layout: layouts.Layout, prompt: Text, answer: Text
+) -> None:
+    """Refuses answers that begin with the prompt once more."""
+    name = layout.answers[0]
+    if isinstance(prompt, list) and prompt and answer[: len(prompt)] == prompt:
+        reason = f"repeats the turns of {layout.prompt[0]}; leave one of them out"
+        raise RowError(name, reason)
+    texts = [row[name] for name in (layout.prompt[0], *layout.answers)]
+    if all(isinstance(text, str) for text in texts):
+        asked, *rest = map(str.strip, texts)
+        # One answer may well echo a word: "Hello" is answered by "Hello! ...".
+        alone = len(rest) == 1 and len(asked.split()) < 2
+        if not alone and all(_continues(asked, text) for text in rest):
+            reason = f"begins with {layout.prompt[0]} once more; leave one of them out"
+            raise RowError(name, reason)
+
+
+def _continues(start: str, text: str) -> bool:
+    """Whether a text is the start and more words."""
+    if not start or not text.startswith(start) or len(text) == len(start):
+        return False
+    return not (start[-1].isalnum() and text[len(start)].isalnum())
 
 
 def parse_prompt(row: dict) -> Prompt:
-    """`prompt`; or a conversation, whose trailing assistant turns are left out.
+    """The prompt of any row, also of one with an answer, which is left out.
 
+    Of a conversation the trailing assistant turns are left out.
     Raises: RowError.
     """
-    args = template_args(row)
-    for field in ("messages", "conversations"):
-        if row.get("prompt") is None and row.get(field) is not None:
-            turns = parse_messages(row[field], field)
-            while turns and turns[-1]["role"] == "assistant":
-                turns = turns[:-1]
-            if not turns:
-                raise RowError(field, "has no turn before the assistant's")
-            return Prompt(turns, args)
-    if "prompt" not in row:
-        raise _unknown(row, "prompt, messages or conversations")
-    return Prompt(_text(row, "prompt"), args)
+    layout, args = layouts.prompt_layout(row), template_args(row)
+    if layout.answers:
+        return Prompt(plain_turns(parse_preference(row).prompt), args)
+    if not layout.turns:
+        return Prompt(plain_turns(compose.prompt_of(row, layout)), args)
+    turns = compose.conversation(row, layout)
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise RowError(layout.turns, "has no turn before the assistant's")
+    return Prompt(plain_turns(turns), args)
 
 
 def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -161,54 +183,26 @@ def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
         raise RowError("prompt", "missing, and chosen and rejected share no beginning")
     prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     for field, value in (("chosen", chosen), ("rejected", rejected)):
-        _require_content(value, field)
+        compose.require_content(value, field)
     return prompt, chosen, rejected
 
 
 def template_args(row: dict) -> dict[str, Any]:
     """Variables for the chat template: `chat_template_kwargs` and `tools`."""
-    args = row.get("chat_template_kwargs") or {}
+    args = without_nulls(row.get("chat_template_kwargs") or {})
     if not isinstance(args, dict):
         raise RowError("chat_template_kwargs", f"is {kind_of(args)}, not an object")
-    tools = row.get("tools")
+    tools = without_nulls(row.get("tools"))
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError("tools", f"broken JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise RowError("tools", f"broken JSON: {error}") from None
     if tools and not isinstance(tools, list):
         raise RowError("tools", f"is {kind_of(tools)}, not a list")
+    if any(not isinstance(tool, dict) for tool in tools or []):
+        raise RowError("tools", "holds what is not an object")
     return {**args, "tools": tools} if tools else dict(args)
-
-
-def _text(row: dict, field: str) -> Text:
-    value = row.get(field)
-    if value is None:
-        raise RowError(field, "missing or null")
-    if isinstance(value, str):
-        check_unicode(value, field)
-        return value
-    if isinstance(value, list):
-        return parse_messages(value, field)
-    raise RowError(field, f"is {kind_of(value)}, not a string or a list of messages")
-
-
-def _require_answer(turns: Messages, field: str) -> None:
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise RowError(field, "has no assistant turn to train on")
-    for i, turn in enumerate(turns):
-        if turn["role"] == "assistant" and not says_something(turn):
-            raise RowError(f"{field}[{i}].content", "empty")
-
-
-def _require_content(value: Text, field: str) -> None:
-    if isinstance(value, str):
-        if not value.strip():
-            raise RowError(field, "empty")
-        return
-    if not value or not any(says_something(turn) for turn in value):
-        raise RowError(field, "empty")
-    _require_answer(value, field)
 
 
 def _same_kind(first: Text, second: Text, field: str) -> None:
@@ -225,11 +219,3 @@ def _margin(row: dict) -> float:
     if not math.isfinite(value):
         raise RowError("margin", "is not finite")
     return float(value)
-
-
-def _unknown(row: dict, expected: str) -> RowError:
-    for field in expected.replace(",", " ").split():
-        if field in row and row[field] is None:
-            return RowError(field, "missing or null")
-    keys = ", ".join(sorted(map(str, row))[:8]) or "none"
-    return RowError("(row)", f"has the fields {keys}; expected {expected}")

@@ -1,5 +1,6 @@
 """Messages of a conversation, checked and brought to one form."""
 
+import json
 from typing import Any
 
 from jalign.data.rows import RowError
@@ -12,6 +13,8 @@ _SHAREGPT_ROLES = {
     "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "model": "assistant",
     "system": "system",
@@ -25,21 +28,54 @@ _SHAREGPT_ROLES = {
 def parse_messages(value: Any, field: str) -> Messages:
     """A list of {"role", "content", ...} with string contents, from any known form.
 
-    ShareGPT's {"from", "value"} are renamed, null keys and typed text parts resolved.
+    ShareGPT's {"from", "value"} are renamed, {"input", "output"} are two turns. Null
+    keys are left out at every depth, typed text parts joined, arguments of tool calls
+    decoded. A turn that is not to be trained (`weight: 0` or `train: false`) is marked
+    by `train: False`; the marks of all others are left out.
+
     Raises: RowError.
     """
     if not isinstance(value, list):
         raise RowError(field, f"is {kind_of(value)}, not a list of messages")
     if not value:
         raise RowError(field, "is an empty list")
-    return [_message(m, f"{field}[{i}]") for i, m in enumerate(value)]
+    turns: Messages = []
+    for i, item in enumerate(value):
+        name = f"{field}[{i}]"
+        if isinstance(item, dict) and {"input", "output"} <= item.keys():
+            pair = (("user", "input"), ("assistant", "output"))
+            turns += [
+                {"role": role, "content": _content(item[key], f"{name}.{key}")}
+                for role, key in pair
+            ]
+        else:
+            turns.append(_message(item, name))
+    return turns
+
+
+def without_nulls(value: Any) -> Any:
+    """Without keys that hold null, at every depth; elements of lists are kept.
+
+    The columns of Arrow (Parquet, save_to_disk) are united over the rows of a data set,
+    so a null key there says that another row has the key. It is the same for JSON, so
+    that a data set means one thing in whatever way it is stored.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def plain_turns(turns: Any) -> Any:
+    """The turns as a template is given them, without `train`; a text as it is."""
+    if isinstance(turns, str):
+        return turns
+    return [{k: v for k, v in turn.items() if k != "train"} for turn in turns]
 
 
 def _message(value: Any, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RowError(field, f"is {kind_of(value)}, not a message")
-    # Columns of a data set are united over its rows: null means absent.
-    message = {key: item for key, item in value.items() if item is not None}
+    message = without_nulls(value)
     if "role" not in message and "from" in message:  # ShareGPT
         role = message.pop("from")
         if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
@@ -49,9 +85,56 @@ def _message(value: Any, field: str) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
         raise RowError(f"{field}.role", f"is {role!r}, not one of {', '.join(ROLES)}")
-    if message.get("content") is None and message.get("tool_calls"):
+    if not _pop_trained(message, field):
+        message["train"] = False
+    calls = _tool_calls(message.pop("tool_calls", None), f"{field}.tool_calls")
+    if calls:
+        message["tool_calls"] = calls
+    if message.get("content") is None and calls:
         return {**message, "content": ""}
     return {**message, "content": _content(message.get("content"), f"{field}.content")}
+
+
+def _pop_trained(message: dict[str, Any], field: str) -> bool:
+    """Takes `weight` and `train` out; whether the turn may be trained."""
+    weight, train = message.pop("weight", 1), message.pop("train", True)
+    if weight not in (0, 1):
+        raise RowError(f"{field}.weight", f"is {weight!r}; only 0 and 1 are supported")
+    if not isinstance(train, bool):
+        raise RowError(f"{field}.train", f"is {kind_of(train)}, not a boolean")
+    return train and weight == 1
+
+
+def _tool_calls(value: Any, field: str) -> list[dict[str, Any]]:
+    """Calls whose arguments are objects; a string of JSON is decoded, once."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+        raise RowError(field, "is not a list of objects")
+    calls = []
+    for i, call in enumerate(value):
+        where = f"{field}[{i}]"
+        call, function = _decoded(call, where), call.get("function")
+        if isinstance(function, dict):
+            call = {**call, "function": _decoded(function, f"{where}.function")}
+        calls.append(call)
+    return calls
+
+
+def _decoded(call: dict[str, Any], field: str) -> dict[str, Any]:
+    if "arguments" not in call:
+        return call
+    field, value = f"{field}.arguments", call["arguments"]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except (ValueError, RecursionError) as error:
+            raise RowError(field, f"broken JSON: {error}") from None
+        if isinstance(value, str):
+            raise RowError(field, "is JSON in JSON in a string: encode it once")
+    if not isinstance(value, dict):
+        raise RowError(field, f"is {kind_of(value)}, not an object")
+    return {**call, "arguments": value}
 
 
 def _content(value: Any, field: str) -> str:

@@ -1,43 +1,57 @@
-"""Rows from JSONL, JSON and Parquet files, directories and the Hugging Face hub.
+"""Rows from files, directories and the Hugging Face hub, by split."""
 
-JSONL and JSON are read by our own reader: `datasets` names a broken line relative to
-a block, and after 10 MB turns an object where a string was into a string.
-"""
-
-import json
+import logging
 import re
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jalign.data.files import KNOWN, dataset_rows, is_data_file, read_file
 from jalign.data.rows import BadRow, Row, Rows, settle
+from jalign.data.splits import canonical, named_splits, split_of
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-_BOM = b"\xef\xbb\xbf"
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "validation": ("validation", "valid", "val", "dev", "eval"),
-}
-_ALL_SPLIT_NAMES = {name for names in _SPLIT_NAMES.values() for name in names}
+logger = logging.getLogger("jalign.data")
+
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+_DESCRIPTIONS |= {"state.json", "_SUCCESS", "LICENSE", "LICENSE.txt", "NOTICE"}
+_ADVICE = "name one of them, by --split or --eval-split NAME or as SOURCE[NAME]"
+
+
+class _Part(NamedTuple):
+    """One of the sources, opened: which split of it, and its rows."""
+
+    split: str | None
+    rows: Iterator[Row | BadRow]
+
+
+class _Asked(NamedTuple):
+    """Splits in order of preference; `said` if the user has named the one."""
+
+    splits: tuple[str, ...]
+    said: bool
+
+    @property
+    def held_out(self) -> bool:
+        return "train" not in self.splits and not self.said
 
 
 def load_rows(
     source: str | Path,
     *,
-    split: str = "train",
+    split: str | Sequence[str] | None = None,
     limit: int | None = None,
     bad_rows: str = "error",
 ) -> Rows:
     """Reads a data set into memory as a list of `Row`s (dicts that know their origin).
 
     Args:
-      source: a .jsonl, .json or .parquet file; a directory of such files, or one that
-        `datasets.save_to_disk` wrote; a hub id ("owner/name", "owner/name:config");
-        or several of these with commas between them.
-      split: which split of a hub data set, or of a directory whose file names name
-        splits. A single file is taken whole.
+      source: a .jsonl, .json, .csv, .tsv (also .gz, .bz2, .xz, .zst) or .parquet file;
+        a directory of such files, or one that `datasets.save_to_disk` wrote; a hub id
+        ("owner/name", "owner/name:config"); or several of these with commas between
+        them. A split may stand behind each: "owner/name:config[test]", "folder[test]".
+      split: which split of a hub data set, or of a directory whose file or folder names
+        name splits: one name, or several in order of preference (`HELD_OUT`). None is
+        "train". What has no splits is taken whole, and is an error if one was named.
       limit: keep the first `limit` rows.
       bad_rows: "error" raises on lines that cannot be read; "skip" drops them, and
         `Rows.bad` keeps what was wrong (the example makers count it).
@@ -49,11 +63,14 @@ def load_rows(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     rows, bad = [], []
-    for part in _parts(source):
-        for row in _read(part, split):
+    for text in _parts(source):
+        part, before = _open(*_asked(text, split)), len(rows)
+        for row in part.rows:
             (bad if isinstance(row, BadRow) else rows).append(row)
             if limit is not None and len(rows) >= limit:
                 break
+        which = f"split {part.split!r}" if part.split else "all of it"
+        logger.info("%s: %s, %d rows", text, which, len(rows) - before)
         if limit is not None and len(rows) >= limit:
             break
     if not rows and not bad:
@@ -72,154 +89,124 @@ def _parts(source: str | Path) -> list[str]:
     return parts
 
 
-def _read(source: str, split: str) -> Iterator[Row | BadRow]:
+def _asked(text: str, split: str | Sequence[str] | None) -> tuple[str, _Asked]:
+    """The source without its "[split]", and which split is meant."""
+    match = None if Path(text).exists() else re.fullmatch(r"([^\[]+)\[(.+)\]", text)
+    if not match:
+        if isinstance(split, str):
+            return text, _Asked((split,), True)
+        return text, _Asked(tuple(split or ("train",)), False)
+    if isinstance(split, str) and split != match[2]:
+        raise ValueError(f"{text}: split {split!r} is asked for as well; drop one")
+    return match[1], _Asked((match[2],), True)
+
+
+def _open(source: str, asked: _Asked) -> _Part:
     path = Path(source).expanduser()
     if path.is_dir():
-        yield from _read_directory(path, split)
-    elif path.is_file():
-        yield from _read_file(path)
-    elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith("."):
+        return _open_directory(path, asked)
+    if path.is_file():
+        _check_unsplit(path, named_splits(path.stem), asked)
+        return _Part(None, read_file(path))
+    if is_data_file(path) or path.is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(f"{source}: there is no such file or directory")
-    else:
-        yield from _read_hub(source, split)
+    return _open_hub(source, asked)
 
 
-def _read_file(path: Path) -> Iterator[Row | BadRow]:
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif path.suffix == ".json":
-        yield from _read_json(path)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
-        known = ", ".join(SUFFIXES)
-        raise ValueError(f"{path}: unknown kind of file; expected one of {known}")
+def _check_unsplit(path: Path, own: set[str], asked: _Asked) -> None:
+    """Of what has no splits: refuses another split, warns of measuring on "train"."""
+    split = asked.splits[0]
+    if asked.said and canonical(split) not in (own or {"train"}):
+        which = f"is named {' and '.join(sorted(own))}" if own else "has no splits"
+        raise ValueError(
+            f"{path}: split {split!r} is asked for, but it {which}; name another "
+            "source, or leave the split out to read all of it"
+        )
+    if asked.held_out and own == {"train"}:
+        logger.warning("%s: held-out rows are read from what is named train", path)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                _refuse_utf16(line, path)
-                line = line.removeprefix(_BOM)
-            if line.strip():
-                yield _parse_line(line, f"{path} row {number}")
-
-
-def _refuse_utf16(start: bytes, path: Path) -> None:
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path}: is UTF-16; save it as UTF-8")
-
-
-def _parse_line(line: bytes, origin: str) -> Row | BadRow:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(origin, "(line)", f"invalid UTF-8 at byte {error.start + 1}")
-    except json.JSONDecodeError as error:
-        where = f"broken JSON at column {error.colno}: {error.msg}"
-        cut = "" if line.endswith(b"\n") else " (last line: is the file cut off?)"
-        return BadRow(origin, "(line)", where + cut)
-    except RecursionError:
-        return BadRow(origin, "(line)", "JSON nested too deeply")
-    return _as_row(value, origin)
-
-
-def _as_row(value: Any, origin: str) -> Row | BadRow:
-    if isinstance(value, dict):
-        return Row(value, origin)
-    return BadRow(origin, "(row)", f"is {type(value).__name__}, not an object")
-
-
-def _read_json(path: Path) -> Iterator[Row | BadRow]:
-    """An array of objects; or, as many .json files are, one object a line."""
-    data = path.read_bytes()
-    _refuse_utf16(data[:2], path)
-    data = data.removeprefix(_BOM)
-    if not data.lstrip().startswith(b"["):
-        yield from _read_jsonl(path)
-        return
-    try:
-        values = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line}: invalid UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: JSON nested too deeply") from None
-    for number, value in enumerate(values, 1):
-        yield _as_row(value, f"{path} row {number}")
-
-
-def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
-    import datasets
-
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            data = datasets.Dataset.from_parquet(
-                str(path), cache_dir=cache, keep_in_memory=True
-            )
-        except Exception as error:  # pyarrow's and datasets' own kinds
-            reason = str(error.__cause__ or error)
-            raise ValueError(f"{path}: not a readable Parquet file: {reason}") from None
-        yield from _dataset_rows(data, str(path))
-
-
-def _dataset_rows(data: Any, name: str) -> Iterator[Row]:
-    for number, row in enumerate(data, 1):
-        yield Row(row, f"{name} row {number}")
-
-
-def _read_directory(path: Path, split: str) -> Iterator[Row | BadRow]:
+def _open_directory(path: Path, asked: _Asked) -> _Part:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        yield from _read_saved(path, split)
-        return
-    for file in _files_of_split(path, split):
-        yield from _read_file(file)
-
-
-def _read_saved(path: Path, split: str) -> Iterator[Row]:
-    import datasets
-
-    data = datasets.load_from_disk(str(path))
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise ValueError(f"{path}: no split {split!r}; it has {sorted(data)}")
-        data = data[split]
-    yield from _dataset_rows(data, str(path))
-
-
-def _files_of_split(path: Path, split: str) -> list[Path]:
-    files = sorted(
+        return _open_saved(path, asked)
+    found = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix in SUFFIXES
-        and file.name not in ("dataset_info.json", "dataset_infos.json")
+        if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and file.name not in _DESCRIPTIONS
+        and file.suffix != ".md"
     )
+    files = [file for file in found if is_data_file(file)]
+    unread = [file for file in found if not is_data_file(file)]
     if not files:
-        raise ValueError(f"{path}: holds no {', '.join(SUFFIXES)} file")
-    words = {file: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
-    if not any(found & _ALL_SPLIT_NAMES for found in words.values()):
-        return files
-    names = set(_SPLIT_NAMES.get(split, (split,)))
-    chosen = [file for file in files if words[file] & names]
-    if not chosen:
-        listed = ", ".join(file.name for file in files[:10])
-        raise ValueError(f"{path}: no file for split {split!r} among {listed}")
-    return chosen
+        listed = f"; it holds {_listed(path, unread)}" if unread else ""
+        raise ValueError(f"{path}: holds no file of a known kind ({KNOWN}){listed}")
+    by_split: dict[str | None, list[Path]] = {}
+    for file in files:
+        name = split_of(file.relative_to(path), [*map(canonical, asked.splits)])
+        by_split.setdefault(name, []).append(file)
+    split = None
+    if set(by_split) == {None}:
+        _check_unsplit(path, named_splits(path.name), asked)
+    else:
+        splits = sorted(name for name in by_split if name)
+        unread += by_split.get(None, [])
+        split = _choose(path, splits, asked, f" among {_listed(path, files)}")
+    if unread:
+        logger.warning("%s: not read: %s", path, _listed(path, unread))
+    return _Part(split, (row for file in by_split[split] for row in read_file(file)))
 
 
-def _read_hub(source: str, split: str) -> Iterator[Row]:
+def _listed(path: Path, files: list[Path]) -> str:
+    names = [str(file.relative_to(path)) for file in files]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def _choose(source: Any, splits: list[str], asked: _Asked, files: str = "") -> str:
+    """The first split asked for that there is, whatever it is called there."""
+    known = {canonical(name): name for name in splits} | {name: name for name in splits}
+    for split in asked.splits:
+        if (name := known.get(split) or known.get(canonical(split))) is not None:
+            return name
+    wanted = " or ".join(map(repr, asked.splits))
+    kind = "file for split" if files else "split"
+    raise ValueError(
+        f"{source}: no {kind} {wanted}{files}; the splits are {', '.join(splits)}: "
+        + _ADVICE
+    )
+
+
+def _open_saved(path: Path, asked: _Asked) -> _Part:
+    import datasets
+
+    data, split = datasets.load_from_disk(str(path)), None
+    if isinstance(data, datasets.DatasetDict):
+        split = _choose(path, sorted(map(str, data)), asked)
+        data = data[split]
+    else:
+        own = named_splits(path.name) | ({str(data.split)} if data.split else set())
+        _check_unsplit(path, own, asked)
+    return _Part(split, dataset_rows(data, str(path)))
+
+
+def _open_hub(source: str, asked: _Asked) -> _Part:
     import datasets
 
     name, _, config = source.partition(":")
-    try:
-        data = datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # network, missing, gated, script: many kinds
-        raise ValueError(
-            f"{source}: neither a local file nor a data set that can be loaded from "
-            f"the hub (split {split!r}): {type(error).__name__}: {error}"
-        ) from error
-    yield from _dataset_rows(data, f"{source}[{split}]")
+    for split in asked.splits:
+        try:
+            data = datasets.load_dataset(name, config or None, split=split)
+        except Exception as error:  # network, missing, gated, script: many kinds
+            unknown = str(error).startswith("Unknown split")
+            if unknown and split != asked.splits[-1]:
+                continue
+            advice = f"; {_ADVICE}" if unknown else ""
+            raise ValueError(
+                f"{source}: neither a local file nor a data set that can be loaded "
+                f"from the hub (split {' or '.join(map(repr, asked.splits))}): "
+                f"{type(error).__name__}: {error}{advice}"
+            ) from error
+        return _Part(split, dataset_rows(data, f"{source}[{split}]"))
+    raise AssertionError("a split is always asked for")

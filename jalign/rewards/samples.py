@@ -50,7 +50,7 @@ def samples_of(
         [example.text for example in examples],
         completions,
         [example.row for example in examples],
-        [example.prompt for example in examples],
+        [example.source for example in examples],
         [np.asarray(example.tokens).tolist() for example in examples],
         completion_ids,
         tokenizer,

@@ -4,26 +4,24 @@ A contradiction raises ValueError here, naming both fields; nothing is rewritten
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from jalign.losses.registry import REGISTRY
 from jalign.train.loss_spec import Term, parse_losses
 from jalign.train.online_config import ComputeOptions
 from jalign.train.optim import OptimConfig
+from jalign.train.rows import DataOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(DataOptions):
     """The fields that SFT, reward and DPO runs share."""
 
     model: str
     """Model to train: a directory in HF format or a hub id."""
     data: str
-    """Training rows: a hub id, a file (.jsonl, .json, .parquet) or a directory."""
+    """Training rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split."""
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
-    eval_data: str | None = None
-    """Held-out rows, measured before and after training."""
     steps: int | None = None
     """Optimizer steps; overrides epochs."""
     epochs: float = 1.0
@@ -36,8 +34,6 @@ class RunConfig:
     """Of the order of the rows and of fresh parameters."""
     mesh: str | None = None
     """Such as "fsdp=8,tensor=2"; unset puts all devices on fsdp."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with rows that cannot be used: stop, or count and leave out."""
     checkpoint_every: int = 100
     """Steps between checkpoints; 0 saves only at the end."""
     resume: bool = True
@@ -45,6 +41,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("batch_size", "steps"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"{name} must be >= 1, got {value}")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jalign import data, evaluate, sharding
+from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
 
 PyTree = Any
@@ -50,19 +51,17 @@ def measure(
     return fn(model, params, batches)
 
 
-def sample_prompts(rows: Sequence[dict], tokenizer: Any) -> list[data.PromptExample]:
+def sample_prompts(
+    rows: Sequence[dict], tokenizer: Any, columns: str | None = None
+) -> list[data.PromptExample]:
     """The first few prompts of the rows; none where they have none."""
-    try:
-        found, _ = data.prompt_examples(
-            list(rows[: 8 * NUM_SAMPLES]),
-            tokenizer,
-            max_prompt_length=_PROMPT_TOKENS,
-            bad_rows="skip",
-        )
-    except ValueError as error:
-        _log.info("no sample texts in the report: %s", error)
-        return []
-    return found[:NUM_SAMPLES]
+    first = list(rows[: 8 * NUM_SAMPLES])
+    found, bad = encode_prompt_rows(first, tokenizer, columns, quiet=True)
+    short = [prompt for prompt in found if len(prompt.tokens) <= _PROMPT_TOKENS]
+    if not short:
+        why = bad[0].reason if bad else f"all are longer than {_PROMPT_TOKENS} tokens"
+        _log.info("no sample texts in the report, of the prompts: %s", why)
+    return short[:NUM_SAMPLES]
 
 
 def sample_texts(

@@ -22,6 +22,7 @@ from jalign.train.held_out import (
 from jalign.train.loop import fit
 from jalign.train.metrics import MetricsWriter, training_flops_per_token
 from jalign.train.reference import reference_examples
+from jalign.train.rows import load_run_rows
 from jalign.train.run import Clock, Run, open_run, restore_state
 from jalign.train.step import abstract_state, init_state, make_train_step
 from jalign.types import TrainState
@@ -36,7 +37,8 @@ class Recipe(NamedTuple):
       kind, compute: its name and its ComputeOptions.
       examples: (rows, tokenizer) -> (examples, counts).
       collate: (examples, length) -> batch.
-      prepare: (model, params) -> (model, params), for example adding a head.
+      prepare: (model, params) -> (model, params), for example adding a head; None for
+        a language model as it is.
       objective: model -> Objective.
       measure: (model, params, batches) -> held-out figures.
       reference: whether the examples need reference log-probabilities.
@@ -46,7 +48,7 @@ class Recipe(NamedTuple):
     compute: Any
     examples: Callable[[Any, Any], tuple[list, dict[str, int]]]
     collate: Callable[[Any, int], Any]
-    prepare: Callable[[Model, PyTree], tuple[Model, PyTree]]
+    prepare: Callable[[Model, PyTree], tuple[Model, PyTree]] | None
     objective: Callable[[Model], objectives.Objective]
     measure: Callable[[Model, PyTree, Any], dict[str, float]]
     reference: bool = False
@@ -64,10 +66,9 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
         found, counts = data.sft_examples(
             rows,
             tokenizer,
-            max_length=config.max_length,
             assistant_only=options.assistant_only,
             completion_only=options.completion_only,
-            bad_rows=config.bad_rows,
+            **_how(config),
         )
         packed = data.pack(found, config.max_length) if options.packing else found
         return packed, counts
@@ -82,7 +83,7 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
             options.compute,
             examples,
             data.collate_tokens,
-            _as_language_model,
+            None,
             objective,
             evaluate.eval_loss,
         ),
@@ -135,7 +136,7 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
             options.compute,
             _preference_examples(config),
             data.collate_preferences,
-            _as_language_model,
+            None,
             objective,
             functools.partial(evaluate.preference_accuracy, beta=options.reward_beta),
             reference=True,
@@ -148,12 +149,10 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
         clock = Clock()
         model, params, tokenizer = _load(config, recipe, run)
         clock.lap("load model")
-        rows = {"train": data.load_rows(config.data)}
-        if config.eval_data:
-            rows["eval"] = data.load_rows(config.eval_data)
-        sets = {
-            name: recipe.examples(part, tokenizer)[0] for name, part in rows.items()
-        }
+        train_rows, eval_rows = load_run_rows(config.data, config)
+        sets = {"train": recipe.examples(train_rows, tokenizer)[0]}
+        if eval_rows is not None:
+            sets["eval"] = recipe.examples(eval_rows, tokenizer)[0]
         clock.lap("read data")
         if recipe.reference:
             sets = reference_examples(
@@ -167,7 +166,8 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
             clock.lap("reference log-probs")
         prompts = []
         if not model.config.num_labels:
-            prompts = sample_prompts(rows.get("eval", rows["train"]), tokenizer)
+            shown = eval_rows or train_rows
+            prompts = sample_prompts(shown, tokenizer, config.columns)
 
         def look(params):
             figures = measure(
@@ -207,23 +207,24 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
 def _load(config: RunConfig, recipe: Recipe, run: Run):
     compute = recipe.compute
     model, params, tokenizer = load_pretrained(
-        config.model, mesh=run.mesh, dtype=compute.dtype, remat=compute.remat
+        config.model,
+        mesh=run.mesh,
+        dtype=compute.dtype,
+        remat=compute.remat,
+        head=None if recipe.prepare else "language",
     )
-    model, params = recipe.prepare(model, params)
-    if model.config.num_labels:
+    if recipe.prepare:
+        model, params = recipe.prepare(model, params)
         data.end_template_at_turn(tokenizer)
     return model, params, tokenizer
 
 
-def _as_language_model(model: Model, params: PyTree) -> tuple[Model, PyTree]:
-    if model.config.num_labels:
-        raise ValueError("this is a reward model; give a causal language model")
-    return model, params
-
-
 def _preference_examples(config: RunConfig):
-    fn, length = data.preference_examples, config.max_length
-    return functools.partial(fn, max_length=length, bad_rows=config.bad_rows)
+    return functools.partial(data.preference_examples, **_how(config))
+
+
+def _how(config: RunConfig) -> dict[str, Any]:
+    return {n: getattr(config, n) for n in ("max_length", "bad_rows", "columns")}
 
 
 def _train(

@@ -3,7 +3,6 @@ aligned checkpoint."""
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +18,12 @@ from jalign.train.metrics import MetricsWriter
 from jalign.train.online_config import OnlineConfig
 from jalign.train.online_eval import Evaluation, evaluate_prompts
 from jalign.train.ppo_config import PPOConfig
+from jalign.train.rows import load_run_rows
 from jalign.train.run import Clock, Run, open_run, restore_state
 from jalign.train.step import abstract_state
 from jalign.train.updates import Learner
 from jalign.types import TrainState
 
-_log = logging.getLogger("jalign.train")
 State = Any
 """A NamedTuple: a TrainState for each model of the learner, by its name, `iteration`,
 and numbers."""
@@ -94,8 +93,9 @@ def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
     with open_run(config, method.name) as run:
         clock = Clock()
         cast = method.load_cast(config, run.mesh)
-        prompts = load_prompts(config.data, cast, config)
-        held_out = load_prompts(config.eval_data, cast, config)
+        train_rows, eval_rows = load_run_rows(config.data, config)
+        prompts = make_prompts(train_rows, cast, config)
+        held_out = make_prompts(eval_rows, cast, config) if eval_rows else []
         total = config.steps or data.num_steps(
             len(prompts), config.batch_size, config.epochs
         )
@@ -217,24 +217,20 @@ def _divide(state: State) -> tuple[dict[str, TrainState], dict[str, float]]:
     return trees, {k: v for k, v in fields.items() if isinstance(v, float)}
 
 
-def load_prompts(
-    source: str | None, cast: Cast, config: OnlineConfig
+def make_prompts(
+    rows: data.Rows, cast: Cast, config: OnlineConfig
 ) -> list[data.PromptExample]:
-    """The prompts that leave room for a completion; none without a source.
+    """The prompts that leave room for a completion.
 
-    Raises: ValueError if there are none, or for a bad row unless they are skipped.
+    Raises: as data.prompt_examples.
     """
-    if source is None:
-        return []
-    room = config.max_length - config.options.sampling.max_new_tokens
-    prompts, counts = data.prompt_examples(
-        data.load_rows(source, bad_rows=config.options.bad_rows),
+    return data.prompt_examples(
+        rows,
         cast.tokenizer,
-        max_prompt_length=room,
-        bad_rows=config.options.bad_rows,
-    )
-    _log.info("%s: %d prompts %s", source, len(prompts), counts or "")
-    return prompts
+        max_prompt_length=config.max_length - config.options.sampling.max_new_tokens,
+        bad_rows=config.bad_rows,
+        columns=config.columns,
+    )[0]
 
 
 def save_models(state: State, cast: Cast, config: OnlineConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from jalign.rewards import parse_rewards
 from jalign.train.optim import OptimConfig
+from jalign.train.rows import DataOptions
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,6 @@ class OnlineOptions:
     """Updates in each pass; must divide the completions of a rollout."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in the policy's loss."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with prompts that cannot be read: stop, or count and leave out."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
 
@@ -99,19 +98,17 @@ class OnlineOptions:
 
 
 @dataclass(frozen=True)
-class OnlineConfig:
+class OnlineConfig(DataOptions):
     """The fields that all online runs share; a subclass adds its algorithm's own."""
 
     model: str
     """Policy to align, and the frozen reference: a directory or a hub id."""
     data: str
-    """Prompts: a hub id, a file (.jsonl, .json, .parquet) or a directory."""
+    """Prompts: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
     reward: str
     """`file.py:function`, a reward model, a check (gsm8k), or a sum with weights."""
-    eval_data: str | None = None
-    """Held-out prompts: reward and KL on them are measured before and after."""
     steps: int | None = None
     """Iterations, each a rollout batch and its updates; overrides epochs."""
     epochs: float = 1.0
@@ -130,6 +127,7 @@ class OnlineConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         parse_rewards(self.reward)
         pieces = self.options.num_minibatches * self.options.compute.microbatches
         size = f"batch_size {self.batch_size}"

@@ -24,7 +24,16 @@ _log = logging.getLogger("jalign.train")
 
 # Fields that a continued run may have changed: they do not change the steps taken.
 MAY_CHANGE = frozenset(
-    {"out", "eval_data", "steps", "epochs", "checkpoint_every", "resume", "mesh"}
+    {
+        "out",
+        "eval_data",
+        "eval_split",
+        "steps",
+        "epochs",
+        "checkpoint_every",
+        "resume",
+        "mesh",
+    }
     | {"remat", "save_critic"}
 )
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from jalign import data
 from jalign.data.chat import Chat, encode_chats, join_turns, render_prompt
 from jalign.data.rows import RowError
-from tests.data.conftest import assistant, make_tokenizer, user
+from tests.data.conftest import assistant, make_tokenizer, trained, user
 
 TURNS = [user("ab"), assistant("cd"), user("ef"), assistant("gh")]
 
@@ -132,3 +133,94 @@ def test_chunks_do_not_change_the_result(tokenizer, monkeypatch):
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(a[0], b[0])  # pyright: ignore
         np.testing.assert_array_equal(a[1], b[1])  # pyright: ignore
+
+
+def marked_turns(**marks):
+    """Four turns with answers; `first=..., second=...` mark the answers."""
+    turns = [dict(turn) for turn in TURNS]
+    turns[1] |= marks.get("first", {})
+    turns[3] |= marks.get("second", {})
+    return turns
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chatml", "marked"])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_a_turn_that_is_marked_is_not_trained(name, mark, request):
+    tokenizer = request.getfixturevalue(name)
+    eos, plain = tokenizer.eos_token, [{"messages": TURNS}]
+    (whole,), _ = data.sft_examples(plain, tokenizer, max_length=99)
+    rest = {"weight": 1, "train": True}
+    for where, want in (("first", f"gh{eos}"), ("second", f"cd{eos}")):
+        other = "second" if where == "first" else "first"
+        turns = marked_turns(**{where: mark, other: rest})
+        turns[0]["weight"] = None  # as SlimOrca has it
+        (example,), _ = data.sft_examples(
+            [{"messages": turns}], tokenizer, max_length=99
+        )
+        assert trained(tokenizer, example) == want
+        # Only the mask differs, and nothing stands behind the last trained token.
+        n = len(example.tokens)
+        assert example.tokens.tolist() == whole.tokens[:n].tolist()
+        assert example.completion_mask[-1] and (n == len(whole.tokens)) == (
+            where == "first"
+        )
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chatml", "marked"])
+def test_a_marked_turn_is_not_trained_where_all_turns_are(name, request):
+    tokenizer = request.getfixturevalue(name)
+    turns = marked_turns(first={"train": False})
+    (example,), _ = data.sft_examples(
+        [{"messages": turns}], tokenizer, max_length=99, assistant_only=False
+    )
+    text = trained(tokenizer, example)
+    assert "cd" not in text and "ab" in text and "gh" in text
+
+
+def test_a_marked_side_or_completion_is_not_trained(chatml):
+    row = {"prompt": TURNS[:1], "completion": marked_turns(first={"weight": 0})[1:]}
+    (example,), _ = data.sft_examples([row], chatml, max_length=99)
+    assert trained(chatml, example) == "gh<|im_end|>"
+    turns = marked_turns(first={"weight": 0}, second={"weight": 0})
+    with pytest.raises(ValueError, match="no token of it would be trained"):
+        data.sft_examples([{"messages": turns}], chatml, max_length=99)
+
+
+@pytest.mark.parametrize(
+    "mark, words",
+    [
+        ({"weight": 0.5}, "weight': is 0.5; only 0 and 1"),
+        ({"train": "no"}, "train': is"),
+    ],
+)
+def test_marks_that_are_neither_yes_nor_no_are_refused(mark, words, chatml):
+    with pytest.raises(ValueError, match=r"messages\[1\]") as error:
+        row = {"messages": marked_turns(first=mark)}
+        data.sft_examples([row], chatml, max_length=99)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "chatml", "marked"])
+@pytest.mark.parametrize("form", ["c{}d", "cd{}", "cd{}\n"])
+def test_an_eos_inside_an_answer_is_refused(name, form, request):
+    tokenizer = request.getfixturevalue(name)
+    answer = assistant(form.format(tokenizer.eos_token))
+    rows = [
+        {"messages": [user("ab"), answer, user("ef"), assistant("gh")]},
+        {"prompt": [user("ab")], "completion": [answer]},
+    ]
+    with pytest.raises(ValueError, match="2 of 2 .*holds the EOS"):
+        data.sft_examples(rows, tokenizer, max_length=99)
+    pair = {"prompt": [user("ab")], "chosen": [answer], "rejected": [assistant("x")]}
+    with pytest.raises(ValueError, match="1 of 1 .*holds the EOS"):
+        data.preference_examples([pair], tokenizer, max_length=99)
+
+
+def test_a_tokenizer_without_a_template_gets_one_that_begins_as_its_texts(tokenizer):
+    for made, bos in ((tokenizer, "<s>"), (make_tokenizer(bos=False), "")):
+        data.ensure_chat_template(made)
+        text = made.apply_chat_template([user("a"), assistant("b")], tokenize=False)
+        assert text == f"{bos}User:\na\n\nAssistant:\nb</s>"
+        template = made.chat_template
+        data.ensure_chat_template(made)
+        assert made.chat_template == template

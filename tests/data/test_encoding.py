@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jalign import data
 from jalign.data.encoding import encode_exchanges, encode_prompts
 from jalign.data.formats import Exchange, Prompt
 from jalign.data.rows import RowError
@@ -69,3 +70,41 @@ def test_prompts_of_both_kinds(tokenizer):
         assert list(result[1]).count(tokenizer.bos_token_id) == 1  # trap 56
     (empty,) = encode_prompts(make_tokenizer(bos=False), [Prompt("", {})])
     assert isinstance(empty, RowError) and "no BOS" in empty.reason
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ab", "completion": "c</s>d"},
+        {"prompt": "ab", "completion": "cd</s></s>"},
+        {"prompt": "ab", "completion": "cd</s>\n"},
+        {"text": "ab</s>cd"},
+        {"text": "<s>ab</s>\n"},
+        {"text": "ab</s></s>"},
+    ],
+)
+def test_an_eos_inside_or_a_second_one_is_refused(tokenizer, row):
+    with pytest.raises(ValueError, match="holds the EOS '</s>'"):
+        data.sft_examples([row], tokenizer, max_length=32)
+
+
+@pytest.mark.parametrize(
+    "row, want",
+    [
+        ({"prompt": "ab</s>x", "completion": "cd"}, "cd</s>"),
+        ({"prompt": "ab", "completion": "cd</s>"}, "cd</s>"),
+        # A conversation that is templated already, and ends as it should.
+        ({"text": "<s>ab</s>cd</s>"}, "ab</s>cd</s>"),
+    ],
+)
+def test_an_eos_that_ends_a_turn_stays_the_only_one_at_the_end(tokenizer, row, want):
+    (example,), _ = data.sft_examples([row], tokenizer, max_length=32)
+    assert trained(tokenizer, example) == want
+    assert list(example.tokens).count(tokenizer.bos_token_id) == 1
+
+
+def test_a_bos_that_is_the_eos_is_no_eos_inside():
+    tokenizer = make_tokenizer(eos="<s>")
+    rows = [{"text": "ab"}, {"text": "<s>ab"}, {"prompt": "a", "completion": "b"}]
+    examples, _ = data.sft_examples(rows, tokenizer, max_length=32)
+    assert [tokenizer.decode(e.tokens) for e in examples] == ["<s>ab<s>"] * 3

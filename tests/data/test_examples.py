@@ -140,9 +140,9 @@ def test_pairs_that_truncation_empties_or_makes_equal_are_dropped(tokenizer):
     assert [trained(tokenizer, e.chosen) for e in examples] == ["bc</s>", "bcd"]
     assert (counts["over_length"], counts["truncated"]) == (2, 1)
     examples, counts = preference_examples(
-        rows, tokenizer, max_length=5, over_length="drop"
+        [*rows, PREFERENCE, PREFERENCE], tokenizer, max_length=5, over_length="drop"
     )
-    assert len(examples) == 1 and counts["over_length"] == 3
+    assert len(examples) == 3 and counts["over_length"] == 3
 
 
 def test_prompts_keep_their_row_and_are_never_cut(tokenizer):
@@ -151,6 +151,42 @@ def test_prompts_keep_their_row_and_are_never_cut(tokenizer):
     assert example.text == "ab" and example.row == rows[0]
     assert tokenizer.decode(example.tokens) == "<s>ab"
     assert counts["over_length"] == 1
+
+
+MAKERS = [
+    (sft_examples, "max_length", {"prompt": "a", "completion": "b"}),
+    (preference_examples, "max_length", PREFERENCE),
+    (prompt_examples, "max_prompt_length", {"prompt": "a"}),
+]
+
+
+@pytest.mark.parametrize("make, limit, short", MAKERS, ids=[m[1] for m in MAKERS])
+def test_losing_many_rows_is_a_warning_and_most_an_error(
+    make, limit, short, tokenizer, caplog
+):
+    long = {**short, "prompt": "a" * 9}
+
+    def lose(count):
+        caplog.clear()
+        rows = [long] * count + [short] * (20 - count)
+        return make(rows, tokenizer, **{limit: 8})[0]
+
+    assert len(lose(2)) == 18 and not caplog.records  # a tenth
+    assert len(lose(3)) == 17
+    assert f"3 of the 20 usable rows do not fit: with {limit}=8" in caplog.text
+    assert len(lose(10)) == 10
+    with pytest.raises(ValueError, match=f"11 of the 20 .* with {limit}=8 .*raise it"):
+        lose(11)
+
+
+def test_skipping_many_bad_rows_is_said_and_never_refused(tokenizer, caplog):
+    rows = [PAIR, {"prompt": "a", "completion": ""}, {"prompt": 1, "completion": "b"}]
+    examples, _ = sft_examples(rows, tokenizer, max_length=8, bad_rows="skip")
+    assert len(examples) == 1
+    assert "2 of 3 rows are unusable and left out (1 x completion: empty" in caplog.text
+    caplog.clear()
+    sft_examples([PAIR] * 9 + rows[1:2], tokenizer, max_length=8, bad_rows="skip")
+    assert not caplog.records
 
 
 def test_real_data(real_data):

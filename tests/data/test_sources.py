@@ -100,9 +100,9 @@ def test_missing_empty_unknown_and_utf16(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="empty.jsonl: there are no rows"):
         load_rows(tmp_path / "empty.jsonl")
-    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.xls").write_text("a,b")
     with pytest.raises(ValueError, match="unknown kind of file"):
-        load_rows(tmp_path / "a.csv")
+        load_rows(tmp_path / "a.xls")
     (tmp_path / "w.jsonl").write_bytes('{"text": "a"}'.encode("utf-16"))
     with pytest.raises(ValueError, match="UTF-16"):
         load_rows(tmp_path / "w.jsonl")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jalign import sharding
-from jalign.models import Model, load, save
+from jalign.models import Model, load, read_config, save
 from jalign.models.hf_read import file_shape
 from tests.models.tiny import CONFIGS, random_params
 
@@ -152,3 +152,10 @@ def test_real_checkpoint_tells_its_story(real_data):
 
     tokenizer = AutoTokenizer.from_pretrained(real_data / "stories260k")
     assert tokenizer.decode(ids[1:]).startswith("Zoo was a little girl")
+
+
+def test_read_config_reads_no_weights(tmp_path):
+    config = CONFIGS["llama"]
+    save(tmp_path, Model(config), random_params(Model(config)))
+    (tmp_path / "model.safetensors").unlink()
+    assert read_config(tmp_path) == config

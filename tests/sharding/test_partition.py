@@ -88,6 +88,11 @@ def test_moments_lie_where_their_parameters_do(make):
     )
 
 
+def test_a_batch_is_cut_over_data_and_fsdp_and_not_over_tensor():
+    assert sharding.batch_parts(None) == 1
+    assert sharding.batch_parts(sharding.make_mesh(data=2, fsdp=2, tensor=2)) == 4
+
+
 def test_constrain_is_a_no_op_without_a_mesh_or_on_one_device():
     x = jnp.ones((4, 2))
     one = sharding.make_mesh(devices=jax.devices()[:1])

@@ -1,0 +1,192 @@
+"""Rows of one file: JSONL, JSON, CSV and TSV, each also compressed, and Parquet.
+
+Text files are read by our own reader: `datasets` names a broken line relative to a
+block, after 10 MB turns an object where a string was into a string, and makes numbers
+and nulls of the texts of a CSV file ("007", "NA").
+"""
+
+import bz2
+import contextlib
+import csv
+import gzip
+import io
+import json
+import lzma
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jalign.data.rows import BadRow, Row
+
+_BOM = b"\xef\xbb\xbf"
+_TEXT = (".jsonl", ".json", ".csv", ".tsv")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = (*_TEXT, ".parquet")
+KNOWN = f"{', '.join(SUFFIXES)}; the text ones also with {', '.join(COMPRESSED)}"
+
+
+def is_data_file(name: str | Path) -> bool:
+    """Whether the name ends as those of the files that can be read."""
+    path = Path(name)
+    if path.suffix in COMPRESSED:
+        return Path(path.stem).suffix in _TEXT
+    return path.suffix in SUFFIXES
+
+
+def base_name(path: Path) -> str:
+    """The file's name without .jsonl, .csv.gz and the like."""
+    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+
+
+def read_file(path: Path) -> Iterator[Row | BadRow]:
+    """The rows of a file, and what is wrong with lines that cannot be read.
+
+    Raises: ValueError by file (and line) if all of it cannot be read; OSError.
+    """
+    if not is_data_file(path):
+        raise ValueError(f"{path}: unknown kind of file; expected one of {KNOWN}")
+    kind = path.suffix if path.suffix in SUFFIXES else Path(path.stem).suffix
+    if kind == ".parquet":
+        yield from _read_parquet(path)
+        return
+    with _opened(path) as file:
+        if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):  # type: ignore[attr-defined]
+            raise ValueError(f"{path}: is UTF-16; save it as UTF-8")
+        if kind == ".jsonl":
+            yield from _read_jsonl(file, path)
+        elif kind == ".json":
+            yield from _read_json(file, path)
+        else:
+            yield from _read_csv(file, path, "," if kind == ".csv" else "\t")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed; damage raises ValueError by file."""
+    try:
+        with _open(path) as file:
+            yield file
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be decompressed: {error}") from None
+    except OSError as error:
+        if error.errno is not None:  # of the disk, not of what is in the file
+            raise
+        raise ValueError(f"{path}: cannot be decompressed: {error}") from None
+
+
+def _open(path: Path) -> Any:
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    if path.suffix == ".zst":  # the standard library has it from Python 3.14 on
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return openers.get(path.suffix, open)(path, "rb")
+
+
+def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if line.strip():
+            yield _parse_line(line, f"{path} row {number}")
+
+
+def _parse_line(line: bytes, origin: str) -> Row | BadRow:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow(origin, "(line)", f"invalid UTF-8 at byte {error.start + 1}")
+    except json.JSONDecodeError as error:
+        where = f"broken JSON at column {error.colno}: {error.msg}"
+        cut = "" if line.endswith(b"\n") else " (last line: is the file cut off?)"
+        return BadRow(origin, "(line)", where + cut)
+    except RecursionError:
+        return BadRow(origin, "(line)", "JSON nested too deeply")
+    except ValueError as error:  # an integer of thousands of digits
+        return BadRow(origin, "(line)", str(error).partition(";")[0])
+    return _as_row(value, origin)
+
+
+def _as_row(value: Any, origin: str) -> Row | BadRow:
+    if isinstance(value, dict):
+        return Row(value, origin)
+    return BadRow(origin, "(row)", f"is {type(value).__name__}, not an object")
+
+
+def _read_json(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
+    """An array of objects; or, as many .json files are, one object a line."""
+    data = file.read().removeprefix(_BOM)
+    if not data.lstrip().startswith(b"["):
+        yield from _read_jsonl(io.BytesIO(data), path)
+        return
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line}: invalid UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: JSON nested too deeply") from None
+    for number, value in enumerate(values, 1):
+        yield _as_row(value, f"{path} row {number}")
+
+
+def _read_csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[Row | BadRow]:
+    """Every field as the text that it is, an empty one as ""; rows by their line."""
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long answer
+    text = io.TextIOWrapper(
+        file,
+        "utf-8-sig",
+        errors="surrogateescape",  # so that only the row with the bad byte is bad
+        newline="",
+    )
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        origin = f"{path} row {reader.line_num + 1}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BadRow(origin, "(line)", f"broken CSV: {error}")
+            continue
+        if not header:
+            header = fields
+            if len(set(header)) < len(header):
+                raise ValueError(f"{path}: two columns of the header are called alike")
+        elif fields:
+            yield _csv_row(header, fields, origin)
+
+
+def _csv_row(header: list[str], fields: list[str], origin: str) -> Row | BadRow:
+    if len(fields) != len(header):
+        reason = f"has {len(fields)} fields, the header {len(header)}"
+        return BadRow(origin, "(line)", reason)
+    for name, value in zip(header, fields, strict=True):
+        if not value.isascii() and any("\udc80" <= c <= "\udcff" for c in value):
+            return BadRow(origin, name, "invalid UTF-8")
+    return Row(dict(zip(header, fields, strict=True)), origin)
+
+
+def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            data = datasets.Dataset.from_parquet(
+                str(path), cache_dir=cache, keep_in_memory=True
+            )
+        except Exception as error:  # pyarrow's and datasets' own kinds
+            reason = str(error.__cause__ or error)
+            raise ValueError(f"{path}: not a readable Parquet file: {reason}") from None
+        yield from dataset_rows(data, str(path))
+
+
+def dataset_rows(data: Any, name: str) -> Iterator[Row]:
+    """The rows of a `datasets.Dataset`."""
+    for number, row in enumerate(data, 1):
+        yield Row(row, f"{name} row {number}")

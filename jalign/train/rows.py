@@ -1,0 +1,59 @@
+"""The rows of a run: the flags that say which, and how they are read."""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+from jalign import data
+
+_log = logging.getLogger("jalign.train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which rows of its `data` a run trains on, and which it holds out."""
+
+    split: str | None = None
+    """Split of `data` to train on; unset takes train, or what has no splits whole."""
+    eval_data: str | None = None
+    """Held-out rows, measured before and after training."""
+    eval_split: str | None = None
+    """Their split, of `data` if `eval_data` is unset; unset takes test or validation,
+    and never train."""
+    columns: str | None = None
+    """Names of columns, such as "prompt=question,completion=answer,ignore=label"; the
+    layouts of docs/data.md need none."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be used: stop, or count and leave out."""
+
+    def __post_init__(self):
+        data.parse_columns(self.columns)
+
+
+def load_run_rows(
+    source: str, options: DataOptions
+) -> tuple[data.Rows, data.Rows | None]:
+    """(training rows, held-out rows or None); warns where both share rows.
+
+    Args:
+      source: the run's `data`.
+      options: the run's config.
+
+    Raises: as data.load_rows.
+    """
+    skip = options.bad_rows
+    rows = data.load_rows(source, split=options.split, bad_rows=skip)
+    if not (options.eval_data or options.eval_split):
+        return rows, None
+    split = options.eval_split or data.HELD_OUT
+    held_out = data.load_rows(options.eval_data or source, split=split, bad_rows=skip)
+    shared = {row.origin for row in rows} & {row.origin for row in held_out}
+    if shared:
+        _log.warning(
+            "%d of %d held-out rows are training rows (%s ...): give --eval-data or "
+            "--eval-split of others",
+            len(shared),
+            len(held_out),
+            min(shared),
+        )
+    return rows, held_out
