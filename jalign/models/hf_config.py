@@ -87,7 +87,7 @@ def config_from_hf(
         sliding_window=_read_window(values, family),
         num_labels=_read_num_labels(raw),
         family=family_name,
-        eos_token_ids=_eos_ids(values, generation or {}),
+        eos_token_ids=_eos_ids(raw, generation or {}, family.defaults),
         generation=json.dumps(others),
     )
 
@@ -127,12 +127,13 @@ def check_token_ids(values: dict[str, Any], vocab_size: int) -> None:
                 )
 
 
-def _eos_ids(values: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
-    ids: list[int] = []
-    for eos in (values.get("eos_token_id"), generation.get("eos_token_id")):
-        more = eos if isinstance(eos, list | tuple) else [eos]
-        ids += [i for i in more if i is not None and i not in ids]
-    return tuple(ids)
+def _eos_ids(*sources: dict[str, Any]) -> tuple[int, ...]:
+    """What config.json and generation_config.json name; else the family's default."""
+    *files, default = [source.get("eos_token_id") for source in sources]
+    if files == [None, None]:
+        files = [default]
+    lists = [eos if isinstance(eos, list | tuple) else [eos] for eos in files]
+    return tuple(dict.fromkeys(i for ids in lists for i in ids if i is not None))
 
 
 def _read_window(values: dict[str, Any], family: Family) -> int | None:

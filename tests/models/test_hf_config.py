@@ -30,6 +30,10 @@ def test_both_spellings_of_rope_read_alike():
 def test_end_tokens_of_both_files_are_joined():
     config = config_from_hf(RAW | {"eos_token_id": 7}, {"eos_token_id": [7, 9]})
     assert config.eos_token_ids == (7, 9) and config.eos_token_id == 7
+    # A family's default is none of a file that names others.
+    bare = {k: v for k, v in RAW.items() if k != "eos_token_id"}
+    assert config_from_hf(bare).eos_token_ids == (2,)
+    assert config_from_hf(bare, {"eos_token_id": 9}).eos_token_ids == (9,)
 
 
 @pytest.mark.parametrize(
