@@ -129,10 +129,10 @@ def check_token_ids(values: dict[str, Any], vocab_size: int) -> None:
 
 def _eos_ids(*sources: dict[str, Any]) -> tuple[int, ...]:
     """What config.json and generation_config.json name; else the family's default."""
-    *files, default = [source.get("eos_token_id") for source in sources]
-    if files == [None, None]:
-        files = [default]
-    lists = [eos if isinstance(eos, list | tuple) else [eos] for eos in files]
+    *files, defaults = sources
+    found = [x["eos_token_id"] for x in files if "eos_token_id" in x]
+    found = found or [defaults.get("eos_token_id")]
+    lists = [eos if isinstance(eos, list | tuple) else [eos] for eos in found]
     return tuple(dict.fromkeys(i for ids in lists for i in ids if i is not None))
 
 
