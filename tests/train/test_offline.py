@@ -16,7 +16,7 @@ def settings(real_data, rows, out):
         out=str(out),
         steps=3,
         batch_size=2,
-        max_length=64,
+        max_length=96,
         mesh="fsdp=1",
         bad_rows="skip",
         checkpoint_every=2,
@@ -24,8 +24,8 @@ def settings(real_data, rows, out):
     )
 
 
-def head(source, target, count):
-    lines = source.read_text(encoding="utf-8").splitlines()[:count]
+def shortest(source, target, count):
+    lines = sorted(source.read_text(encoding="utf-8").splitlines(), key=len)[:count]
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target
 
@@ -41,7 +41,7 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_recipe_end_to_end(kind, real_data, tmp_path):
     config_class, name, figure, sign = CASES[kind]
-    rows = head(real_data / name, tmp_path / "rows.jsonl", 24)
+    rows = shortest(real_data / name, tmp_path / "rows.jsonl", 24)
     out = tmp_path / "out"
     config = config_class(**settings(real_data, rows, out))
     run = getattr(train, f"run_{kind}")
