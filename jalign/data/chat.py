@@ -143,7 +143,6 @@ def _text_and_spans(tokenizer: Tokenizer, chat: Chat, spans_of) -> tuple[str, Sp
         prompt = _prompt_text(tokenizer, chat)
         _require_prefix(text, prompt, len(chat.prompt))
         start = len(prompt)
-    _refuse_eos(tokenizer, chat)
     spans = [(max(a, start), b) for a, b in spans_of(tokenizer, chat, text)]
     for turn in chat.untrained:
         spans = _without(spans, *_turn_span(tokenizer, chat, text, turn))
@@ -155,17 +154,6 @@ def _prompt_text(tokenizer: Tokenizer, chat: Chat) -> str:
     if closed:
         return render(tokenizer, chat.prompt, chat.template_args)
     return render_prompt(tokenizer, chat.prompt, chat.template_args)
-
-
-def _refuse_eos(tokenizer: Tokenizer, chat: Chat) -> None:
-    """An answer that holds the EOS would train to go on behind it, and a second one."""
-    for turn in chat.messages[chat.first_turn :]:
-        if turn["role"] == "assistant" and tokenizer.eos_token in turn["content"]:
-            raise RowError(
-                "(chat template)",
-                f"ends an answer that holds the EOS {tokenizer.eos_token!r} already: "
-                "leave it out of the text",
-            )
 
 
 def _turn_span(tokenizer: Tokenizer, chat: Chat, text: str, turn: int) -> Span:

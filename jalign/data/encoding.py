@@ -29,6 +29,8 @@ def encode_exchanges(
     tokenizer: Tokenizer,
     assistant_only: bool | None = None,
     completion_only: bool | None = None,
+    *,
+    eos_inside: bool = False,
 ) -> list[Example | RowError]:
     """Encodes strings and conversations, each kind in one call of the tokenizer.
 
@@ -36,6 +38,8 @@ def encode_exchanges(
       exchanges: parsed rows.
       tokenizer: with an EOS token.
       assistant_only, completion_only: as in `sft_examples`.
+      eos_inside: allow an EOS before the end of an answer, for one that is rejected;
+        any other would train to go on behind it.
 
     Returns: in order, the example or what is wrong with the row.
     """
@@ -45,14 +49,16 @@ def encode_exchanges(
     for i, (ids, start) in zip(strings, encode_pairs(tokenizer, pairs), strict=True):
         whole: Any = exchanges[i].completion if exchanges[i].prompt is None else None
         everything = whole is not None or completion_only is False
-        results[i] = _eos_error(tokenizer, ids, start, whole) or _example(
-            ids, np.arange(len(ids)) >= (0 if everything else start)
-        )
+        wrong = None if eos_inside else _eos_error(tokenizer, ids, start, whole)
+        mask = np.arange(len(ids)) >= (0 if everything else start)
+        results[i] = wrong or _example(ids, mask)
     jobs: dict[bool, list[tuple[int, chat_lib.Chat]]] = {True: [], False: []}
     for i, exchange in enumerate(exchanges):
         if results[i] is None:
             only, chat = _chat(exchange, assistant_only, completion_only)
-            jobs[only].append((i, chat))
+            results[i] = None if eos_inside else _eos_in_turns(tokenizer, chat)
+            if results[i] is None:
+                jobs[only].append((i, chat))
     for only, job in jobs.items():
         chats = [chat for _, chat in job]
         encoded = chat_lib.encode_chats(tokenizer, chats, assistant_only=only)
@@ -81,6 +87,18 @@ def _eos_error(
         return None
     reason = f"holds the EOS {name!r} and would get another: let it end with just one"
     return RowError("text", reason + ", nothing behind it, or use `messages`")
+
+
+def _eos_in_turns(tokenizer: Tokenizer, chat: chat_lib.Chat) -> RowError | None:
+    """What is wrong with an answer that holds the EOS which the template writes."""
+    for turn in chat.messages[chat.first_turn :]:
+        if turn["role"] == "assistant" and tokenizer.eos_token in turn["content"]:
+            return RowError(
+                "(answer)",
+                f"holds the EOS {tokenizer.eos_token!r}, which the template writes "
+                "behind it: leave it out of the text",
+            )
+    return None
 
 
 def _chat(
