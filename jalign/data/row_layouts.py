@@ -4,7 +4,7 @@ A row is read by what it holds itself, never by what the first row held. A colum
 means something is read or refused; docs/data.md shows the table.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jalign.data.rows import RowError
@@ -156,8 +156,10 @@ def has_pair(row: dict[str, Any]) -> bool:
     return any(all(row.get(name) is not None for name in pair) for pair in PAIRS)
 
 
-def unused_columns(rows: Iterable[dict[str, Any]], layout_of) -> list[str]:
-    """The columns that no row is read by, in the order of the rows."""
+def split_columns(
+    rows: Iterable[dict[str, Any]], layout_of: Callable[[dict], Layout]
+) -> tuple[list[str], list[str]]:
+    """(the columns that some row is read by, those that none is), in their order."""
     kinds = {}  # rows in which the same columns hold something are read alike
     for row in rows:
         kinds.setdefault(frozenset(k for k, v in row.items() if v is not None), row)
@@ -169,7 +171,8 @@ def unused_columns(rows: Iterable[dict[str, Any]], layout_of) -> list[str]:
             continue
         used.update(layout.names, *(PROMPTS.get(name, ()) for name in layout.names))
     names = dict.fromkeys(name for row in kinds.values() for name in row)
-    return [name for name in names if name not in used]
+    read = [name for name in names if name in used]
+    return read, [name for name in names if name not in used]
 
 
 def is_blank(value: Any) -> bool:

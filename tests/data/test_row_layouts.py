@@ -265,7 +265,7 @@ def test_what_is_not_read_is_said_once(chatml, caplog):
     with caplog.at_level(logging.INFO, "jalign.data"):
         sft([{**row, "id": i} for i in range(9)], chatml)
     said = [r.getMessage() for r in caplog.records if "not read" in r.getMessage()]
-    assert said == ["columns that are not read: text, id"]
+    assert said == ["columns read: instruction, input, output; not read: text, id"]
 
 
 def test_columns_are_named_and_checked(tokenizer):
