@@ -31,7 +31,8 @@ def parse_by_columns(
 ) -> tuple[list[tuple[str, tuple[dict, T]]], list[BadRow]]:
     """(origin, (row, record)) of each row, and the rows that cannot be read.
 
-    Says once which columns are read and which are not. Reward functions are given the rows with all.
+    Says once which columns are read and which are not. The rows given back have all of
+    them, for reward functions.
 
     Args:
       rows: as they were read.
