@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 Columns = str | Mapping[str, str | Sequence[str]] | None
 IGNORE = "ignore"
+PLAIN = {"prompt", "completion", "chosen", "rejected", "messages", "text", "margin"}
+"""Columns of which it need not be said that they are read."""
 
 
 def parse_by_columns(
@@ -55,7 +57,7 @@ def parse_by_columns(
             f"columns: {name!r} is not read, as another column goes before it: leave "
             f"that out by {IGNORE}=COLUMN"
         )
-    if read or unread:
+    if unread or not PLAIN.issuperset(read):
         shown = [", ".join(map(str, found)) or "none" for found in (read, unread)]
         logger.info("columns read: %s; not read: %s", *shown)
     return parse_rows(rows, lambda row: (row, parse(rename(row, names))))
