@@ -1,6 +1,7 @@
 """The notebooks run top to bottom, as they stand, on the embedded model."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def test_a_notebook_is_clean_and_switches_in_one_cell(path):
     assert all(not c.outputs and c.execution_count is None for c in code)
     assert "find_spec" in code[0].source and "%pip install" in code[0].source
     assert "MODEL = " in code[1].source and "# MODEL = " in code[1].source
+    # What is measured is never what was trained on.
+    names = re.findall(r"# \w+, HELD_OUT\w* = ([^\n]+)", code[1].source)
+    assert names and all("train" in name and "test" in name for name in names)
 
 
 @pytest.mark.slow

@@ -141,7 +141,6 @@ def _text_and_spans(
         prompt = _prompt_text(tokenizer, chat)
         _require_prefix(text, prompt, len(chat.prompt))
         start = len(prompt)
-    _refuse_eos(chat, ends)
     spans = [(max(a, start), b) for a, b in spans_of(tokenizer, chat, text, ends)]
     for turn in chat.untrained:
         spans = _without(spans, *_turn_span(tokenizer, chat, text, turn, ends))
@@ -158,18 +157,6 @@ def _prompt_text(tokenizer: Tokenizer, chat: Chat) -> str:
     if closed:
         return render(tokenizer, chat.prompt, chat.template_args)
     return render_prompt(tokenizer, chat.prompt, chat.template_args)
-
-
-def _refuse_eos(chat: Chat, ends: Sequence[str]) -> None:
-    """An answer that holds an end would train to go on behind it, and a second one."""
-    for turn in chat.messages[chat.first_turn :]:
-        held = [end for end in ends if end in turn["content"]]
-        if turn["role"] == "assistant" and held:
-            raise RowError(
-                "(chat template)",
-                f"ends an answer that holds the EOS {held[0]!r} already: leave it out "
-                "of the text",
-            )
 
 
 def _turn_span(tokenizer: Tokenizer, chat: Chat, text: str, turn: int, ends) -> Span:

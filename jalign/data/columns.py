@@ -12,7 +12,7 @@ from jalign.data.row_layouts import (
     Layout,
     has_pair,
     prompt_layout,
-    unused_columns,
+    split_columns,
 )
 from jalign.data.rows import BadRow, parse_rows
 
@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 Columns = str | Mapping[str, str | Sequence[str]] | None
 IGNORE = "ignore"
+PLAIN = {"prompt", "completion", "chosen", "rejected", "messages", "text", "margin"}
+"""Columns of which it need not be said that they are read."""
 
 
 def parse_by_columns(
@@ -31,7 +33,8 @@ def parse_by_columns(
 ) -> tuple[list[tuple[str, tuple[dict, T]]], list[BadRow]]:
     """(origin, (row, record)) of each row, and the rows that cannot be read.
 
-    Says once which columns are not read. Reward functions are given the rows with all.
+    Says once which columns are read and which are not. The rows given back have all of
+    them, for reward functions.
 
     Args:
       rows: as they were read.
@@ -46,16 +49,17 @@ def parse_by_columns(
     if layout_of:
         check_columns(names, rows)
     renamed = (rename(row, names) for row in rows if isinstance(row, dict))
-    unused = unused_columns(renamed, layout_of) if layout_of else []
+    read, unread = split_columns(renamed, layout_of) if layout_of else ([], [])
     # An answer is left to the reward functions where only prompts are read.
     answers = {*ANSWERS, *sum(PAIRS, ())} if layout_of is prompt_layout else set()
-    for name in (names.keys() & set(unused)) - answers:
+    for name in (names.keys() & set(unread)) - answers:
         raise ValueError(
             f"columns: {name!r} is not read, as another column goes before it: leave "
             f"that out by {IGNORE}=COLUMN"
         )
-    if unused:
-        logger.info("columns that are not read: %s", ", ".join(map(str, unused)))
+    if unread or not PLAIN.issuperset(read):
+        shown = [", ".join(map(str, found)) or "none" for found in (read, unread)]
+        logger.info("columns read: %s; not read: %s", *shown)
     return parse_rows(rows, lambda row: (row, parse(rename(row, names))))
 
 

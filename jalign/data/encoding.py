@@ -9,6 +9,7 @@ from jalign.data import chat as chat_lib
 from jalign.data.formats import Exchange, Prompt
 from jalign.data.messages import plain_turns
 from jalign.data.rows import RowError
+from jalign.data.special_tokens import end_texts
 from jalign.data.tokenizer import Tokenizer, encode_pairs, encode_plain, encode_texts
 
 
@@ -29,6 +30,8 @@ def encode_exchanges(
     tokenizer: Tokenizer,
     assistant_only: bool | None = None,
     completion_only: bool | None = None,
+    *,
+    eos_inside: bool = False,
     keep_tail: bool = False,
 ) -> list[Example | RowError]:
     """Encodes strings and conversations, each kind in one call of the tokenizer.
@@ -39,6 +42,8 @@ def encode_exchanges(
       assistant_only, completion_only: as in `sft_examples`.
       keep_tail: keep what the chat template writes behind the last trained token.
         Nothing learns from it, but a reward model of others may be read there.
+      eos_inside: allow an EOS before the end of an answer, for one that is rejected;
+        any other would train to go on behind it.
 
     Returns: in order, the example or what is wrong with the row.
     """
@@ -48,14 +53,17 @@ def encode_exchanges(
     for i, (ids, start) in zip(strings, encode_pairs(tokenizer, pairs), strict=True):
         whole: Any = exchanges[i].completion if exchanges[i].prompt is None else None
         everything = whole is not None or completion_only is False
+        wrong = None if eos_inside else _eos_error(tokenizer, ids, start, whole)
         mask = np.arange(len(ids)) >= (0 if everything else start)
-        error = _eos_error(tokenizer, ids, start, whole)
-        results[i] = error or _example(ids, mask, keep_tail)
+        results[i] = wrong or _example(ids, mask, keep_tail)
     jobs: dict[bool, list[tuple[int, chat_lib.Chat]]] = {True: [], False: []}
+    ends = () if eos_inside else end_texts(tokenizer)
     for i, exchange in enumerate(exchanges):
         if results[i] is None:
             only, chat = _chat(exchange, assistant_only, completion_only)
-            jobs[only].append((i, chat))
+            results[i] = _eos_in_turns(chat, ends)
+            if results[i] is None:
+                jobs[only].append((i, chat))
     for only, job in jobs.items():
         chats = [chat for _, chat in job]
         encoded = chat_lib.encode_chats(tokenizer, chats, assistant_only=only)
@@ -85,6 +93,19 @@ def _eos_error(
         return None
     reason = f"holds the EOS {name!r} and would get another: let it end with just one"
     return RowError("text", reason + ", nothing behind it, or use `messages`")
+
+
+def _eos_in_turns(chat: chat_lib.Chat, ends: Sequence[str]) -> RowError | None:
+    """What is wrong with an answer that holds what the template ends a turn with."""
+    for turn in chat.messages[chat.first_turn :]:
+        held = [end for end in ends if end in turn["content"]]
+        if turn["role"] == "assistant" and held:
+            return RowError(
+                "(answer)",
+                f"holds the EOS {held[0]!r}, which the template writes behind it: "
+                "leave it out of the text",
+            )
+    return None
 
 
 def _chat(

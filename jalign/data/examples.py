@@ -3,7 +3,7 @@
 The truncation policy: an example that is too long keeps its start, so BOS and the
 prompt stay and the EOS is lost rather than forged; an example with no trained token
 left is dropped and counted; prompts for sampling are dropped, never cut. More than a
-tenth dropped is a warning, more than half an error.
+tenth dropped is a warning, more than half an error, unless bad rows are skipped.
 """
 
 import logging
@@ -96,7 +96,8 @@ def sft_examples(
       assistant_only: train only the assistant's turns of `messages`. None means yes.
       completion_only: train only the completion of `prompt` + `completion` rows. None
         means yes.
-      bad_rows: "error", or "skip" to leave unusable rows out and count them.
+      bad_rows: "error", or "skip" to leave unusable rows out, however many, and count
+        them.
       over_length: "truncate" keeps the start; "drop" leaves long examples out.
       columns: other names, {"prompt": "question"} or "prompt=question,completion=...";
         "ignore" names columns that are not to be read. docs/data.md has the table of
@@ -108,7 +109,7 @@ def sft_examples(
 
     Raises:
       ValueError: bad rows by file, row, field and reason; more than half of the usable
-        rows too long; an option that does not apply to the rows.
+        rows too long (with "skip" only if all are); an option that does not apply.
     """
     _check_options(max_length, bad_rows, over_length)
     records, bad = parse_by_columns(rows, parse_sft, sft_layout, columns)
@@ -119,7 +120,8 @@ def sft_examples(
     counts = settle(bad, total_rows(rows), bad_rows)
     fitted = [_fit(example, max_length, over_length) for example in good]
     was_long = [len(example.tokens) > max_length for example in good]
-    return _finish(rows, fitted, was_long, counts, f"max_length={max_length}")
+    limit = f"max_length={max_length}"
+    return _finish(rows, fitted, was_long, counts, limit, bad_rows)
 
 
 def preference_examples(
@@ -139,9 +141,8 @@ def preference_examples(
       over_length: "truncate" keeps the start of both sides, and drops the pair if a
         side has no completion left or both have become equal; "drop" drops any pair
         with a side that is too long (better for reward models, which read the end).
-      keep_tail: keep what the chat template writes behind the last trained token. A
-        reward model is read at the last token: of an answer, as sampling ends it, or
-        with keep_tail where its own template ends, as transformers reads it.
+      keep_tail: keep what the chat template writes behind the last trained token, where
+        a reward model of others is read (docs/numerics.md).
 
     Returns: the pairs and the counts. Raises: ValueError, as `sft_examples`.
     """
@@ -152,6 +153,7 @@ def preference_examples(
         encode_exchanges(
             [Exchange(p.prompt, getattr(p, side), p.template_args) for p in found],
             tokenizer,
+            eos_inside=side == "rejected",
             keep_tail=keep_tail,
         )
         for side in ("chosen", "rejected")
@@ -164,7 +166,8 @@ def preference_examples(
     counts = settle(bad, total_rows(rows), bad_rows)
     fitted = [_fit_pair(pair, max_length, over_length) for pair in good]
     was_long = [example_length(pair) > max_length for pair in good]
-    return _finish(rows, fitted, was_long, counts, f"max_length={max_length}")
+    limit = f"max_length={max_length}"
+    return _finish(rows, fitted, was_long, counts, limit, bad_rows)
 
 
 def prompt_examples(
@@ -189,7 +192,7 @@ def prompt_examples(
     counts = settle(bad, total_rows(rows), bad_rows)
     fitted = [p if len(p.tokens) <= max_prompt_length else None for p in good]
     name = f"max_prompt_length={max_prompt_length}"
-    return _finish(rows, fitted, [False] * len(good), counts, name)
+    return _finish(rows, fitted, [False] * len(good), counts, name, bad_rows)
 
 
 def encode_prompt_rows(
@@ -269,7 +272,7 @@ def _fit_pair(pair: PreferenceExample, max_length: int, over_length: str):
     return pair._replace(chosen=chosen, rejected=rejected)
 
 
-def _finish(rows, fitted, was_long, counts, limit: str):
+def _finish(rows, fitted, was_long, counts, limit: str, bad_rows: str):
     """Leaves dropped examples (None) out, counts, and refuses to lose most of them."""
     kept = [example for example in fitted if example is not None]
     dropped, total = len(fitted) - len(kept), total_rows(rows)
@@ -277,8 +280,10 @@ def _finish(rows, fitted, was_long, counts, limit: str):
         f"{dropped} of the {len(fitted)} usable rows do not fit: with {limit} nothing "
         "to train or sample from is left of them; raise it"
     )
-    if not kept or dropped > len(fitted) * MOST_DROPPED:
+    if not kept:
         raise ValueError(lost)
+    if dropped > len(fitted) * MOST_DROPPED and bad_rows == "error":
+        raise ValueError(f"{lost}, or pass bad_rows='skip' (--bad-rows skip)")
     if dropped > len(fitted) * MANY_DROPPED:
         logger.warning("%s", lost)
     if counts["bad_rows"] > total * MANY_DROPPED:

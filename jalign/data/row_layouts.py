@@ -4,7 +4,7 @@ A row is read by what it holds itself, never by what the first row held. A colum
 means something is read or refused; docs/data.md shows the table.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jalign.data.rows import RowError
@@ -32,7 +32,8 @@ PAIRS = (
     ("response_j", "response_k"),  # lvwerra/stack-exchange-paired: j is the better one
 )
 SYSTEM = ("system", "system_prompt")
-BESIDE = ("tools", "chat_template_kwargs", "margin")
+BESIDE = ("tools", "chat_template_kwargs")
+"""Variables for the chat template."""
 
 _MEDIA = "holds images or sound, which are not supported"
 _LABEL = (
@@ -63,7 +64,7 @@ REFUSED_SHAPES = {
 KNOWN_COLUMNS = tuple(
     dict.fromkeys(
         [*TURNS, *PROMPTS, "context", *ANSWERS, "text", *sum(PAIRS, ()), *SYSTEM]
-        + [*BESIDE, "history"]
+        + [*BESIDE, "history", "margin"]
     )
 )
 
@@ -77,6 +78,7 @@ class Layout(NamedTuple):
       answers: () or the completion's or chosen's and rejected's.
       text: a document.
       system, history: what goes before the prompt, as turns.
+      beside: what is read as well.
     """
 
     turns: str | None = None
@@ -85,10 +87,11 @@ class Layout(NamedTuple):
     text: str | None = None
     system: str | None = None
     history: str | None = None
+    beside: tuple[str, ...] = BESIDE
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of them."""
+        """Of those that hold text."""
         single = (self.turns, self.text, self.system, self.history)
         return (*self.prompt, *self.answers, *filter(None, single))
 
@@ -131,8 +134,8 @@ def preference_layout(row: dict[str, Any]) -> Layout:
     prompt = _prompt(row)
     if not prompt and "prompt" in row:
         raise RowError("prompt", "missing or null")
-    layout = _with_system(row, Layout(prompt=prompt, answers=pair))
-    return _check_rest(row, layout, _asking())
+    layout = Layout(prompt=prompt, answers=pair, beside=(*BESIDE, "margin"))
+    return _check_rest(row, _with_system(row, layout), _asking())
 
 
 def prompt_layout(row: dict[str, Any]) -> Layout:
@@ -156,20 +159,24 @@ def has_pair(row: dict[str, Any]) -> bool:
     return any(all(row.get(name) is not None for name in pair) for pair in PAIRS)
 
 
-def unused_columns(rows: Iterable[dict[str, Any]], layout_of) -> list[str]:
-    """The columns that no row is read by, in the order of the rows."""
+def split_columns(
+    rows: Iterable[dict[str, Any]], layout_of: Callable[[dict], Layout]
+) -> tuple[list[str], list[str]]:
+    """(the columns that some row is read by, those that none is), in their order."""
     kinds = {}  # rows in which the same columns hold something are read alike
     for row in rows:
         kinds.setdefault(frozenset(k for k, v in row.items() if v is not None), row)
-    used: set[str] = {*BESIDE}
+    used: set[str] = set()
     for row in kinds.values():
         try:
             layout = layout_of(row)
         except RowError:
             continue
-        used.update(layout.names, *(PROMPTS.get(name, ()) for name in layout.names))
+        behind = (PROMPTS.get(name, ()) for name in layout.prompt)
+        used.update(layout.names, layout.beside, *behind)
     names = dict.fromkeys(name for row in kinds.values() for name in row)
-    return [name for name in names if name not in used]
+    read = [name for name in names if name in used]
+    return read, [name for name in names if name not in used]
 
 
 def is_blank(value: Any) -> bool:

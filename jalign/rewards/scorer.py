@@ -96,7 +96,7 @@ def judged_tokens(tokenizer: Any, samples: Samples) -> list[np.ndarray]:
                 text.strip()
             )  # it belongs to the policy's template, not to the answer
         exchanges.append(_exchange(sources[row], text))
-    encoded = encode_exchanges(exchanges, tokenizer, keep_tail=True)
+    encoded = encode_exchanges(exchanges, tokenizer, eos_inside=True, keep_tail=True)
     for row, example in zip(todo, encoded, strict=True):
         if isinstance(example, RowError):
             raise ValueError(f"the reward model cannot be given row {row}: {example}")

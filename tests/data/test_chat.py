@@ -214,6 +214,9 @@ def test_an_eos_inside_an_answer_is_refused(name, form, request):
     pair = {"prompt": [user("ab")], "chosen": [answer], "rejected": [assistant("x")]}
     with pytest.raises(ValueError, match="1 of 1 .*holds the EOS"):
         data.preference_examples([pair], tokenizer, max_length=99)
+    # Going on behind it may well be what was rejected.
+    pair = {**pair, "chosen": pair["rejected"], "rejected": [answer]}
+    assert data.preference_examples([pair], tokenizer, max_length=99)
 
 
 def test_a_tokenizer_without_a_template_gets_one_that_begins_as_its_texts(tokenizer):

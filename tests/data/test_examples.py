@@ -140,9 +140,9 @@ def test_pairs_that_truncation_empties_or_makes_equal_are_dropped(tokenizer):
     assert [trained(tokenizer, e.chosen) for e in examples] == ["bc</s>", "bcd"]
     assert (counts["over_length"], counts["truncated"]) == (2, 1)
     examples, counts = preference_examples(
-        [*rows, PREFERENCE, PREFERENCE], tokenizer, max_length=5, over_length="drop"
+        rows, tokenizer, max_length=5, over_length="drop", bad_rows="skip"
     )
-    assert len(examples) == 3 and counts["over_length"] == 3
+    assert len(examples) == 1 and counts["over_length"] == 3
 
 
 def test_prompts_keep_their_row_and_are_never_cut(tokenizer):
@@ -166,10 +166,10 @@ def test_losing_many_rows_is_a_warning_and_most_an_error(
 ):
     long = {**short, "prompt": "a" * 9}
 
-    def lose(count):
+    def lose(count, **options):
         caplog.clear()
         rows = [long] * count + [short] * (20 - count)
-        return make(rows, tokenizer, **{limit: 8})[0]
+        return make(rows, tokenizer, **{limit: 8}, **options)[0]
 
     assert len(lose(2)) == 18 and not caplog.records  # a tenth
     assert len(lose(3)) == 17
@@ -177,6 +177,9 @@ def test_losing_many_rows_is_a_warning_and_most_an_error(
     assert len(lose(10)) == 10
     with pytest.raises(ValueError, match=f"11 of the 20 .* with {limit}=8 .*raise it"):
         lose(11)
+    assert len(lose(19, bad_rows="skip")) == 1 and "19 of the 20" in caplog.text
+    with pytest.raises(ValueError, match="20 of the 20"):
+        lose(20, bad_rows="skip")
 
 
 def test_skipping_many_bad_rows_is_said_and_never_refused(tokenizer, caplog):

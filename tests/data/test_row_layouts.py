@@ -57,6 +57,10 @@ ANSWERED = {
         {"system": "Be brief.", "prompt": ASKED, "completion": ANSWER},
         [SYSTEM, *CHAT],
     ),
+    "system column that is null in this row": (
+        {"system": None, "prompt": ASKED, "completion": ANSWER},
+        CHAT,
+    ),
     "prompt of turns, answer of text": (
         {"prompt": [user(ASKED)], "answer": ANSWER},
         CHAT,
@@ -264,8 +268,15 @@ def test_what_is_not_read_is_said_once(chatml, caplog):
     row, _ = ANSWERED["alpaca with text"]
     with caplog.at_level(logging.INFO, "jalign.data"):
         sft([{**row, "id": i} for i in range(9)], chatml)
+        pairs([{**PAIR, "margin": 1.0, "id": 0}], chatml)
+        sft([{"prompt": "a", "completion": "b", "margin": 1.0}], chatml)
+        sft([{"prompt": "a", "completion": "b"}], chatml)  # nothing to be said
     said = [r.getMessage() for r in caplog.records if "not read" in r.getMessage()]
-    assert said == ["columns that are not read: text, id"]
+    assert said == [
+        "columns read: instruction, input, output; not read: text, id",
+        "columns read: prompt, chosen, rejected, margin; not read: id",
+        "columns read: prompt, completion; not read: margin",
+    ]
 
 
 def test_columns_are_named_and_checked(tokenizer):
