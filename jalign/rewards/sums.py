@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jalign import data, models
-from jalign.rewards.functions import RewardFn, checked, load_reward
+from jalign.rewards.functions import TIMEOUT, RewardFn, checked, load_reward
 from jalign.rewards.scorer import model_reward
 from jalign.rewards.verifiers import VERIFIERS
 from jalign.types import PyTree
@@ -76,11 +76,14 @@ def parse_rewards(text: str) -> tuple[RewardTerm, ...]:
     return tuple(terms.values())
 
 
-def load_term(source: str, **options: Any) -> tuple[RewardFn, Judge | None]:
+def load_term(
+    source: str, *, timeout: float | None = TIMEOUT, **options: Any
+) -> tuple[RewardFn, Judge | None]:
     """The function of a term, and the model behind it where there is one.
 
     Args:
       source: of a RewardTerm.
+      timeout: seconds for a call of a Python function.
       options: of models.load, for a checkpoint.
 
     Raises: ValueError if there is nothing of this name; what load_reward and
@@ -89,7 +92,7 @@ def load_term(source: str, **options: Any) -> tuple[RewardFn, Judge | None]:
     if source in VERIFIERS:
         return checked(VERIFIERS[source], name=source), None
     if is_function(source):
-        return load_reward(source), None
+        return load_reward(source, timeout=timeout), None
     if not Path(source).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         close = difflib.get_close_matches(source, VERIFIERS, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -107,11 +110,19 @@ def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> Rew
     Args:
       functions: K reward functions.
       weights: K numbers.
+
+    Returns: a RewardFn that raises ValueError naming the row whose sum is not finite.
     """
 
     def total(prompts, completions, rows):
         parts = [f(prompts, completions, rows) for f in functions]
-        return np.stack(parts, axis=1) @ np.asarray(weights, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = np.stack(parts, axis=1) @ np.asarray(weights, np.float32)
+        if not np.isfinite(sums).all():
+            row = int(np.argmin(np.isfinite(sums)))
+            given = [float(part[row]) for part in parts]
+            raise ValueError(f"reward: row {row} adds up {given} to {sums[row]}")
+        return sums
 
     return total
 

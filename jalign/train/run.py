@@ -25,7 +25,7 @@ _log = logging.getLogger("jalign.train")
 # Fields that a continued run may have changed: they do not change the steps taken.
 MAY_CHANGE = frozenset(
     {"out", "eval_data", "steps", "epochs", "checkpoint_every", "resume", "mesh"}
-    | {"remat", "save_critic"}
+    | {"remat", "save_critic", "reward_timeout"}
 )
 
 
