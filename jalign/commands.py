@@ -11,6 +11,7 @@ import numpy as np
 
 from jalign import data, evaluate, rewards, sharding
 from jalign.pretrained import Pretrained, check_same_vocab, load_pretrained
+from jalign.train.online_config import check_reward_timeout
 from jalign.train.reference import reference_examples
 from jalign.train.run import make_run_mesh
 
@@ -138,6 +139,8 @@ class EvalConfig:
     reward: str | None = None
     """A reward checkpoint, a Python function (path/to/file.py:function), a built-in
     check (gsm8k, gsm8k_format), or a sum of them as for `jalign grpo`."""
+    reward_timeout: float = 600.0
+    """Seconds after which a call of a Python reward function counts as hanging."""
     limit: int | None = None
     """Use the first rows only."""
     batch_size: int = 16
@@ -153,6 +156,7 @@ class EvalConfig:
 
     def __post_init__(self):
         data.parse_columns(self.columns)
+        check_reward_timeout(self.reward_timeout)
         if self.task == "reward" and not self.reward:
             raise ValueError("--task reward needs --reward CHECKPOINT or FILE.py:NAME")
         if self.reward and self.task in {"sft", "preference"}:
@@ -248,7 +252,6 @@ def _eval_pairs(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
 
 
 def _eval_reward(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
-    assert config.reward is not None
     model, params, tokenizer = loaded
     prompts, counts = data.prompt_examples(
         rows, tokenizer, max_prompt_length=config.max_length, **_how(config)
@@ -258,7 +261,7 @@ def _eval_reward(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
         params,
         tokenizer,
         prompts,
-        _reward_fn(config.reward, model.mesh),
+        _reward_fn(config, model.mesh),
         key=jax.random.key(config.seed),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -271,10 +274,12 @@ def _eval_reward(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
     return measured | {"rows": counts}
 
 
-def _reward_fn(spec: str, mesh) -> rewards.RewardFn:
+def _reward_fn(config: EvalConfig, mesh) -> rewards.RewardFn:
     """The sum that a --reward stands for."""
-    terms = rewards.parse_rewards(spec)
-    functions = [rewards.load_term(term.source, mesh=mesh)[0] for term in terms]
+    assert config.reward is not None
+    terms = rewards.parse_rewards(config.reward)
+    how = {"timeout": config.reward_timeout, "mesh": mesh}
+    functions = [rewards.load_term(term.source, **how)[0] for term in terms]
     return rewards.weighted_sum(functions, [term.weight for term in terms])
 
 

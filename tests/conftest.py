@@ -1,5 +1,6 @@
 """Test-wide settings: 8 virtual CPU devices, and silent broadcasting is an error."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def real_data() -> Path:
     if not _SHARED.is_dir():
         pytest.skip("acceptance data (../shared/data) is not here")
     return _SHARED
+
+
+@pytest.fixture(autouse=True)
+def quiet_again():
+    """Takes back what the command sets up for its log, when a test has called it."""
+    yield
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+    logging.getLogger("jalign").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

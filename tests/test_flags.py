@@ -19,7 +19,7 @@ microbatches=1 dtype=float32 remat=False """
 OFFLINE = ROWS + RUN + "batch_size=8 max_length=1024 checkpoint_every=100 "
 ONLINE = """reward=! batch_size=64 max_length=512 checkpoint_every=10 num_minibatches=1
 entropy_coef=0.0 max_new_tokens=64 temperature=1.0 top_k=0 top_p=1.0 stop_token_ids=()
-reward_clip=None missing_eos_penalty=None """
+reward_clip=None missing_eos_penalty=None reward_timeout=600.0 """
 ONLINE = ROWS + RUN + ONLINE
 # "!" is a flag that must be given.
 FLAGS = {
@@ -39,7 +39,7 @@ FLAGS = {
         max_new_tokens=128 temperature=1.0 top_k=0 top_p=1.0 chat=False batch_size=64
         seed=0 mesh=None dtype=float32 out=None""",
     "eval": """model=! data=! split=None columns=None task=auto ref_model=None
-        reward=None limit=None batch_size=16 max_length=1024 max_new_tokens=128
+        reward=None reward_timeout=600.0 limit=None batch_size=16 max_length=1024 max_new_tokens=128
         temperature=1.0 seed=0 mesh=None bad_rows=error out=None""",
     "plan": """model=! recipe=sft topology=None mesh= batch_size=8 max_length=2048
         microbatches=1 dtype=bfloat16 remat=True optimizer=adamw shared_trunk=False

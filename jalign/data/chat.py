@@ -5,12 +5,14 @@ assistant's. For any other, the text of a turn is what the template adds to the
 conversation before it, and it is checked that the template only ever adds.
 """
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jalign.data.limits import MAX_TEXT, TooLong, check_template, limited
 from jalign.data.messages import Messages
 from jalign.data.rows import RowError
 from jalign.data.special_tokens import GENERATION_TAG, Tokenizer, end_texts
@@ -77,15 +79,32 @@ def render(
     generation_prompt: bool = False,
     continue_final: bool = False,
 ) -> str:
-    """The templated text. Raises: RowError with the template's own complaint."""
-    try:
-        return tokenizer.apply_chat_template(
+    """The templated text.
+
+    Raises: RowError with the template's own complaint, or for a text that is too long;
+      ValueError for a template that takes too long, see `limits`.
+    """
+    check_template(tokenizer, args)
+    with limited(), _complaints():
+        text = tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=generation_prompt,
             continue_final_message=continue_final,
             **args,
         )
+    if len(text) > MAX_TEXT:
+        reason = f"writes {len(text)} characters, more than {MAX_TEXT}"
+        raise RowError("(chat template)", reason)
+    return text
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, TooLong):
+        raise
     except Exception as error:  # jinja's kinds and whatever a template runs into
         raise RowError("(chat template)", f"refuses the row: {error}") from None
 
@@ -182,14 +201,15 @@ def _everything(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
 
 def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
     """Where the template says {% generation %}, plus an end token right behind it."""
-    encoded = tokenizer.apply_chat_template(
-        chat.messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-        **chat.template_args,
-    )
+    with limited(), _complaints():
+        encoded = tokenizer.apply_chat_template(
+            chat.messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+            **chat.template_args,
+        )
     spans = []
     for (start, end), marked in zip(
         encoded["offset_mapping"], encoded["assistant_masks"], strict=True

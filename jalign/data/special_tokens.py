@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jalign.data.limits import TooLong, limited
 from jalign.data.messages import Messages
 
 logger = logging.getLogger("jalign.data")
@@ -41,11 +42,14 @@ def turn_tail(tokenizer: Tokenizer) -> str:
     if not getattr(tokenizer, "chat_template", None):
         return ""
     turns = [*_QUESTION, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # jinja's kinds and whatever a template runs into
-        logger.debug("the chat template refuses a question and answer: %s", error)
-        return ""
+    with limited():
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except (MemoryError, TooLong):
+            raise
+        except Exception as error:  # jinja's kinds and whatever a template runs into
+            logger.debug("the chat template refuses a question and answer: %s", error)
+            return ""
     _, found, tail = text.rpartition(_ANSWER)
     return tail if found else ""
 

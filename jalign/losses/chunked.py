@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jalign.losses.elementwise import Array, PyTree
 from jalign.losses.fronted import back, make_front, to_front
 from jalign.losses.grid import Grid, chunk_grid, join_chunks, split_chunks
+from jalign.losses.linear import with_transpose
 
 DEFAULT_CHUNK_SIZE = 1024
 """Tokens whose float32 logits exist at once: 0.5 GiB for a vocabulary of 128k."""
@@ -94,7 +95,7 @@ class Static:
         return hash(self.identity)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, needed):
     grid = chunk_grid(hidden, chunk_size)
     weights = unembed.astype(hidden.dtype)
@@ -109,13 +110,37 @@ def map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, needed):
     return join_chunks(out, grid)
 
 
-def _forward(row_fn, chunk_size, hidden, unembed, rows, consts, needed):
-    out = map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, needed)
-    return out, (hidden, unembed, rows, consts, needed)
+@map_chunks.defjvp
+def _map_jvp(row_fn, chunk_size, primals, tangents):
+    moved, gradients = (
+        functools.partial(f, row_fn, chunk_size) for f in (_tangents, _gradients)
+    )
+    out = map_chunks(row_fn, chunk_size, *primals)
+    # No gradient flows to rows, consts and what is needed.
+    return out, with_transpose(moved, gradients, primals, tangents[:2])
 
 
-def _backward(row_fn, chunk_size, residuals, cotangents):
-    hidden, unembed, rows, consts, needed = residuals
+def _tangents(row_fn, chunk_size, primals, tangents):
+    """Of the result, from those of hidden and unembed."""
+    hidden, unembed, rows, consts, needed = primals
+    grid = chunk_grid(hidden, chunk_size)
+    weights, weights_dot = (w.astype(hidden.dtype) for w in (unembed, tangents[1]))
+
+    def one_chunk(carry, chunk):
+        x, x_dot, r = chunk
+        logits_dot = logits_of(x_dot, weights) + logits_of(x, weights_dot)
+        logits = logits_of(x, weights)
+        return carry, jax.jvp(lambda z: row_fn(z, r, consts), (logits,), (logits_dot,))[
+            1
+        ]
+
+    chunks = split_chunks((hidden, tangents[0], rows), grid)
+    return join_chunks(over_chunks(one_chunk, (), chunks, grid, needed)[1], grid)
+
+
+def _gradients(row_fn, chunk_size, primals, cotangents):
+    """Of hidden and unembed, from the cotangents of the result."""
+    hidden, unembed, rows, consts, needed = primals
     grid = chunk_grid(hidden, chunk_size)
     weights = unembed.astype(hidden.dtype)
 
@@ -128,12 +153,7 @@ def _backward(row_fn, chunk_size, residuals, cotangents):
     zeros = jnp.zeros_like(unembed, jnp.float32)
     chunks = split_chunks((hidden, rows, cotangents), grid)
     d_unembed, d_hidden = over_chunks(one_chunk, zeros, chunks, grid, needed)
-    d_hidden = join_chunks(d_hidden, grid)
-    # None: no gradient flows to rows, consts and what is needed.
-    return d_hidden, d_unembed.astype(unembed.dtype), None, None, None
-
-
-map_chunks.defvjp(_forward, _backward)
+    return join_chunks(d_hidden, grid), d_unembed.astype(unembed.dtype)
 
 
 def over_chunks(body, carry, chunks, grid: Grid, needed):

@@ -55,7 +55,7 @@ def sum_over_logits(
     return total, back(tree, front, mask)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sum_over_logits(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
     plain_fn = Static(lambda z, r, _: row_fn(z, r))
     args = (plain_fn, chunk_size, hidden, unembed, rows, (), needed)
@@ -64,7 +64,17 @@ def _sum_over_logits(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
     return jnp.sum(jnp.where(mask, loss, 0.0)), tree
 
 
-def _sum_forward(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
+@_sum_over_logits.defjvp
+def _sum_jvp(row_fn, chunk_size, primals, tangents):
+    out, (d_hidden, d_unembed) = _sum_and_gradients(row_fn, chunk_size, *primals)
+    hidden_dot, unembed_dot, *_ = tangents  # no gradient flows to the rest
+    # In their own dtypes, for the backward pass keeps the gradients as they are.
+    total_dot = jnp.sum(d_hidden * hidden_dot, dtype=jnp.float32)
+    total_dot += jnp.sum(d_unembed * unembed_dot, dtype=jnp.float32)
+    return out, (total_dot, jax.tree.map(jnp.zeros_like, out[1]))
+
+
+def _sum_and_gradients(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
     grid = chunk_grid(hidden, chunk_size)
     weights = unembed.astype(hidden.dtype)
 
@@ -82,13 +92,3 @@ def _sum_forward(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
     (total, d_unembed), outs = over_chunks(one_chunk, zeros, chunks, grid, needed)
     tree, d_hidden = join_chunks(outs, grid)
     return (total, tree), (d_hidden, d_unembed.astype(unembed.dtype))
-
-
-def _sum_backward(row_fn, chunk_size, saved, cotangents):
-    scale = cotangents[0]
-    d_hidden, d_unembed = (g * scale.astype(g.dtype) for g in saved)
-    # None: no gradient flows to rows, mask and what is needed.
-    return d_hidden, d_unembed, None, None, None
-
-
-_sum_over_logits.defvjp(_sum_forward, _sum_backward)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jalign.losses.elementwise import Array, PyTree
+from jalign.losses.linear import with_transpose
 
 
 class Front(NamedTuple):
@@ -52,21 +53,16 @@ def back(tree: PyTree, front: Front, mask: Array) -> PyTree:
     return jax.tree.map(move, tree)
 
 
-@jax.custom_vjp
 def _take(x, order, inverse):
-    del inverse
+    """A permutation, whose gradient is a gather too; by itself it is a scatter."""
+    return with_transpose(_forth, _back, (order, inverse), x)
+
+
+def _forth(saved, x):
+    order, _ = saved
     index = order.reshape(*order.shape, *[1] * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
 
 
-def _take_forward(x, order, inverse):
-    return _take(x, order, inverse), (order, inverse)
-
-
-def _take_backward(saved, d_y):
-    """A permutation's gradient is a gather too; by itself it would be a scatter."""
-    order, inverse = saved
-    return _take(d_y, inverse, order), None, None
-
-
-_take.defvjp(_take_forward, _take_backward)
+def _back(saved, y):
+    return _forth(saved[::-1], y)

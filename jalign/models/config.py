@@ -40,6 +40,11 @@ class RopeScaling:
             raise ValueError(f"rope scaling factor {self.factor} is not positive")
         if self.kind != "linear" and self.original_max_position <= 0:
             raise ValueError(f"{self.kind} rope scaling needs original_max_position")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope scaling: low_freq_factor={self.low_freq_factor} is not below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class ModelConfig:
     def __post_init__(self):
         for name in _SIZES:
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} is not a positive integer")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

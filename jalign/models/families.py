@@ -131,6 +131,62 @@ FIXED_KEYS = {
 }
 
 
+class Check(NamedTuple):
+    """What a value of a config.json may be, where it is there and not null.
+
+    Attributes:
+      kind: its type; float takes whole numbers too, neither takes true or false.
+      low, high: bounds of a number, both allowed. The high ones are far beyond any
+        model that there is: they stop what would fill the memory or never end.
+    """
+
+    kind: type
+    low: float = 0
+    high: float = 0
+
+
+_COUNT = Check(int, 1, 2**31 - 1)
+_POSITIVE = Check(float, 1e-30, 1e30)
+CONFIG_CHECKS = {
+    "vocab_size": Check(int, 1, 2**24),
+    "hidden_size": Check(int, 1, 2**18),
+    "intermediate_size": Check(int, 1, 2**20),
+    "num_hidden_layers": Check(int, 1, 2**12),
+    "num_attention_heads": Check(int, 1, 2**12),
+    "num_key_value_heads": Check(int, 1, 2**12),
+    "head_dim": Check(int, 1, 2**14),
+    "max_position_embeddings": _COUNT,
+    "rms_norm_eps": Check(float, 1e-30, 1),
+    "tie_word_embeddings": Check(bool),
+    "architectures": Check(list),
+    "num_labels": Check(int, 0, 2**31 - 1),
+    "id2label": Check(dict),
+    "sliding_window": _COUNT,
+    "use_sliding_window": Check(bool),
+    "max_window_layers": Check(int, 0, 2**31 - 1),
+    "layer_types": Check(list),
+    "rope_theta": _POSITIVE,
+    "rope_scaling": Check(dict),
+    "rope_parameters": Check(dict),
+}
+ROPE_CHECKS = {
+    "rope_type": Check(str),
+    "type": Check(str),
+    "rope_theta": _POSITIVE,
+    "partial_rotary_factor": _POSITIVE,
+    "factor": _POSITIVE,
+    "original_max_position_embeddings": _COUNT,
+    "low_freq_factor": _POSITIVE,
+    "high_freq_factor": _POSITIVE,
+    "beta_fast": _POSITIVE,
+    "beta_slow": _POSITIVE,
+    "attention_factor": _POSITIVE,
+    "mscale": Check(float, 0, 1e30),
+    "mscale_all_dim": Check(float, 0, 1e30),
+    "truncate": Check(bool),
+}
+
+
 class Family(NamedTuple):
     """One row: how a model_type differs from llama.
 

@@ -1,14 +1,18 @@
 """config.json <-> ModelConfig, both of transformers 4's and 5's spelling."""
 
 import json
+import re
 from typing import Any
 
 from jalign.models.config import ROPE_KINDS, ModelConfig, RopeScaling
 from jalign.models.families import (
+    CONFIG_CHECKS,
     CONFIG_KEYS,
     FAMILIES,
     FIXED_KEYS,
     REQUIRED_KEYS,
+    ROPE_CHECKS,
+    Check,
     Family,
     architecture_of,
 )
@@ -62,7 +66,7 @@ def config_from_hf(
     Raises: ValueError naming the key that is missing, unknown or not supported.
     """
     family_name = raw.get("model_type")
-    if family_name not in FAMILIES:
+    if not isinstance(family_name, str) or family_name not in FAMILIES:
         raise ValueError(
             f"model_type {family_name!r} is not supported; known: {', '.join(FAMILIES)}"
         )
@@ -70,26 +74,49 @@ def config_from_hf(
     missing = [key for key in REQUIRED_KEYS if raw.get(key) is None]
     if missing:
         raise ValueError(f"missing key(s) {', '.join(missing)}")
+    _check_values(raw, CONFIG_CHECKS)
     _check_fixed(raw, family)
     values = family.defaults | raw
     fields = {field: values.get(key) for field, key in CONFIG_KEYS.items()}
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
     if fields["head_dim"] is None:
-        fields["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        width, heads = raw["hidden_size"], raw["num_attention_heads"]
+        if width % heads:
+            raise ValueError(
+                f"hidden_size={width} is not a multiple of num_attention_heads={heads}"
+            )
+        fields["head_dim"] = width // heads
     theta, scaling = _read_rope(values)
+    fields |= {"rope_theta": theta, "rope_scaling": scaling, "family": family_name}
+    fields |= {"sliding_window": _read_window(values, family)}
+    fields |= {"num_labels": _read_num_labels(raw)}
     others = {k: v for k, v in (generation or {}).items() if k not in _NOT_KEPT}
-    return ModelConfig(
-        **fields,
-        **family.switches,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        sliding_window=_read_window(values, family),
-        num_labels=_read_num_labels(raw),
-        family=family_name,
-        eos_token_ids=_eos_ids(raw, generation or {}, family.defaults),
-        generation=json.dumps(others),
-    )
+    fields |= {"eos_token_ids": _eos_ids(raw, generation or {}, family.defaults)}
+    fields |= {"generation": json.dumps(others)}
+    try:
+        return ModelConfig(**fields, **family.switches)
+    except ValueError as error:  # in the file's words
+        message = str(error)
+        for field, key in CONFIG_KEYS.items():
+            message = re.sub(rf"\b{field}\b", key, message)
+        raise ValueError(message) from error
+
+
+def _check_values(raw: dict[str, Any], checks: dict[str, Check], of: str = "") -> None:
+    """Raises ValueError naming the first key whose value is of no use."""
+    for key, check in checks.items():
+        value = raw.get(key)
+        if value is None:
+            continue
+        shown = f"{of}{key}={repr(value)[:80]}"  # a stranger's value may be long
+        kinds = (int, float) if check.kind is float else (check.kind,)
+        if type(value) not in kinds:
+            name = {dict: "mapping", float: "number"}.get(check.kind)
+            raise ValueError(f"{shown} is not a {name or check.kind.__name__}")
+        if check.kind in (int, float) and not check.low <= value <= check.high:
+            bounds = f"{check.low:g} to {check.high:g}"
+            raise ValueError(f"{shown} is out of bounds: {bounds}")
 
 
 def _check_fixed(raw: dict[str, Any], family: Family) -> None:
@@ -99,7 +126,7 @@ def _check_fixed(raw: dict[str, Any], family: Family) -> None:
 
 
 def _read_num_labels(raw: dict[str, Any]) -> int:
-    architecture = (raw.get("architectures") or [""])[0]
+    architecture = str((raw.get("architectures") or [""])[0])
     if architecture.endswith("ForSequenceClassification"):
         # transformers stores the labels, not their number; without them it means 2.
         return raw.get("num_labels") or len(raw.get("id2label") or "12")
@@ -148,14 +175,18 @@ def _read_window(values: dict[str, Any], family: Family) -> int | None:
     kinds = values.get("layer_types") or (
         ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     )
-    if len(set(kinds)) > 1:
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types names {len(kinds)} layers of {layers}")
+    if len(set(map(str, kinds))) > 1:
         raise ValueError("a sliding window on only some of the layers is not supported")
     return window if kinds[0] == "sliding_attention" else None
 
 
 def _read_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling: rope_parameters (5) or rope_theta and rope_scaling (4)."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = values.get(name) or {}
+    _check_values(rope, ROPE_CHECKS, f"{name}.")
     theta = rope.get("rope_theta", values.get("rope_theta"))
     theta = 10_000.0 if theta is None else float(theta)
     kind = rope.get("rope_type", rope.get("type", "default"))

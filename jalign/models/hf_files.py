@@ -1,6 +1,7 @@
 """The files of a checkpoint folder: found, bounded, and read slice by slice."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +13,9 @@ import numpy as np
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_MAX_INDEX_BYTES = 64 * 2**20
+_MAX_JSON_BYTES = 64 * 2**20
+# Of a weight file: the names and shapes of some 200,000 tensors.
+_MAX_HEADER_BYTES = 32 * 2**20
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -35,6 +38,37 @@ def model_folder(path: str | Path) -> Path:
         raise FileNotFoundError(
             f"model {path}: no such folder, and the hub says: {error}"
         ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a stranger's: bounded, each key once, all finite.
+
+    Raises: ValueError naming the file; OSError.
+    """
+    size = file.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise ValueError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB")
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not usable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of JSON's pairs; NaN, Infinity and 1e999 are no JSON, but Python reads them."""
+    value: dict[str, Any] = {}
+    for key, x in pairs:
+        if key in value:
+            raise ValueError(f"key {key!r} is given twice")
+        value[key] = x
+        for item in x if isinstance(x, list) else [x]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{key} is {item}")
+    return value
 
 
 class WeightFiles:
@@ -93,12 +127,9 @@ class WeightFiles:
                 f"{self.folder} has neither {WEIGHTS} nor {INDEX} "
                 "(.bin and .pt files are not read: they can run code)"
             )
-        if file.stat().st_size > _MAX_INDEX_BYTES:
-            raise ValueError(f"{file} is larger than {_MAX_INDEX_BYTES >> 20} MiB")
-        try:
-            index = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: not a weight index ({error!r})") from error
+        index = read_json(file).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ValueError(f"{file}: not a weight index: weight_map is no mapping")
         return sorted({str(name) for name in index.values()}), index
 
     def _open(self, name: str, index: dict[str, str]) -> None:
@@ -110,6 +141,12 @@ class WeightFiles:
             return
         if not file.is_file():
             self.problems.append(f"weight file {name} is missing")
+            return
+        header = int.from_bytes(file.open("rb").read(8), "little")
+        if header > _MAX_HEADER_BYTES:
+            self.problems.append(
+                f"weight file {name} is damaged: a header of {header} bytes"
+            )
             return
         try:
             handle = self._stack.enter_context(safe_open(file, "np"))

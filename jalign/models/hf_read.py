@@ -4,7 +4,6 @@ Only safetensors files are ever opened (a pickle can run code), and only after t
 headers have shown that they hold exactly the tensors of the model.
 """
 
-import json
 import logging
 import math
 import re
@@ -22,7 +21,7 @@ from jalign import sharding
 from jalign.models import families
 from jalign.models.config import ModelConfig
 from jalign.models.hf_config import check_token_ids, config_from_hf
-from jalign.models.hf_files import WeightFiles, model_folder
+from jalign.models.hf_files import WeightFiles, model_folder, read_json
 from jalign.models.model import Model, Params
 
 _log = logging.getLogger("jalign.models")
@@ -71,23 +70,17 @@ def load(
     return model, params
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """ModelConfig of a checkpoint folder. Errors name the file and the key."""
-    file = folder / "config.json"
-    if not file.is_file() and (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder} holds an adapter only: merge it into its base model"
-        )
+def read_config(path: Path) -> ModelConfig:
+    """ModelConfig of a checkpoint folder, or of a config.json. Errors name the file
+    and the key."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file() and (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} holds an adapter only: merge it into its base model")
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: not a model")
-    generation = folder / "generation_config.json"
+        raise FileNotFoundError(f"{path} has no config.json: not a model")
+    generation = file.with_name("generation_config.json")
+    raw, more = read_json(file), read_json(generation) if generation.is_file() else {}
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        more = {}
-        if generation.is_file():
-            more = json.loads(generation.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict) or not isinstance(more, dict):
-            raise ValueError("not a JSON object")
         config = config_from_hf(raw, more)
         check_token_ids(raw, config.vocab_size)
         file = generation

@@ -33,7 +33,8 @@ class Model:
       remat: recompute blocks in the backward pass, to store one [B, T, D] a layer.
         Without it a CPU or GPU recomputes what is no product of matrices (a CPU not
         where it unrolls).
-      attention: "auto", "plain", "blocked", "cudnn" or "splash", see `attend`.
+      attention: "auto", "plain", "blocked", "cudnn" or "splash", see `attend`. Only
+        "plain" has forward mode (jax.jvp).
       unroll: compile every layer by itself rather than one for all: slower to
         compile, faster to run where copies cost (no slices of stacked arrays). None
         does so on a CPU with a cache, for up to 16 layers, and on a GPU for up to 32.

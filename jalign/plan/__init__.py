@@ -6,7 +6,6 @@ the compiler for the real training step, for a TPU slice even on a laptop (libtp
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ def _model_config(model):
     """ModelConfig of what `plan` takes; of a hub model only config.json is fetched."""
     from jalign.models import ModelConfig
     from jalign.models.hf_config import config_from_hf
+    from jalign.models.hf_read import read_config
 
     if isinstance(model, ModelConfig):
         return model
@@ -67,11 +67,7 @@ def _model_config(model):
     path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
     if not path.is_file():
         path = _hub_file(model)
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        return config_from_hf(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_config(path)
 
 
 def _hub_file(model: str) -> Path:

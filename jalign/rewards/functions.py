@@ -5,13 +5,14 @@ list of B, and gives B numbers. Whatever it gives is checked here once, so that 
 string, NaN or missing row gets as far as the optimizer.
 """
 
+import contextlib
+import copy
 import difflib
 import importlib.util
-import math
 import numbers
 import threading
+import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,11 @@ import numpy as np
 
 from jalign.rewards.samples import RewardFn
 
+TIMEOUT = 600.0
+"""Seconds that a call of a reward function may take, where nothing else is said."""
 
-def load_reward(spec: str, *, timeout: float | None = 600.0) -> RewardFn:
+
+def load_reward(spec: str, *, timeout: float | None = TIMEOUT) -> RewardFn:
     """The function that "path/to/file.py:function" names, with its results checked.
 
     The file is run, as `python file.py` would run it (but for its __main__ part).
@@ -56,7 +60,9 @@ def _run_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too: it would end the run with 0
         raise ValueError(
             f"reward: {path} cannot be run: {type(error).__name__}: {error}"
         ) from error
@@ -68,26 +74,35 @@ def checked(
 ) -> RewardFn:
     """Wraps a function so that every result is float32 [B], finite, and on time.
 
+    The function gets copies: what it does to its lists and rows stays its own.
+
     Args:
-      function: (prompts, completions, rows) -> B numbers (list, NumPy or JAX array).
+      function: function of a batch -> B real numbers (list, tuple, NumPy or JAX
+        array); True and False are 1 and 0.
       name: what to call it in messages.
       timeout: seconds, or None.
 
     Returns: a RewardFn that raises ValueError naming the row if a reward is not a
-      finite number, if there are not B, or if the function raises; TimeoutError if it
-      takes too long.
+      finite float32, if there are not B, or if the function raises (SystemExit, too);
+      TimeoutError if it takes too long.
     """
+    if timeout is not None and not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"reward {name}: timeout must be > 0 seconds, got {timeout}")
 
     def reward(prompts, completions, rows):
         batch = [list(prompts), list(completions), list(rows)]
         if len({len(part) for part in batch}) != 1:
             raise ValueError(f"reward {name}: lists of {[len(p) for p in batch]} rows")
         try:
-            values = _call(partial(function, *batch), name, timeout)
-        except Exception as error:
-            if isinstance(error, _Late):
-                raise TimeoutError(str(error)) from None
-            where = _failing_row(function, batch, name, timeout)
+            values = _call(function, batch, timeout)
+        except _Late:
+            raise TimeoutError(
+                f"reward {name} did not return within {timeout:g} s for "
+                f"{len(batch[0])} rows (--reward-timeout)"
+            ) from None
+        except _Raised as raised:
+            error = raised.error
+            where = _failing_row(function, batch, timeout)
             raise ValueError(
                 f"reward {name} raised {type(error).__name__}: {error} {where}"
             ) from error
@@ -100,36 +115,57 @@ class _Late(Exception):
     """The reward function did not come back."""
 
 
-def _call(function: Callable[[], Any], name: str, timeout: float | None) -> Any:
-    """function(), in a thread of its own that is given up after `timeout` seconds."""
+class _Raised(Exception):
+    """The reward function raised `error`, of whatever kind."""
+
+    def __init__(self, error: BaseException):
+        super().__init__()
+        self.error = error
+
+
+def _call(function: Callable, batch: list[list], timeout: float | None) -> Any:
+    """function(*batch) on copies, in a thread that is given up after `timeout` seconds.
+
+    Raises: _Late; _Raised. Without a timeout Ctrl-C is not the function's own.
+    """
+    arguments = copy.deepcopy(batch)
     if timeout is None:
-        return function()
-    outcome: list[Any] = []
+        try:
+            return function(*arguments)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise _Raised(error) from None
+    outcome: list[tuple[Any, BaseException | None]] = []
 
     def run():
         try:
-            outcome.append((function(), None))
+            outcome.append((function(*arguments), None))
         except BaseException as error:
             outcome.append((None, error))
 
-    thread = threading.Thread(target=run, name=f"reward {name}", daemon=True)
+    # A daemon, for one that never ends must not keep the process.
+    thread = threading.Thread(target=run, name="reward", daemon=True)
     thread.start()
     thread.join(timeout)
     if not outcome:
-        raise _Late(f"reward {name} did not return within {timeout:g} s")
+        raise _Late
     value, error = outcome[0]
     if error is not None:
-        raise error
+        raise _Raised(error)
     return value
 
 
-def _failing_row(function, batch, name, timeout) -> str:
+def _failing_row(function, batch, timeout) -> str:
     """Which row the function fails on when it is given alone, for the message."""
-    size = len(batch[0])
+    size, start = len(batch[0]), time.monotonic()
     for row in range(size):
+        left = None if timeout is None else timeout - (time.monotonic() - start)
+        if left is not None and left <= 0:
+            break
         try:
-            _call(partial(function, *([p[row]] for p in batch)), name, timeout)
-        except Exception:
+            _call(function, [part[row : row + 1] for part in batch], left)
+        except (_Late, _Raised):
             return f"(row {row} of {size}: {_excerpt(batch, row)})"
     return f"(on a batch of {size} rows; on none of them alone)"
 
@@ -142,20 +178,28 @@ def _excerpt(batch, row: int) -> str:
 def _as_rewards(values: Any, batch, name: str) -> np.ndarray:
     """B numbers of any kind -> float32 [B], or an error that names the row."""
     size = len(batch[0])
-    if isinstance(values, str | dict) or not hasattr(values, "__len__"):
-        raise ValueError(
-            f"reward {name} gave a {type(values).__name__}, not {size} numbers"
-        )
-    if hasattr(values, "tolist"):  # NumPy, JAX and torch arrays
+    given = values
+    if hasattr(values, "tolist"):  # NumPy, JAX and torch arrays, pandas
         values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise ValueError(
+            f"reward {name} gave a {type(given).__name__}, not {size} numbers"
+        )
     if len(values) != size:
         raise ValueError(f"reward {name} gave {len(values)} rewards for {size} rows")
-    for row, value in enumerate(values):
-        if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-            value = values[row] = value.item()
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError(
-                f"reward {name} gave {value!r} for row {row}, not a finite number "
-                f"({_excerpt(batch, row)})"
-            )
-    return np.asarray(values, np.float32)
+    return np.array([_as_reward(v, row, batch, name) for row, v in enumerate(values)])
+
+
+def _as_reward(value: Any, row: int, batch, name: str) -> np.float32:
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    reward = np.float32(np.nan)
+    if isinstance(value, numbers.Real):
+        with contextlib.suppress(OverflowError), np.errstate(over="ignore"):
+            reward = np.float32(value)  # 1e300 is infinite here
+    if not np.isfinite(reward):
+        raise ValueError(
+            f"reward {name} gave {repr(value)[:60]} for row {row}, not a finite "
+            f"float32 ({_excerpt(batch, row)})"
+        )
+    return reward

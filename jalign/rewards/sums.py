@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jalign.pretrained import Pretrained, load_pretrained
-from jalign.rewards.functions import checked, load_reward
+from jalign.rewards.functions import TIMEOUT, checked, load_reward
 from jalign.rewards.samples import RewardFn, each_reward
 from jalign.rewards.scorer import model_reward
 from jalign.rewards.verifiers import VERIFIERS
@@ -62,11 +62,14 @@ def parse_rewards(text: str) -> tuple[RewardTerm, ...]:
     return tuple(terms.values())
 
 
-def load_term(source: str, **options: Any) -> tuple[RewardFn, Pretrained | None]:
+def load_term(
+    source: str, *, timeout: float | None = TIMEOUT, **options: Any
+) -> tuple[RewardFn, Pretrained | None]:
     """The function of a term, and the model behind it where there is one.
 
     Args:
       source: of a RewardTerm.
+      timeout: seconds for a call of a Python function.
       options: of load_pretrained, for a checkpoint.
 
     Raises: ValueError if there is nothing of this name; what load_reward and
@@ -75,7 +78,7 @@ def load_term(source: str, **options: Any) -> tuple[RewardFn, Pretrained | None]
     if source in VERIFIERS:
         return checked(VERIFIERS[source], name=source), None
     if is_function(source):
-        return load_reward(source), None
+        return load_reward(source, timeout=timeout), None
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     if not Path(source).expanduser().exists() and not is_hub_id:
         close = difflib.get_close_matches(source, VERIFIERS, n=1, cutoff=0.5)
@@ -94,12 +97,22 @@ def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> Rew
     Args:
       functions: K reward functions.
       weights: K numbers.
+
+    Returns: a RewardFn that raises ValueError naming the row whose sum is not finite.
     """
 
     stacked, factors = each_reward(functions), np.asarray(weights, np.float32)
 
     def total(prompts, completions, rows, *, samples=None):
-        return stacked(prompts, completions, rows, samples=samples) @ factors
+        parts = stacked(prompts, completions, rows, samples=samples)
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = parts @ factors
+        if not np.isfinite(sums).all():
+            row = int(np.argmin(np.isfinite(sums)))
+            raise ValueError(
+                f"reward: row {row} adds up {parts[row].tolist()} to {sums[row]}"
+            )
+        return sums
 
     return total
 

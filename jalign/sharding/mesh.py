@@ -67,9 +67,11 @@ def _fill(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
     if free:
         sizes = sizes | {free[0]: num_devices // fixed}
     if math.prod(sizes.values()) != num_devices:
+        tensor = math.gcd(max(1, sizes["tensor"]), num_devices)
         raise ValueError(
             f"mesh {shown}: {fixed} {'does not divide' if free else 'is not'} the "
-            f"number of devices, {num_devices}"
+            f"number of devices, {num_devices}; what fits is "
+            f"data=1,fsdp={num_devices // tensor},tensor={tensor}"
         )
     return sizes
 

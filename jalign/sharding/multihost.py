@@ -6,6 +6,7 @@ program serves a laptop and a pod. Each is collective: every process calls it.
 
 import hashlib
 import logging
+import os
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ def initialize(
 
     With no argument the cluster is detected (TPU pod, SLURM, Open MPI); where there
     is none, or with num_processes=1, nothing happens. A second call does nothing.
+    Where there is one, the process joins it or fails: it never goes on alone.
     Afterwards SIGTERM no longer ends the process: poll `preempted`.
 
     Args:
@@ -36,26 +38,45 @@ def initialize(
       num_processes: how many processes take part.
       process_id: 0 .. num_processes - 1, different on every process.
 
-    Raises: ValueError where only some of the three are given or they do not fit.
+    Raises: ValueError where only some of the three are given or they do not fit;
+      ConnectionError where the others could not be joined.
     """
     given = (coordinator, num_processes, process_id)
     if jax.distributed.is_initialized() or given[:2] == (None, 1):
         return
-    if any(value is not None for value in given):
+    detect = all(value is None for value in given)
+    if not detect:
         _check_arguments(coordinator, num_processes, process_id)
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    else:
-        try:
-            jax.distributed.initialize()
-        except ValueError:
-            # How jax says that it found no cluster and so no coordinator.
-            _log.debug("no cluster found: a single process")
+    try:
+        jax.distributed.initialize(*given)
+    except Exception as error:  # of the network, the runtime, or a broken environment
+        launched = _processes_launched()
+        if detect and launched <= 1 and any(x in str(error) for x in _ALONE):
+            _log.debug("a single process: %s", error)
             return
-        except RuntimeError as error:
-            # A notebook may have used jax before; that is fine on a single host.
-            _log.warning("continuing as a single process: %s", error)
-            return
+        raise ConnectionError(
+            f"this process is one of {num_processes or max(launched, 2)} or more and "
+            f"cannot join the others: {type(error).__name__}: {error}. Give "
+            "coordinator, num_processes and process_id, or num_processes=1 to run alone"
+        ) from error
     _log.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+# What jax says without a cluster, and in a notebook that has used jax before.
+_ALONE = ("coordinator_address should be defined", "must be called before")
+
+
+def _processes_launched() -> int:
+    """How many processes srun, mpirun or a TPU's pod says to have started, or 1.
+
+    Apart from jax's own detection, which does not know Open MPI 5 and is not reached
+    once jax has been used. A batch script of SLURM without srun is one process.
+    """
+    env = os.environ
+    counts = [env.get("OMPI_COMM_WORLD_SIZE"), env.get("PMI_SIZE")]
+    counts += [env.get("SLURM_NTASKS")] if "SLURM_STEP_NODELIST" in env else []
+    hosts = env.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return max([len(hosts), *(int(n) for n in counts if n and n.isdecimal())])
 
 
 def _check_arguments(coordinator, num_processes, process_id) -> None:

@@ -56,7 +56,8 @@ def load_cast(
     how = {"mesh": mesh, "dtype": compute.dtype, "remat": compute.remat}
     policy, params, tokenizer = load_pretrained(config.model, head="language", **how)
     terms = rewards.parse_rewards(config.reward)
-    loaded = [rewards.load_term(term.source, **how) for term in terms]
+    seconds = config.options.reward_timeout
+    loaded = [rewards.load_term(t.source, timeout=seconds, **how) for t in terms]
     functions = [f if judge else on_main_process(f) for f, judge in loaded]
     critic, critic_params = None, None
     key = jax.random.fold_in(jax.random.key(config.seed), 1)

@@ -3,6 +3,7 @@
 A contradiction raises ValueError here, naming the fields; nothing is rewritten.
 """
 
+import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -83,10 +84,13 @@ class OnlineOptions:
     """Updates in each pass; must divide the completions of a rollout."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in the policy's loss."""
+    reward_timeout: float = 600.0
+    """Seconds after which a call of a Python reward function counts as hanging."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
 
     def __post_init__(self):
+        check_reward_timeout(self.reward_timeout)
         for name in ("num_epochs", "num_minibatches"):
             value = getattr(self, name)
             check(value >= 1, f"{name} must be >= 1, got {value}")
@@ -178,3 +182,9 @@ def check(ok: bool, message: str) -> None:
     """Raises ValueError with the message unless ok."""
     if not ok:
         raise ValueError(message)
+
+
+def check_reward_timeout(seconds: float) -> None:
+    """Raises ValueError unless a thread can be waited for so long."""
+    ok = 0 < seconds <= threading.TIMEOUT_MAX
+    check(ok, f"reward_timeout must be > 0 seconds, got {seconds}")

@@ -24,17 +24,8 @@ _log = logging.getLogger("jalign.train")
 
 # Fields that a continued run may have changed: they do not change the steps taken.
 MAY_CHANGE = frozenset(
-    {
-        "out",
-        "eval_data",
-        "eval_split",
-        "steps",
-        "epochs",
-        "checkpoint_every",
-        "resume",
-        "mesh",
-    }
-    | {"remat", "save_critic"}
+    {"out", "eval_data", "eval_split", "steps", "epochs", "checkpoint_every", "resume"}
+    | {"mesh", "remat", "save_critic", "reward_timeout"}
 )
 
 
@@ -57,7 +48,7 @@ class Run(NamedTuple):
 def make_run_mesh(spec: str | None) -> Mesh | None:
     """The mesh of a --mesh flag: all devices on fsdp by default, None for one device.
 
-    A mesh that names fewer devices than there are takes the first ones.
+    A mesh that names fewer devices than there are takes the first ones, and says so.
 
     Raises: ValueError as sharding.make_mesh.
     """
@@ -72,11 +63,12 @@ def make_run_mesh(spec: str | None) -> Mesh | None:
             raise ValueError(
                 f"mesh {spec!r} has {wanted} devices, the processes have {len(devices)}"
             )
-        _log.info("mesh %r takes %d of %d devices", spec, wanted, len(devices))
+        left = len(devices) - wanted
+        _log.warning("mesh %r leaves %d of %d devices idle", spec, left, len(devices))
         devices = devices[:wanted]
-    if len(devices) == 1:
-        return None
-    return sharding.make_mesh(**sizes, devices=devices)
+    # Made for one device, too: a size that is not there is then refused.
+    mesh = sharding.make_mesh(**sizes, devices=devices)
+    return mesh if mesh.size > 1 else None
 
 
 class Clock:

@@ -95,6 +95,31 @@ def test_gradients_flow_where_they_should_and_are_exactly_zero_elsewhere(name):
         assert np.any(grad) == (arg in case.grads), arg
 
 
+@pytest.mark.parametrize("name", [name for name in sorted(CASES) if float_args(name)])
+def test_forward_mode_agrees_with_reverse_mode(name):
+    mask, arrays, which = (
+        make_mask(CASES[name]),
+        make_arrays(CASES[name]),
+        float_args(name),
+    )
+    rng = np.random.default_rng(3)
+    along = [np.float32(rng.normal(size=arrays[i].shape)) for i in which]
+
+    def of(*floats):
+        args = dict(enumerate(arrays)) | dict(zip(which, floats, strict=True))
+        return total(name, mask, *args.values())
+
+    floats = tuple(arrays[i] for i in which)
+    moved = jax.jit(lambda *v: jax.jvp(of, floats, v)[1])(*along)
+    _, grads = value_and_grads(name, mask, arrays)
+    want = sum(np.vdot(v, g) for v, g in zip(along, grads, strict=True))
+    sizes = [
+        np.linalg.norm(np.concatenate([np.ravel(x) for x in xs]))
+        for xs in (along, grads)
+    ]
+    np.testing.assert_allclose(moved, want, rtol=0, atol=1e-5 * np.prod(sizes))
+
+
 @every
 def test_what_lies_at_masked_places_changes_nothing(name):
     case = CASES[name]

@@ -1,8 +1,13 @@
 """Tests for jalign/models/hf_config.py."""
 
+import json
+import time
+
 import pytest
 
+from jalign import cli
 from jalign.models.hf_config import config_from_hf, config_to_hf
+from jalign.models.hf_read import read_config
 from tests.models.tiny import CONFIGS
 
 RAW = config_to_hf(CONFIGS["llama"])[0]
@@ -54,6 +59,101 @@ def test_end_tokens_of_both_files_are_joined():
 def test_what_cannot_be_honoured_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(RAW | change)
+
+
+BAD_VALUES = [
+    ("vocab_size", True),
+    ("vocab_size", 48.0),
+    ("vocab_size", "48"),
+    ("vocab_size", 0),
+    ("hidden_size", -24),
+    ("hidden_size", [24]),
+    ("num_hidden_layers", 10**12),
+    ("num_hidden_layers", 10**400),
+    ("num_attention_heads", 0),
+    ("num_attention_heads", 5),
+    ("num_key_value_heads", 3),
+    ("num_key_value_heads", {}),
+    ("head_dim", 7),
+    ("head_dim", 10.5),
+    ("max_position_embeddings", False),
+    ("rms_norm_eps", 0),
+    ("rms_norm_eps", -1e-6),
+    ("rms_norm_eps", "1e-6"),
+    ("tie_word_embeddings", 1),
+    ("tie_word_embeddings", "false"),
+    ("bos_token_id", "<s>"),
+    ("pad_token_id", 0.5),
+    ("architectures", "LlamaForCausalLM"),
+    ("architectures", [7]),
+    ("model_type", ["llama"]),
+    ("num_labels", -1),
+    ("rope_theta", 0),
+    ("rope_theta", -10000.0),
+    ("rope_theta", True),
+    ("rope_scaling", "linear"),
+    ("rope_scaling", [2.0]),
+    ("rope_parameters", 4),
+    ("rope_scaling", {"rope_type": "linear", "factor": "2"}),
+    ("rope_scaling", {"rope_type": "linear", "factor": -2}),
+    ("rope_scaling", {"rope_type": ["linear"], "factor": 2.0}),
+    ("rope_scaling", {"rope_type": "llama3"} | SCALING | {"low_freq_factor": 4.0}),
+    (
+        "rope_scaling",
+        {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1.5},
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=str)
+def test_a_value_of_another_type_or_out_of_bounds_names_file_and_key(
+    tmp_path, key, value
+):
+    text = json.dumps(RAW | {key: "VALUE"})
+    shown = str(value) if isinstance(value, int | float) else json.dumps(value)
+    if isinstance(value, bool):
+        shown = shown.lower()
+    file = tmp_path / "config.json"
+    file.write_text(text.replace('"VALUE"', shown))
+    start = time.perf_counter()
+    with pytest.raises(ValueError) as error:
+        read_config(tmp_path)
+    assert time.perf_counter() - start < 1
+    name, _, message = str(error.value).partition(": ")
+    named = {"architectures": "architecture", "rope_scaling": "rope "}.get(key, key)
+    assert name == str(file) and len(message) < 200
+    assert key in message or named in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "recursion"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is given twice"),
+        ('{"rms_norm_eps": NaN}', "rms_norm_eps is nan"),
+        ('{"a": {"b": [1, Infinity]}}', "b is inf"),
+        ('{"a": 1e999}', "a is inf"),
+        ("[]", "not a JSON object"),
+        ("{", "not usable as JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "digits"),
+    ],
+    ids=range(8),
+)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_file_that_is_no_json_object_is_named(tmp_path, name, text, message):
+    (tmp_path / "config.json").write_text(json.dumps(RAW))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path / name}: .*{message}"):
+        read_config(tmp_path)
+
+
+def test_the_command_says_it_in_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(RAW | {"vocab_size": True}))
+    for command in (["generate", "--prompts", "x"], ["plan", "--recipe", "sft"]):
+        assert cli.main([*command, "--model", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert "config.json: vocab_size=True is not a int" in error
+        assert "Traceback" not in error
 
 
 def test_qwen_window_is_all_layers_or_none():

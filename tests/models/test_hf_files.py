@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jalign.models.hf_files import INDEX, WeightFiles, model_folder
+from jalign.models.hf_files import INDEX, WEIGHTS, WeightFiles, model_folder
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -65,11 +65,27 @@ def test_damage_duplicates_and_index_errors_are_problems(tmp_path):
     assert "damaged" in text and "duplicate tensor a" in text
 
 
+@pytest.mark.parametrize("weight_map", [[], {}, "x", None], ids=str)
+def test_an_index_that_maps_nothing_is_refused(tmp_path, weight_map):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=f"{INDEX}: not a"), WeightFiles(tmp_path):
+        pass
+
+
+def test_a_flood_of_a_header_is_not_read(tmp_path):
+    size = 90 * 2**20
+    with open(tmp_path / WEIGHTS, "wb") as file:
+        file.write(size.to_bytes(8, "little") + b"{}")
+        file.truncate(size + 8)
+    with WeightFiles(tmp_path) as files:
+        assert "a header of 94371840 bytes" in files.problems[0]
+
+
 def test_errors_name_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         model_folder(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="neither"), WeightFiles(tmp_path):
         pass
     (tmp_path / INDEX).write_text("[]")
-    with pytest.raises(ValueError, match="not a weight index"), WeightFiles(tmp_path):
+    with pytest.raises(ValueError, match="not a JSON object"), WeightFiles(tmp_path):
         pass

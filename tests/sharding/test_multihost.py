@@ -1,5 +1,8 @@
 """One process: no-ops and errors. Two real processes (gloo on localhost): the rest."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -33,6 +36,57 @@ def test_initialize_without_a_cluster_does_nothing():
 def test_initialize_checks_its_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         sharding.initialize(*arguments)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "2",  # of 0 and 1
+    "SLURM_LOCALID": "0",
+}
+
+
+BROKEN = {
+    "rank": SLURM,
+    "count": SLURM | {"SLURM_NTASKS": "two", "SLURM_PROCID": "0"},
+    "ompi5": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+    "uri": {"OMPI_MCA_orte_hnp_uri": "65536.0;file://x", "OMPI_COMM_WORLD_SIZE": "2"},
+    "tpu": {"TPU_WORKER_HOSTNAMES": "host0,host1"},
+    "coordinator": {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"},
+}
+
+
+def test_a_cluster_that_cannot_be_joined_is_not_left_for_training_alone():
+    code = f"""
+import os
+from jalign import cli
+clean = dict(os.environ)
+for name, env in {BROKEN!r}.items():
+    os.environ.update(env)
+    print(name, cli.main(["generate", "--model", "x", "--prompts", "y"]))
+    os.environ.clear()
+    os.environ.update(clean)
+os.environ.update({SLURM!r})
+cli.start_jax(cli.Launch(num_processes=1))
+print("alone on request")
+"""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = [*(f"{name} 2" for name in BROKEN), "alone on request"]
+    assert run.stdout.splitlines() == lines, run.stderr
+    assert run.stderr.count("cannot join the others") == len(BROKEN)
+    assert "Traceback" not in run.stderr
+
+
+def test_a_used_notebook_stays_alone_only_where_it_is_alone(monkeypatch):
+    jax.devices()
+    sharding.initialize()
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # a batch script, without srun
+    sharding.initialize()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "a,b")
+    with pytest.raises(ConnectionError, match=r"one of 2 .* must be called before"):
+        sharding.initialize()
 
 
 def test_put_batch_and_gather_in_one_process():

@@ -72,3 +72,28 @@ def test_mesh_of_a_flag():
     assert make_run_mesh("fsdp=2,tensor=2").size == 4
     assert make_run_mesh(None).size == len(jax.devices())
     assert dataclasses.is_dataclass(config("o"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "devices", "fits"),
+    [
+        ("fsdp=8", 1, "data=1,fsdp=1,tensor=1"),
+        ("tensor=2", 1, "data=1,fsdp=1,tensor=1"),
+        ("data=2", 1, "data=1,fsdp=1,tensor=1"),
+        ("fsdp=16,tensor=2", 8, "data=1,fsdp=4,tensor=2"),
+        ("data=3", 8, "data=1,fsdp=8,tensor=1"),
+    ],
+)
+def test_a_mesh_of_devices_that_are_not_there(monkeypatch, spec, devices, fits):
+    there = jax.devices()[:devices]
+    monkeypatch.setattr(jax, "devices", lambda: there)
+    match = f"number of devices, {devices}; what fits is {fits}"
+    with pytest.raises(ValueError, match=match):
+        make_run_mesh(spec)
+    made = make_run_mesh(fits)
+    assert (made.size if made else 1) == devices
+
+
+def test_devices_left_idle_are_named(caplog):
+    make_run_mesh("fsdp=2")
+    assert "leaves 6 of 8 devices idle" in caplog.text
