@@ -39,8 +39,8 @@ FLAGS = {
         max_new_tokens=128 temperature=1.0 top_k=0 top_p=1.0 chat=False batch_size=64
         seed=0 mesh=None dtype=float32 out=None""",
     "eval": """model=! data=! split=None columns=None task=auto ref_model=None
-        reward=None reward_timeout=600.0 limit=None batch_size=16 max_length=1024 max_new_tokens=128
-        temperature=1.0 seed=0 mesh=None bad_rows=error out=None""",
+        reward=None reward_timeout=600.0 limit=None batch_size=16 max_length=1024
+        max_new_tokens=128 temperature=1.0 seed=0 mesh=None bad_rows=error out=None""",
     "plan": """model=! recipe=sft topology=None mesh= batch_size=8 max_length=2048
         microbatches=1 dtype=bfloat16 remat=True optimizer=adamw shared_trunk=False
         compile=False""",
