@@ -103,7 +103,8 @@ def test_two_processes_train_as_one_does(command, tmp_path):
     ],
 )
 def test_a_killed_run_continues_to_identical_weights(command, how, tmp_path):
-    more = ["--steps", "12", "--cpu-devices", "1"]
+    # Steps enough that a fast machine is still at work when the signal comes.
+    more = ["--steps", "24", "--cpu-devices", "1"]
     if command == "ppo":
         (tmp_path / "reward.py").write_text(REWARD, "utf-8")
         more += ["--reward", f"{tmp_path / 'reward.py'}:length"]

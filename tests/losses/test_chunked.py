@@ -17,8 +17,10 @@ from jalign.losses import (
 )
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, Static
 from tests.hlo import largest_buffer
+from tests.tolerance import assert_trees_close
 
 B, T, D, V = 8, 32, 8, 512
+SUM_LENGTH = D + V + B * T  # logits, their log-sum-exp, then all tokens
 RNG = np.random.default_rng(0)
 HIDDEN = RNG.normal(size=(B, T, D)).astype(np.float32)
 UNEMBED = RNG.normal(size=(D, V)).astype(np.float32)
@@ -88,8 +90,7 @@ def test_eight_devices_give_the_same(split):
     shardings = tuple(NamedSharding(mesh, spec) for spec in SPECS[split])
     grad = jax.jit(jax.value_and_grad(total, (0, 1)))
     got, want = grad(*jax.device_put(args, shardings)), grad(*args)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, got, want)
+    assert_trees_close(got, want, n=SUM_LENGTH)
 
 
 def test_a_split_batch_keeps_its_hidden_states_where_they_are():
@@ -212,8 +213,7 @@ def test_a_mask_on_eight_devices(split):
         jax.jit(jax.value_and_grad(masked_total, (0, 1))),
         spread(split, *args),
     )
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, grad(*there), grad(*args))
+    assert_trees_close(grad(*there), grad(*args), n=SUM_LENGTH)
     if split == "batch":
         hlo = compiled(grad, *there)
         assert "all-gather" not in hlo and "all-to-all" not in hlo
@@ -227,8 +227,7 @@ def test_a_mask_on_a_mesh_of_explicit_axes():
     with jax.set_mesh(mesh):
         there = jax.device_put(args, tuple(NamedSharding(mesh, x) for x in specs))
         got = jax.jit(jax.grad(masked_total, (0, 1)))(*there)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, jax.device_get(got), want)
+    assert_trees_close(got, want, n=SUM_LENGTH)
 
 
 @pytest.mark.parametrize("mask", [MASK[:, :3], MASK[0], MASK[..., None], 1.0 * MASK])

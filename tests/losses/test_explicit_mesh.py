@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.losses.case import SIZES
 from tests.losses.cases import CASES, call, make_arrays
+from tests.tolerance import float32_sum
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+ROUNDING = float32_sum(SIZES["B"] * SIZES["T"])
 
 
 def spread(case):
@@ -42,4 +45,4 @@ def test_groups_over_devices_are_those_of_one():
         want = call(name, *make_arrays(CASES[name]))
         with jax.set_mesh(MESH):
             got = jax.jit(functools.partial(call, name))(*spread(CASES[name]))
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(got, want, rtol=ROUNDING, atol=ROUNDING)

@@ -175,7 +175,7 @@ def assert_same(values, golden):
     for name, want in golden.items():
         got, want = np.asarray(values[name], np.float64), np.asarray(want)
         # 1e-5 of each entry, or of the largest where entries cancel.
-        atol = 1e-6 * np.abs(want).max(initial=1.0, where=np.isfinite(want))
+        atol = 1e-5 * np.abs(want).max(initial=1.0, where=np.isfinite(want))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol, err_msg=name)
 
 

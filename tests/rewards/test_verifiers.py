@@ -48,10 +48,10 @@ def test_the_final_number_of_tricky_texts(text, number):
 
 
 def test_a_long_text_takes_no_long_time():
-    start = time.monotonic()
+    start = time.process_time()
     for text in ("1" * 200_000, "1/" * 50_000, "1 " * 50_000, "1," * 50_000):
         final_number(text)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

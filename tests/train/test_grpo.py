@@ -208,6 +208,7 @@ def test_padding_changes_nothing():
 
 
 def test_a_random_model_learns_to_say_a():
+    """The end over ten seeds of model and sampling: 0.77 to 0.90."""
     config = make_grpo_config(steps=20)
     state, parts = start(config)
     rewards = []
