@@ -68,9 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else EXIT_USER
     except KeyboardInterrupt:
         return fail("interrupted", code=130)
-    except Exception as error:
+    except BaseException as error:
         if type(error).__name__ == "Preempted":
             return fail(str(error), code=EXIT_PREEMPTED)
+        if not isinstance(error, Exception):
+            raise
         if not is_user_error(error):
             traceback.print_exc()
             return EXIT_BUG
@@ -217,12 +219,13 @@ def nearest(name: str, known: Any) -> str:
 
 
 def is_user_error(error: Exception) -> bool:
-    """True where the message was written for the user: an error about a file, or one
-    that jalign itself raised. An error from inside a library is a bug and is shown
-    with its traceback."""
-    if isinstance(error, OSError):
+    """True where the message was written for the user: an error about a file or memory,
+    or one that jalign itself raised. An error from inside a library is a bug and is
+    shown with its traceback."""
+    if isinstance(error, OSError | MemoryError):
         return True
-    if not isinstance(error, ValueError):
+    # NaN logits while sampling are FloatingPointErrors.
+    if not isinstance(error, ValueError | FloatingPointError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
     here = str(Path(__file__).resolve().parent)
@@ -233,7 +236,7 @@ def describe(error: Exception) -> str:
     """The message of a user error on its own."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}"
-    return str(error)
+    return str(error) or "not enough memory"
 
 
 def summary_lines(summary: dict[str, Any]) -> str:

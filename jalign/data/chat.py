@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jalign.data.clock import with_clock
 from jalign.data.messages import Messages
 from jalign.data.rows import RowError
 from jalign.data.tokenizer import CHUNK, Tokenizer, leading_ids
@@ -81,6 +82,7 @@ def render(
     try:
         return tokenizer.apply_chat_template(
             messages,
+            chat_template=with_clock(tokenizer.chat_template),
             tokenize=False,
             add_generation_prompt=generation_prompt,
             continue_final_message=continue_final,
@@ -159,6 +161,7 @@ def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str) -> Spans:
     """Where the template says {% generation %}, plus an EOS right behind it."""
     encoded = tokenizer.apply_chat_template(
         chat.messages,
+        chat_template=with_clock(tokenizer.chat_template),
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,

@@ -10,6 +10,7 @@ from jalign.rewards.sums import (
     Judge,
     RewardTerm,
     load_term,
+    load_terms,
     parse_rewards,
     weighted_sum,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "gsm8k_format",
     "load_reward",
     "load_term",
+    "load_terms",
     "model_reward",
     "parse_rewards",
     "score_tokens",

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jalign import data, models
+from jalign.models.hf_files import model_folder
+from jalign.models.hf_read import read_config
 from jalign.rewards.functions import RewardFn, checked, load_reward
 from jalign.rewards.scorer import model_reward
 from jalign.rewards.verifiers import VERIFIERS
@@ -90,6 +92,16 @@ def load_term(source: str, **options: Any) -> tuple[RewardFn, Judge | None]:
         return checked(VERIFIERS[source], name=source), None
     if is_function(source):
         return load_reward(source), None
+    source = model_of(source)
+    judge = Judge(*models.load(source, **options), data.load_tokenizer(source))
+    return model_reward(*judge), judge
+
+
+def model_of(source: str) -> str:
+    """The source, where it may be a directory or a hub id.
+
+    Raises: ValueError if there is nothing of this name.
+    """
     if not Path(source).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         close = difflib.get_close_matches(source, VERIFIERS, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -97,8 +109,31 @@ def load_term(source: str, **options: Any) -> tuple[RewardFn, Judge | None]:
             f"reward {source!r} is not FILE.py:FUNCTION, no directory, no hub id "
             f"(OWNER/NAME), and not built in ({', '.join(VERIFIERS)}){hint}"
         )
-    judge = Judge(*models.load(source, **options), data.load_tokenizer(source))
-    return model_reward(*judge), judge
+    return source
+
+
+def is_model(source: str) -> bool:
+    """Whether a source is neither built in nor a function."""
+    return source not in VERIFIERS and not is_function(source)
+
+
+def load_terms(
+    terms: Sequence[RewardTerm], **options: Any
+) -> list[tuple[RewardFn, Judge | None]]:
+    """load_term of each; what is quick to refuse (a file, a folder) comes first.
+
+    Raises: as load_term; ValueError for a checkpoint that is no reward model.
+    """
+    loaded = {t.source: load_term(t.source) for t in terms if not is_model(t.source)}
+    for term in terms:
+        if term.source not in loaded:
+            config = read_config(model_folder(model_of(term.source)))
+            if config.num_labels != 1:
+                raise ValueError(
+                    f"reward {term.source!r}: not a reward model (num_labels is "
+                    f"{config.num_labels}, not 1)"
+                )
+    return [loaded.get(t.source) or load_term(t.source, **options) for t in terms]
 
 
 def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> RewardFn:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jalign import data, generate, models, rewards, sharding
 from jalign.train import forward
+from jalign.train.inputs import reward_inputs
 from jalign.train.online_config import OnlineConfig, SampleConfig
 from jalign.train.rollout import Actors
 from jalign.types import PyTree, TokenBatch
@@ -28,6 +29,7 @@ class Cast(NamedTuple):
       tokenizer: the policy's.
       reward: (prompts, completions, rows) -> float32 [B], or [B, K] of several.
       reward_weights: name -> weight of each of the K rewards, in their order.
+      inputs: digests of what is behind the rewards (inputs.py).
     """
 
     policy: models.Model
@@ -37,6 +39,7 @@ class Cast(NamedTuple):
     tokenizer: Any
     reward: rewards.RewardFn
     reward_weights: Mapping[str, float] = {"reward": 1.0}
+    inputs: Mapping[str, str] = {}
 
 
 def load_cast(
@@ -53,11 +56,11 @@ def load_cast(
     """
     compute = config.options.compute
     how = {"mesh": mesh, "dtype": compute.dtype, "remat": compute.remat}
+    terms = rewards.parse_rewards(config.reward)
+    loaded = rewards.load_terms(terms, **how)
     tokenizer = data.load_tokenizer(config.model)
     policy, params = models.load(config.model, **how)
     data.check_vocab(tokenizer, policy.config.vocab_size)
-    terms = rewards.parse_rewards(config.reward)
-    loaded = [rewards.load_term(term.source, **how) for term in terms]
     functions = [f if judge else on_main_process(f) for f, judge in loaded]
     critic, critic_params = None, None
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -81,6 +84,7 @@ def load_cast(
         tokenizer,
         functions[0] if len(functions) == 1 else side_by_side(functions),
         {term.name: term.weight for term in terms},
+        reward_inputs(terms, [judge for _, judge in loaded]),
     )
 
 

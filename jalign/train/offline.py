@@ -1,27 +1,33 @@
 """SFT, reward models, DPO: one sequence, `_run`, with the functions of a `Recipe`."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jalign import data, evaluate, models, report, sharding
+from jalign import data, evaluate, models, sharding
 from jalign.models import Model
 from jalign.train import objectives, optim
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
+from jalign.train.folder import whole_folder
 from jalign.train.held_out import (
     before_and_after,
     measure,
     sample_prompts,
     sample_texts,
+    write_report,
 )
-from jalign.train.loop import fit
+from jalign.train.inputs import (
+    checked_tokenizer,
+    examples_digest,
+    run_inputs,
+    tokenizer_inputs,
+)
+from jalign.train.loop import SkipGuard, fit, row_namer
 from jalign.train.metrics import MetricsWriter, training_flops_per_token
 from jalign.train.reference import reference_examples
-from jalign.train.run import Clock, Run, open_run, restore_state
+from jalign.train.run import Clock, Run, identify, open_run, restore_state
 from jalign.train.step import abstract_state, init_state, make_train_step
 from jalign.types import TrainState
 
@@ -55,7 +61,7 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
     """Supervised fine-tuning; returns the summary that the report shows.
 
     Writes OUT/model (HF format), OUT/checkpoints, OUT/metrics.jsonl, OUT/report.html.
-    Raises: ValueError about settings, data or OUT; loop.Preempted; loop.Diverged.
+    Raises: ValueError about settings, data or OUT; stop.Preempted; loop.Diverged.
     """
     options = config.sft
 
@@ -145,15 +151,20 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
 def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     with open_run(config, recipe.kind) as run:
         clock = Clock()
-        model, params, tokenizer = _load(config, recipe, run)
-        clock.lap("load model")
-        rows = {"train": data.load_rows(config.data)}
-        if config.eval_data:
-            rows["eval"] = data.load_rows(config.eval_data)
-        sets = {
-            name: recipe.examples(part, tokenizer)[0] for name, part in rows.items()
-        }
+        # Whatever is wrong with the rows is said before the model is loaded.
+        sources = {"train": config.data, "eval": config.eval_data}
+        rows = {name: data.load_rows(part) for name, part in sources.items() if part}
+        tokenizer = checked_tokenizer(config.model)
+        found = tokenizer_inputs(tokenizer)
+        sets = {k: recipe.examples(part, tokenizer)[0] for k, part in rows.items()}
         clock.lap("read data")
+        model, params = _load(config, recipe, run)
+        size = len(sets["train"]), config.batch_size
+        steps = config.steps or data.num_steps(*size, config.epochs)
+        found |= run_inputs(config, params, sets["train"], steps)
+        held_out = examples_digest(sets.get("eval", []))
+        run = identify(run, found, held_out, reschedule=config.reschedule)
+        clock.lap("load model")
         if recipe.reference:
             sets = reference_examples(
                 model,
@@ -182,24 +193,18 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
 
         before = look(params)
         clock.lap("evaluate before")
-        state, num_tokens = _train(config, recipe, run, model, params, sets["train"])
+        given = model, params, sets["train"], rows["train"], steps
+        state, num_tokens, skipped = _train(config, recipe, run, *given)
         clock.lap("train")
         after = look(state.params)
         clock.lap("evaluate after")
-        models.save(run.out / "model", model, state.params, tokenizer)
+        with whole_folder(run.out / "model") as folder:
+            models.save(folder, model, state.params, tokenizer)
         clock.lap("save model")
         summary = {"steps": int(state.step), "num_tokens": int(num_tokens)}
-        summary |= before_and_after(before[0], after[0])
-        if sharding.is_main_process():
-            texts = zip(prompts, before[1], after[1], strict=True)
-            report.write_report(
-                run.out,
-                title=f"{recipe.kind.upper()} of {Path(config.model).name}",
-                config=dataclasses.asdict(config),
-                samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
-                summary=summary,
-                timings=clock.seconds,
-            )
+        summary |= skipped | before_and_after(before[0], after[0])
+        texts = prompts, before[1], after[1]
+        write_report(config, recipe.kind, summary, clock.seconds, *texts)
         return summary | {"model": str(run.out / "model")}
 
 
@@ -208,10 +213,7 @@ def _load(config: RunConfig, recipe: Recipe, run: Run):
     model, params = models.load(
         config.model, mesh=run.mesh, dtype=compute.dtype, remat=compute.remat
     )
-    model, params = recipe.prepare(model, params)
-    tokenizer = data.load_tokenizer(config.model)
-    data.check_vocab(tokenizer, model.config.vocab_size)
-    return model, params, tokenizer
+    return recipe.prepare(model, params)
 
 
 def _as_language_model(model: Model, params: PyTree) -> tuple[Model, PyTree]:
@@ -226,14 +228,13 @@ def _preference_examples(config: RunConfig):
 
 
 def _train(
-    config: RunConfig, recipe: Recipe, run: Run, model, params, examples
-) -> tuple[TrainState, float]:
-    """(state after the last step, tokens seen); takes the parameters over."""
-    steps = config.steps or data.num_steps(
-        len(examples), config.batch_size, config.epochs
-    )
+    config: RunConfig, recipe: Recipe, run: Run, model, params, examples, rows, steps
+) -> tuple[TrainState, float, dict[str, int]]:
+    """(last state, tokens seen, steps skipped); takes the parameters over."""
     tx, schedule = optim.make_optimizer(config.optim, steps)
-    state, tokens = _first_state(config, run, params, tx, steps)
+    state, meta = _first_state(config, run, params, tx, steps)
+    names = row_namer(rows, examples, config)
+    guard = SkipGuard(meta.get("skipped", ()), names=names)
     start = int(state.step)
     step_fn = make_train_step(
         recipe.objective(model),
@@ -246,7 +247,7 @@ def _train(
         run.out,
         total_steps=steps,
         start_step=start,
-        num_tokens=tokens,
+        num_tokens=meta.get("num_tokens", 0.0),
         flops_per_token=training_flops_per_token(state.params),
         title=recipe.kind,
     )
@@ -261,24 +262,26 @@ def _train(
             checkpoint_every=config.checkpoint_every,
             meta=run.meta,
             mesh=run.mesh,
+            stop=run.stop,
+            guard=guard,
         )
     finally:
         writer.close()
-    return state, writer.num_tokens
+    return state, writer.num_tokens, guard.summary()
 
 
 def _first_state(config: RunConfig, run: Run, params, tx, steps: int):
-    """(the newest checkpoint's state or a fresh one, tokens seen so far)."""
+    """(the newest checkpoint's state or a fresh one, what was stored with it)."""
     abstract = abstract_state(params, tx, mesh=run.mesh)
     restored = restore_state(run, {"state": abstract})
     if restored is None:
         key = jax.random.key(config.seed)
-        return init_state(params, tx, key, mesh=run.mesh), 0.0
+        return init_state(params, tx, key, mesh=run.mesh), {}
     if restored.step > steps:
         raise ValueError(
             f"{run.out} has already taken {restored.step} steps, not just {steps}"
         )
-    return restored.tree["state"], restored.meta["num_tokens"]
+    return restored.tree["state"], restored.meta
 
 
 def _batches(config, recipe, run, examples, start, steps):
