@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from jalign import data, evaluate, models, rewards, sharding
+from jalign.models.hf_read import config_of
+from jalign.train.inputs import checked_tokenizer
 from jalign.train.reference import reference_examples
 from jalign.train.run import make_run_mesh
 
@@ -51,14 +53,14 @@ class GenerateConfig:
 def run_generate(config: GenerateConfig) -> str | None:
     """Samples one completion a prompt; returns the text to print, or None."""
     mesh = make_run_mesh(config.mesh)
-    model, params = models.load(config.model, mesh=mesh, dtype=config.dtype)
-    tokenizer = data.load_tokenizer(config.model)
+    tokenizer = checked_tokenizer(config.model)
     if config.prompts:
         rows: list[dict] = data.load_rows(config.prompts)
     elif config.chat:
         rows = [{"prompt": [{"role": "user", "content": p}]} for p in config.prompt]
     else:
         rows = [{"prompt": p} for p in config.prompt]
+    model, params = models.load(config.model, mesh=mesh, dtype=config.dtype)
     texts = evaluate.sample_texts(
         model,
         params,
@@ -129,18 +131,23 @@ class EvalConfig:
 
 def run_eval(config: EvalConfig) -> str:
     """Measures the model on the rows; returns the JSON text."""
+    # Whatever is wrong with rows, rewards and paths is said before a model is loaded.
     mesh = make_run_mesh(config.mesh)
-    model, params = models.load(config.model, mesh=mesh)
-    tokenizer = data.load_tokenizer(config.model)
+    tokenizer = checked_tokenizer(config.model)
+    if config.ref_model:
+        config_of(config.ref_model)
     rows = data.load_rows(config.data, limit=config.limit, bad_rows=config.bad_rows)
+    task = _task_of(config, rows)
+    examples, counts = _EXAMPLES[task](config, rows, tokenizer)
+    reward = _reward_fn(config.reward, mesh) if config.reward else None
+    model, params = models.load(config.model, mesh=mesh)
     reference = None
     if config.ref_model:
         reference = models.load(config.ref_model, mesh=mesh)
-    measure = {"sft": _eval_sft, "preference": _eval_pairs, "reward": _eval_reward}
-    result = measure[_task_of(config, rows)](
-        config, model, params, tokenizer, rows, reference
+    result = _MEASURES[task](
+        config, model, params, tokenizer, examples, reference, reward
     )
-    text = json.dumps(result, indent=2)
+    text = json.dumps(result | {"rows": counts}, indent=2)
     if config.out and sharding.is_main_process():
         Path(config.out).write_text(text + "\n", encoding="utf-8")
     return text
@@ -166,22 +173,35 @@ def _loader(config: EvalConfig, model, examples, collate):
     )
 
 
-def _eval_sft(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
-    examples, counts = data.sft_examples(
-        rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
-    )
+def _sft_examples(config, rows, tokenizer):
+    how = {"max_length": config.max_length, "bad_rows": config.bad_rows}
+    return data.sft_examples(rows, tokenizer, **how)
+
+
+def _pairs(config, rows, tokenizer):
+    how = {"max_length": config.max_length, "bad_rows": config.bad_rows}
+    return data.preference_examples(rows, tokenizer, **how)
+
+
+def _prompts(config, rows, tokenizer):
+    how = {"max_prompt_length": config.max_length, "bad_rows": config.bad_rows}
+    return data.prompt_examples(rows, tokenizer, **how)
+
+
+def _eval_sft(
+    config, model, params, tokenizer, examples, reference, reward
+) -> dict[str, Any]:
     loader = _loader(config, model, examples, data.collate_tokens)
-    result = evaluate.eval_loss(model, params, loader) | {"rows": counts}
+    result = evaluate.eval_loss(model, params, loader)
     if reference is not None:
         prompts = [e.tokens[: int(np.argmax(e.completion_mask))] for e in examples]
         result |= _kl(config, model, params, tokenizer, prompts, reference)
     return result
 
 
-def _eval_pairs(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
-    pairs, counts = data.preference_examples(
-        rows, tokenizer, max_length=config.max_length, bad_rows=config.bad_rows
-    )
+def _eval_pairs(
+    config, model, params, tokenizer, pairs, reference, reward
+) -> dict[str, Any]:
     if reference is not None:
         size, length = config.batch_size, config.max_length
         ref_model, ref_params = reference
@@ -189,20 +209,18 @@ def _eval_pairs(config, model, params, tokenizer, rows, reference) -> dict[str, 
             ref_model, ref_params, {"rows": pairs}, batch_size=size, max_length=length
         )["rows"]
     loader = _loader(config, model, pairs, data.collate_preferences)
-    return evaluate.preference_accuracy(model, params, loader) | {"rows": counts}
+    return evaluate.preference_accuracy(model, params, loader)
 
 
-def _eval_reward(config, model, params, tokenizer, rows, reference) -> dict[str, Any]:
-    assert config.reward is not None
-    prompts, counts = data.prompt_examples(
-        rows, tokenizer, max_prompt_length=config.max_length, bad_rows=config.bad_rows
-    )
+def _eval_reward(
+    config, model, params, tokenizer, prompts, reference, reward
+) -> dict[str, Any]:
     result = evaluate.mean_reward(
         model,
         params,
         tokenizer,
         prompts,
-        _reward_fn(config.reward, model.mesh),
+        reward,
         key=jax.random.key(config.seed),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -212,13 +230,17 @@ def _eval_reward(config, model, params, tokenizer, rows, reference) -> dict[str,
     if reference is not None:
         tokens = [prompt.tokens for prompt in prompts]
         measured |= _kl(config, model, params, tokenizer, tokens, reference)
-    return measured | {"rows": counts}
+    return measured
+
+
+_EXAMPLES = {"sft": _sft_examples, "preference": _pairs, "reward": _prompts}
+_MEASURES = {"sft": _eval_sft, "preference": _eval_pairs, "reward": _eval_reward}
 
 
 def _reward_fn(spec: str, mesh) -> rewards.RewardFn:
     """The sum that a --reward stands for."""
     terms = rewards.parse_rewards(spec)
-    functions = [rewards.load_term(term.source, mesh=mesh)[0] for term in terms]
+    functions = [function for function, _ in rewards.load_terms(terms, mesh=mesh)]
     return rewards.weighted_sum(functions, [term.weight for term in terms])
 
 

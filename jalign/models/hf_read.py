@@ -89,6 +89,11 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
+def config_of(path: str | Path) -> ModelConfig:
+    """ModelConfig of a folder or hub id, without its weights. Raises: as `load`."""
+    return read_config(model_folder(path))
+
+
 def _report(folder: Path, problems: list[str], most: int = 20) -> str:
     lines = [f"{folder}: {len(problems)} problem(s) with the weights"]
     lines += [f"  {problem}" for problem in problems[:most]]

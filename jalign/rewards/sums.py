@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jalign import data, models
-from jalign.models.hf_files import model_folder
-from jalign.models.hf_read import read_config
+from jalign.models.hf_read import config_of
 from jalign.rewards.functions import RewardFn, checked, load_reward
 from jalign.rewards.scorer import model_reward
 from jalign.rewards.verifiers import VERIFIERS
@@ -124,16 +123,16 @@ def load_terms(
 
     Raises: as load_term; ValueError for a checkpoint that is no reward model.
     """
-    loaded = {t.source: load_term(t.source) for t in terms if not is_model(t.source)}
-    for term in terms:
-        if term.source not in loaded:
-            config = read_config(model_folder(model_of(term.source)))
-            if config.num_labels != 1:
+    sources = [term.source for term in terms]
+    loaded = {source: load_term(source) for source in sources if not is_model(source)}
+    for source in sources:
+        if is_model(source):
+            labels = config_of(model_of(source)).num_labels
+            if labels != 1:
                 raise ValueError(
-                    f"reward {term.source!r}: not a reward model (num_labels is "
-                    f"{config.num_labels}, not 1)"
+                    f"reward {source!r}: no reward model (num_labels {labels}, not 1)"
                 )
-    return [loaded.get(t.source) or load_term(t.source, **options) for t in terms]
+    return [loaded.get(source) or load_term(source, **options) for source in sources]
 
 
 def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> RewardFn:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from jalign import data, rewards, sharding
-from jalign.models.hf_files import model_folder
-from jalign.models.hf_read import read_config
+from jalign.models.hf_read import config_of
 from jalign.rewards.sums import is_function
 from jalign.train.digest import tree_digest
 from jalign.train.optim import depends_on_length
@@ -70,7 +69,7 @@ def checked_tokenizer(path: str) -> Any:
 
     Raises: FileNotFoundError, ValueError where the two are missing or do not fit.
     """
-    config = read_config(model_folder(path))
+    config = config_of(path)
     tokenizer = data.load_tokenizer(path)
     data.check_vocab(tokenizer, config.vocab_size)
     return tokenizer

@@ -152,8 +152,9 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     with open_run(config, recipe.kind) as run:
         clock = Clock()
         # Whatever is wrong with the rows is said before the model is loaded.
-        sources = {"train": config.data, "eval": config.eval_data}
-        rows = {name: data.load_rows(part) for name, part in sources.items() if part}
+        rows = {"train": data.load_rows(config.data)}
+        if config.eval_data:
+            rows["eval"] = data.load_rows(config.eval_data)
         tokenizer = checked_tokenizer(config.model)
         found = tokenizer_inputs(tokenizer)
         sets = {k: recipe.examples(part, tokenizer)[0] for k, part in rows.items()}
@@ -175,9 +176,8 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
                 cache=run.out / "reference.npz",
             )
             clock.lap("reference log-probs")
-        prompts = []
-        if not model.config.num_labels:
-            prompts = sample_prompts(rows.get("eval", rows["train"]), tokenizer)
+        shown = rows.get("eval", rows["train"])
+        prompts = [] if model.config.num_labels else sample_prompts(shown, tokenizer)
 
         def look(params):
             figures = measure(
@@ -193,16 +193,16 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
 
         before = look(params)
         clock.lap("evaluate before")
-        given = model, params, sets["train"], rows["train"], steps
-        state, num_tokens, skipped = _train(config, recipe, run, *given)
+        given = params, sets["train"], rows["train"], steps
+        state, num_tokens, skipped = _train(config, recipe, run, model, *given)
         clock.lap("train")
         after = look(state.params)
         clock.lap("evaluate after")
         with whole_folder(run.out / "model") as folder:
             models.save(folder, model, state.params, tokenizer)
         clock.lap("save model")
-        summary = {"steps": int(state.step), "num_tokens": int(num_tokens)}
-        summary |= skipped | before_and_after(before[0], after[0])
+        summary = {"steps": int(state.step), "num_tokens": int(num_tokens)} | skipped
+        summary |= before_and_after(before[0], after[0])
         texts = prompts, before[1], after[1]
         write_report(config, recipe.kind, summary, clock.seconds, *texts)
         return summary | {"model": str(run.out / "model")}
@@ -271,7 +271,7 @@ def _train(
 
 
 def _first_state(config: RunConfig, run: Run, params, tx, steps: int):
-    """(the newest checkpoint's state or a fresh one, what was stored with it)."""
+    """(the newest checkpoint's state, what was stored with it), or (a fresh one, {})."""
     abstract = abstract_state(params, tx, mesh=run.mesh)
     restored = restore_state(run, {"state": abstract})
     if restored is None:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jalign import __version__, sharding
+from jalign import sharding
 from jalign.data.clock import fixed_clock
 from jalign.train import inputs as run_inputs
 from jalign.train.checkpoint import Checkpointer, Restored
@@ -115,8 +115,8 @@ def open_run(config: Any, kind: str) -> Iterator[Run]:
     """
     out = Path(config.out)
     record = {"kind": kind} | fixed_settings(config)
-    versions = {"jalign": __version__, "jax": jax.__version__}
-    sharding.agree("versions", json.dumps(versions))
+    if jax.process_count() > 1:
+        sharding.agree("the code of jalign or jax", _code_digest())
     everything = _kept(dataclasses.asdict(config), SOURCES | {"out", "eval_data"})
     sharding.agree("settings", json.dumps([kind, everything], sort_keys=True))
     out.mkdir(parents=True, exist_ok=True)
@@ -179,6 +179,13 @@ def _kept(value: Any, without: frozenset[str]) -> Any:
     if isinstance(value, dict):
         return {k: _kept(v, without) for k, v in value.items() if k not in without}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _code_digest() -> str:
+    sha = hashlib.sha256(jax.__version__.encode())
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        sha.update(file.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def _agreed_now() -> str:
