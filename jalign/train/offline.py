@@ -166,29 +166,17 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
         held_out = examples_digest(sets.get("eval", []))
         run = identify(run, found, held_out, reschedule=config.reschedule)
         clock.lap("load model")
+        how = {"batch_size": config.batch_size, "max_length": config.max_length}
         if recipe.reference:
-            sets = reference_examples(
-                model,
-                params,
-                sets,
-                batch_size=config.batch_size,
-                max_length=config.max_length,
-                cache=run.out / "reference.npz",
-            )
+            cache = run.out / "reference.npz"
+            sets = reference_examples(model, params, sets, **how, cache=cache)
             clock.lap("reference log-probs")
         shown = rows.get("eval", rows["train"])
         prompts = [] if model.config.num_labels else sample_prompts(shown, tokenizer)
 
         def look(params):
-            figures = measure(
-                recipe.measure,
-                model,
-                params,
-                sets.get("eval"),
-                batch_size=config.batch_size,
-                collate=recipe.collate,
-                max_length=config.max_length,
-            )
+            given = recipe.measure, model, params, sets.get("eval")
+            figures = measure(*given, collate=recipe.collate, **how)
             return figures, sample_texts(model, params, tokenizer, prompts)
 
         before = look(params)
@@ -271,7 +259,7 @@ def _train(
 
 
 def _first_state(config: RunConfig, run: Run, params, tx, steps: int):
-    """(the newest checkpoint's state, what was stored with it), or (a fresh one, {})."""
+    """The newest checkpoint's state and record, or a fresh one and {}."""
     abstract = abstract_state(params, tx, mesh=run.mesh)
     restored = restore_state(run, {"state": abstract})
     if restored is None:
