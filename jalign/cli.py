@@ -4,12 +4,16 @@ Flags come from the config dataclasses through tyro. A `--config FILE.yaml` is t
 into flags that stand before the user's own, so that the user's win.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ COMMANDS = {
     "eval": ("jalign.commands", "EvalConfig", "run_eval", "held-out measures"),
     "plan": ("jalign.plan", "PlanConfig", "run_plan", "will it fit, before you launch"),
 }
+RESUMABLE = ("demo", "sft", "reward", "dpo", "ppo", "grpo")
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_PREEMPTED = 0, 1, 2, 75
 
 
@@ -62,21 +67,44 @@ def main(argv: list[str] | None = None) -> int:
     # Its advice (install torch, install TensorFlow) is not for users of jalign.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    resumable = name in RESUMABLE
     try:
-        return run(name, rest)
+        with until_a_run_is_open() if resumable else contextlib.nullcontext():
+            return run(name, rest)
     except SystemExit as stop:  # tyro: 0 for --help, 2 for a wrong flag
         return stop.code if isinstance(stop.code, int) else EXIT_USER
     except KeyboardInterrupt:
-        return fail("interrupted", code=130)
-    except Exception as error:
+        return fail("interrupted", code=EXIT_PREEMPTED if resumable else 130)
+    except BaseException as error:
         if type(error).__name__ == "Preempted":
             return fail(str(error), code=EXIT_PREEMPTED)
+        if not isinstance(error, Exception):
+            raise
         if not is_user_error(error):
             traceback.print_exc()
             return EXIT_BUG
         if "--traceback" in rest:
             traceback.print_exc()
         return fail(f"jalign {name}: {describe(error)}")
+
+
+@contextlib.contextmanager
+def until_a_run_is_open() -> Iterator[None]:
+    """SIGTERM ends a command that can be started again with 75 from its first moment,
+    while it imports and between the runs of a demo; an open run has its own handler."""
+
+    def leave(number: int, _frame: Any) -> None:
+        text = f"stopped by {signal.Signals(number).name}; the same command goes on"
+        raise SystemExit(fail(text, code=EXIT_PREEMPTED))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def usage() -> str:
@@ -217,12 +245,13 @@ def nearest(name: str, known: Any) -> str:
 
 
 def is_user_error(error: Exception) -> bool:
-    """True where the message was written for the user: an error about a file, or one
-    that jalign itself raised. An error from inside a library is a bug and is shown
-    with its traceback."""
-    if isinstance(error, OSError):
+    """True where the message was written for the user: an error about a file or memory,
+    or one that jalign itself raised. An error from inside a library is a bug and is
+    shown with its traceback."""
+    if isinstance(error, OSError | MemoryError):
         return True
-    if not isinstance(error, ValueError):
+    # NaN logits while sampling are FloatingPointErrors.
+    if not isinstance(error, ValueError | FloatingPointError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
     here = str(Path(__file__).resolve().parent)
@@ -233,7 +262,7 @@ def describe(error: Exception) -> str:
     """The message of a user error on its own."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}"
-    return str(error)
+    return str(error) or "not enough memory"
 
 
 def summary_lines(summary: dict[str, Any]) -> str:

@@ -1,4 +1,8 @@
-"""A model with its tokenizer: loaded by this one function in every command."""
+"""A model with its tokenizer: opened and loaded by these functions in every command.
+
+Opening reads the small files and says whatever is wrong with them; loading reads the
+weights. What lies between (rows, rewards) is checked before anything large is read.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +14,22 @@ from jax.typing import DTypeLike
 
 from jalign import data, models
 from jalign.types import PyTree
+
+Head = Literal["language", "scalar"]
+
+
+class Opened(NamedTuple):
+    """A checkpoint whose weights are still to be read.
+
+    Attributes:
+      folder: where its files are.
+      config: with the special tokens that were settled.
+      tokenizer: of transformers.
+    """
+
+    folder: Path
+    config: models.ModelConfig
+    tokenizer: Any
 
 
 class Pretrained(NamedTuple):
@@ -26,40 +46,53 @@ class Pretrained(NamedTuple):
     tokenizer: Any
 
 
-def load_pretrained(
-    path: str | Path,
-    *,
-    mesh: Mesh | None = None,
-    dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
-    head: Literal["language", "scalar"] | None = None,
-) -> Pretrained:
-    """Loads a model with its tokenizer, and settles their special tokens.
+def open_pretrained(path: str | Path, *, head: Head | None = None) -> Opened:
+    """Reads config and tokenizer, and settles their special tokens.
 
-    `model.config` then has, and `models.save` writes, one set of them: bos and pad of
-    the tokenizer; and as end of text what config.json, generation_config.json, the
+    `config` then has, and `models.save` writes, one set of them: bos and pad of the
+    tokenizer; and as end of text what config.json, generation_config.json, the
     tokenizer and the chat template's end of a turn name.
 
     Args:
       path: a folder, or a hub id.
-      mesh, dtype, remat: as in `models.load`.
       head: "language" or "scalar" (a reward model), where only that will do.
 
-    Raises: FileNotFoundError, ValueError: as `models.load` and `data.load_tokenizer`;
-      ValueError too where model and tokenizer do not belong together, for the other
-      kind of head, and for a folder that holds an adapter only.
+    Raises: FileNotFoundError, ValueError: as `models.read_config` and
+      `data.load_tokenizer`; ValueError too where model and tokenizer do not belong
+      together, for the other kind of head, and for a folder that holds an adapter only.
     """
     folder = models.model_folder(path)
     config = models.read_config(folder)
     if head == "language" and config.num_labels:
         raise ValueError(f"{path} is a reward model; give a causal language model")
-    if head == "scalar" and not config.num_labels:
-        raise ValueError(f"{path} is a language model; give a reward model")
+    if head == "scalar" and config.num_labels != 1:
+        raise ValueError(f"{path} is no reward model (its head has no single score)")
     tokenizer = data.load_tokenizer(folder)
     data.check_vocab(tokenizer, config.vocab_size, where=str(path))
-    model, params = models.load(folder, mesh=mesh, dtype=dtype, remat=remat)
-    config = settle(model.config, tokenizer)
-    return Pretrained(model.replace(config=config), params, tokenizer)
+    return Opened(folder, settle(config, tokenizer), tokenizer)
+
+
+def load_pretrained(
+    source: str | Path | Opened,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    head: Head | None = None,
+) -> Pretrained:
+    """Loads a model with its tokenizer.
+
+    Args:
+      source: what `open_pretrained` gave, or what it takes.
+      mesh, dtype, remat: as in `models.load`.
+      head: as in `open_pretrained`.
+
+    Raises: as `open_pretrained` and `models.load`.
+    """
+    if not isinstance(source, Opened):
+        source = open_pretrained(source, head=head)
+    model, params = models.load(source.folder, mesh=mesh, dtype=dtype, remat=remat)
+    return Pretrained(model.replace(config=source.config), params, source.tokenizer)
 
 
 def settle(config: models.ModelConfig, tokenizer: Any) -> models.ModelConfig:
@@ -73,7 +106,7 @@ def settle(config: models.ModelConfig, tokenizer: Any) -> models.ModelConfig:
     )
 
 
-def check_same_vocab(first: Pretrained, second: Pretrained, names: str) -> None:
+def check_same_vocab(first: Opened, second: Opened, names: str) -> None:
     """Raises ValueError where two models do not mean the same by the same ids."""
     one, two = first.tokenizer.get_vocab(), second.tokenizer.get_vocab()
     if one == two:

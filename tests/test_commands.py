@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jalign import data
+from jalign import data, models
 from jalign.commands import EvalConfig, GenerateConfig, run_eval, run_generate
 from jalign.demo import ASSETS
 
@@ -67,3 +67,23 @@ def test_eval_of_completions_pairs_and_rewards(tmp_path):
     assert 0 < result["reward_mean"] <= 8
     assert json.loads(out.read_text("utf-8")) == result
     assert len(data.load_rows(rows, limit=8)) == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("model", "./nowhere", "nowhere"),
+        ("data", "nowhere.jsonl", "nowhere.jsonl"),
+        ("ref_model", "./nowhere", "nowhere"),
+        ("reward", "nowhere.py:f", "nowhere.py"),
+        ("reward", MODEL, "no reward model"),
+        ("task", "preference", "expected chosen"),
+    ],
+)
+def test_eval_says_what_is_wrong_before_a_model_is_loaded(
+    field, value, match, monkeypatch
+):
+    monkeypatch.setattr(models, "load", None)
+    good = {"model": MODEL, "data": str(ASSETS / "sft_heldout.jsonl"), "mesh": MESH}
+    with pytest.raises((ValueError, OSError), match=match):
+        run_eval(EvalConfig(**(good | {field: value})))

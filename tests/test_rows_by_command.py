@@ -11,7 +11,7 @@ from tests.train.ppo_world import write_world
 
 QA = [{"question": "a b", "answer": "c d", "id": i} for i in range(4)]
 PAIR = {"question": "a b", "response_j": "c d", "response_k": "e f"}
-STOPPED = 130  # by the fixture `only_rows`
+STOPPED = 75  # by the fixture `only_rows`
 SHORT = ["--batch-size", "4", "--max-length", "48", "--mesh", "fsdp=1"]
 
 

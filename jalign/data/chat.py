@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jalign.data.clock import with_clock
 from jalign.data.limits import MAX_TEXT, TooLong, check_template, limited
 from jalign.data.messages import Messages
 from jalign.data.rows import RowError
@@ -88,6 +89,7 @@ def render(
     with limited(), _complaints():
         text = tokenizer.apply_chat_template(
             messages,
+            chat_template=with_clock(_template_of(tokenizer, args)),
             tokenize=False,
             add_generation_prompt=generation_prompt,
             continue_final_message=continue_final,
@@ -167,8 +169,8 @@ def _text_and_spans(
 
 
 def _template_of(tokenizer: Tokenizer, args: dict[str, Any]) -> str:
-    """The template that transformers takes: of several, by what the row asks for."""
-    return tokenizer.get_chat_template(args.get("chat_template"), args.get("tools"))
+    """The template that transformers takes: of several, that for tools, or default."""
+    return tokenizer.get_chat_template(None, args.get("tools"))
 
 
 def _prompt_text(tokenizer: Tokenizer, chat: Chat) -> str:
@@ -201,9 +203,11 @@ def _everything(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
 
 def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
     """Where the template says {% generation %}, plus an end token right behind it."""
+    template = _template_of(tokenizer, chat.template_args)
     with limited(), _complaints():
         encoded = tokenizer.apply_chat_template(
             chat.messages,
+            chat_template=with_clock(template),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 import einops
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jalign import sharding
@@ -44,12 +45,16 @@ def save(
       tokenizer: of transformers, written beside the weights; or None.
       max_shard_size: bytes; a file holds at most that much, but at least one tensor.
 
-    Raises: ValueError where params do not fit the model.
+    Raises: ValueError where params do not fit the model, or are not finite; nothing
+      is touched then.
     """
     folder, write = Path(path), sharding.is_main_process()
     shapes = jax.tree.map(lambda x: x.shape, params)
     if shapes != jax.tree.map(lambda x: x.shape, model.param_shapes()):
         raise ValueError("params do not have the names and shapes of the model")
+    for row in families.tensors_of(model.config):
+        if not sharding.gather(_all_finite(_leaf(params, row.path))):
+            raise ValueError(f"{path} is not written: {row.path} is not finite")
     settled = model.config if tokenizer is None else _settled(model.config, tokenizer)
     config, generation = config_to_hf(settled, _dtype_name(params))
     if write:
@@ -66,6 +71,11 @@ def save(
         _write_json(folder / "config.json", config)
         _log.info("wrote %s: %d weight file(s)", folder, len(written))
     sharding.barrier(f"models.save {path}")
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def _settled(config: ModelConfig, tokenizer: Any) -> ModelConfig:

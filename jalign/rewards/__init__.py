@@ -16,6 +16,7 @@ from jalign.rewards.scorer import model_reward, score_tokens
 from jalign.rewards.sums import (
     RewardTerm,
     load_term,
+    load_terms,
     parse_rewards,
     weighted_sum,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "gsm8k_format",
     "load_reward",
     "load_term",
+    "load_terms",
     "model_reward",
     "parse_rewards",
     "reward_of",

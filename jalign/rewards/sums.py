@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jalign.pretrained import Pretrained, load_pretrained
+from jalign.pretrained import Opened, Pretrained, load_pretrained, open_pretrained
 from jalign.rewards.functions import TIMEOUT, checked, load_reward
 from jalign.rewards.samples import RewardFn, each_reward
 from jalign.rewards.scorer import model_reward
@@ -79,6 +79,15 @@ def load_term(
         return checked(VERIFIERS[source], name=source), None
     if is_function(source):
         return load_reward(source, timeout=timeout), None
+    scorer = load_pretrained(open_scorer(source), **options)
+    return model_reward(*scorer), scorer
+
+
+def open_scorer(source: str) -> Opened:
+    """A reward checkpoint, opened: a directory or a hub id.
+
+    Raises: ValueError if there is nothing of this name; as `open_pretrained`.
+    """
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     if not Path(source).expanduser().exists() and not is_hub_id:
         close = difflib.get_close_matches(source, VERIFIERS, n=1, cutoff=0.5)
@@ -87,8 +96,31 @@ def load_term(
             f"reward {source!r} is not FILE.py:FUNCTION, no directory, no hub id "
             f"(OWNER/NAME), and not built in ({', '.join(VERIFIERS)}){hint}"
         )
-    scorer = load_pretrained(source, head="scalar", **options)
-    return model_reward(*scorer), scorer
+    return open_pretrained(source, head="scalar")
+
+
+def is_model(source: str) -> bool:
+    """Whether a source is neither built in nor a function."""
+    return source not in VERIFIERS and not is_function(source)
+
+
+def load_terms(
+    terms: Sequence[RewardTerm], *, timeout: float | None = TIMEOUT, **options: Any
+) -> list[tuple[RewardFn, Pretrained | None]]:
+    """`load_term` of each; what is quick to refuse (a file, a folder) comes first.
+
+    Raises: as load_term.
+    """
+    sources = [term.source for term in terms]
+    loaded = {
+        source: load_term(source, timeout=timeout)
+        for source in sources
+        if not is_model(source)
+    }
+    for source in sources:
+        if is_model(source):
+            open_scorer(source)
+    return [loaded.get(source) or load_term(source, **options) for source in sources]
 
 
 def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> RewardFn:

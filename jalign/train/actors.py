@@ -10,8 +10,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jalign import data, generate, models, rewards, sharding
-from jalign.pretrained import load_pretrained
+from jalign.pretrained import Opened, load_pretrained
 from jalign.train import forward
+from jalign.train.inputs import reward_inputs
 from jalign.train.online_config import OnlineConfig, SampleConfig
 from jalign.train.rollout import Actors
 from jalign.types import PyTree, TokenBatch
@@ -29,6 +30,7 @@ class Cast(NamedTuple):
       tokenizer: the policy's.
       reward: (prompts, completions, rows) -> float32 [B], or [B, K] of several.
       reward_weights: name -> weight of each of the K rewards, in their order.
+      inputs: digests of what is behind the rewards (inputs.py).
     """
 
     policy: models.Model
@@ -38,11 +40,13 @@ class Cast(NamedTuple):
     tokenizer: Any
     reward: rewards.RewardFn
     reward_weights: Mapping[str, float] = {"reward": 1.0}
+    inputs: Mapping[str, str] = {}
 
 
 def load_cast(
     config: OnlineConfig,
     mesh: Mesh | None,
+    opened: Opened | None = None,
     *,
     with_critic: bool = True,
     value_head: bool = False,
@@ -51,13 +55,18 @@ def load_cast(
 
     The critic starts from the first reward model of the policy's vocabulary, else from
     the policy with a new scalar head. With value_head it is a new head of the policy.
+
+    Args:
+      opened: the policy's checkpoint, where it is open already.
     """
     compute = config.options.compute
     how = {"mesh": mesh, "dtype": compute.dtype, "remat": compute.remat}
-    policy, params, tokenizer = load_pretrained(config.model, head="language", **how)
     terms = rewards.parse_rewards(config.reward)
     seconds = config.options.reward_timeout
-    loaded = [rewards.load_term(t.source, timeout=seconds, **how) for t in terms]
+    loaded = rewards.load_terms(terms, timeout=seconds, **how)
+    policy, params, tokenizer = load_pretrained(
+        opened or config.model, head="language", **how
+    )
     functions = [f if judge else on_main_process(f) for f, judge in loaded]
     critic, critic_params = None, None
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -81,6 +90,7 @@ def load_cast(
         tokenizer,
         functions[0] if len(functions) == 1 else rewards.each_reward(functions),
         {term.name: term.weight for term in terms},
+        reward_inputs(terms, [judge for _, judge in loaded]),
     )
 
 

@@ -9,21 +9,24 @@ whole step or nothing.
 import hashlib
 import json
 import logging
+import re
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jalign import sharding
+from jalign.train.damage import Damaged, agreed, check_readable, first_line
 from jalign.train.digest import tree_digest, tree_specs, with_keys, without_keys
 
 PyTree = Any
 _log = logging.getLogger("jalign.train")
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # "007" and "٩٩" are not ours
+_SLOW = 2.0  # seconds that a run waits for a checkpoint before it says so
 
 
 class Restored(NamedTuple):
@@ -38,10 +41,6 @@ class Restored(NamedTuple):
     step: int
     tree: PyTree
     meta: dict[str, Any]
-
-
-class Damaged(Exception):
-    """A step that cannot be read back as it was written."""
 
 
 class Checkpointer:
@@ -64,6 +63,7 @@ class Checkpointer:
         self._ocp = ocp
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._failure: Exception | None = None
+        self._writing: int | None = None
         self._closed = False
         if sharding.is_main_process():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -75,20 +75,34 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Numbers of the steps on disk, oldest first, whether readable or not."""
         names = (p.name for p in self.directory.iterdir() if p.is_dir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+    def empty(self) -> bool:
+        """Whether there is no step, nor what is left of a damaged one."""
+        return not self.steps() and not any(self.directory.glob("*.corrupt*"))
 
     def save(self, step: int, tree: PyTree, meta: Mapping[str, Any]) -> None:
         """Starts writing; returns once the arrays may be donated.
 
         A save that fails (a full disk) is logged at the next call, and training goes
-        on with the older steps intact; `close` raises if the last one failed.
+        on with the older steps intact; `close` raises if the last one failed. So is
+        one that takes longer than the steps until the next.
 
         Args:
           step: its number; an existing step of this number is replaced.
           tree: jax.Arrays (typed PRNG keys too), all laid out on the same devices.
           meta: JSON values; finite numbers come back exactly.
         """
+        began, before = time.perf_counter(), self._writing
         self.wait()
+        waited = time.perf_counter() - began
+        if before is not None and waited > _SLOW:
+            _log.warning(
+                "waited %.0f s for the checkpoint of step %d: saving is slower than "
+                "the steps between; raise --checkpoint-every",
+                waited,
+                before,
+            )
         arrays = without_keys(tree)
         record = _seal(
             {
@@ -107,6 +121,7 @@ class Checkpointer:
                 ),
                 force=True,
             )
+            self._writing = step
         except Exception as error:
             self._failed(error)
 
@@ -117,12 +132,14 @@ class Checkpointer:
         except Exception as error:
             self._failed(error)
             return
+        if self._writing is not None:
+            self._failure = self._writing = None
         if sharding.is_main_process():
             for step in self.steps()[: -self.keep]:
                 _remove(self.directory / str(step))
 
     def _failed(self, error: Exception) -> None:
-        self._failure = error
+        self._failure, self._writing = error, None
         _log.error(
             "checkpoint not written to %s: %s; older steps are intact: %s",
             self.directory,
@@ -143,46 +160,60 @@ class Checkpointer:
             )
 
     def restore(self, abstract: PyTree) -> Restored | None:
-        """The newest step that is as it was written; None if there is no step.
+        """The newest step that is as it was written; None if there never was one.
 
-        A damaged step is renamed to STEP.corrupt and the one before it is taken.
+        Steps that are damaged are renamed to STEP.corrupt once an older one has been
+        read: where none can be, the reader may be at fault, and nothing is touched.
 
         Args:
           abstract: tree of ShapeDtypeStructs with shardings (or of arrays).
 
         Raises: ValueError if the arrays of a step have another structure, shape or
-          dtype (another model or optimizer), or if every step is damaged.
+          dtype (another model or optimizer), or if every step is damaged; OSError or
+          MemoryError where a step could not be read, whatever is in it.
         """
-        problems = []
+        damaged: dict[int, Damaged] = {}
         for step in reversed(self.steps()):
             path = self.directory / str(step)
             try:
                 restored = self._read(path, abstract)
             except Damaged as error:
-                problems.append(f"step {step}: {error}")
+                damaged[step] = error
                 _log.warning("checkpoint %s is damaged (%s)", path, error)
-                self._quarantine(path)
                 continue
-            if problems:
+            for bad in damaged:
+                self._quarantine(self.directory / str(bad))
+            if damaged:
                 _log.warning("falling back to step %d", step)
             return restored
-        if problems:
-            raise ValueError(
-                f"{self.directory}: no checkpoint can be read; " + "; ".join(problems)
-            )
+        self._check_never_saved(damaged)
         return None
 
     def peek(self) -> dict[str, Any] | None:
-        """The meta record of the newest step that has a readable one, or None."""
+        """The meta record of the newest step that has a readable one; None if nothing
+        was ever saved. Raises: as `restore`."""
+        damaged: dict[int, Damaged] = {}
         for step in reversed(self.steps()):
             try:
                 return self._read_record(self.directory / str(step))["meta"]
-            except Damaged:
-                continue
+            except Damaged as error:
+                damaged[step] = error
+        self._check_never_saved(damaged)
         return None
 
+    def _check_never_saved(self, damaged: Mapping[int, Damaged]) -> None:
+        """A run with a past does not start from scratch without a word."""
+        if self.empty():
+            return
+        reasons = [f"step {step}: {error}" for step, error in damaged.items()]
+        reasons += sorted(path.name for path in self.directory.glob("*.corrupt*"))
+        raise ValueError(
+            f"{self.directory}: no checkpoint can be read; {'; '.join(reasons)}. Put a "
+            "good copy back, or start anew with --no-resume (these are kept)"
+        )
+
     def _read(self, path: Path, abstract: PyTree) -> Restored:
-        record = _agreed(lambda: self._read_record(path))
+        record = agreed(lambda: self._read_record(path))
         arrays = jax.tree.map(_target, without_keys(abstract, shapes=True))
         _check_specs(path, record["specs"], tree_specs(arrays))
 
@@ -192,9 +223,10 @@ class Checkpointer:
             try:
                 return self._orbax.restore(path, args=item)["state"]
             except Exception as error:
-                raise Damaged(_first_line(error)) from error
+                check_readable(path, error, path.rglob("*"))
+                raise Damaged(first_line(error)) from error
 
-        tree = _agreed(read)
+        tree = agreed(read)
         digest = tree_digest(tree)
         wrong = [
             name for name, value in record["digest"].items() if digest[name] != value
@@ -209,6 +241,7 @@ class Checkpointer:
             record = json.loads(text)
             seal = record.pop("sha256")
         except (OSError, ValueError, KeyError, AttributeError) as error:
+            check_readable(path, error)
             raise Damaged(f"no readable record: {error}") from error
         if _seal(record)["sha256"] != seal:
             raise Damaged("its record differs from its checksum")
@@ -230,29 +263,13 @@ def _seal(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _agreed(read: Callable[[], Any]) -> Any:
-    """read() on every process; Damaged on all of them where one fails."""
-    result, error = None, None
-    try:
-        result = read()
-    except Damaged as damage:
-        error = damage
-    if jax.process_count() > 1:
-        flags = multihost_utils.process_allgather(np.asarray(error is None))
-        if error is None and not np.all(flags):
-            error = Damaged("another process cannot read it")
-    if error is not None:
-        raise error
-    return result
-
-
 def _check_specs(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
     for name in sorted(saved.keys() | wanted.keys()):
         old, new = saved.get(name, "absent"), wanted.get(name, "absent")
         if old != new:
             raise ValueError(
                 f"{path} is of another run: {name} is {old} there and {new} here "
-                "(another model or optimizer?)"
+                "(another model or optimizer?); use another --out, or --no-resume"
             )
 
 
@@ -261,11 +278,6 @@ def _target(x) -> jax.ShapeDtypeStruct:
     if place is None:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
 
 
 def _remove(path: Path) -> None:

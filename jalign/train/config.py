@@ -38,6 +38,9 @@ class RunConfig(DataOptions):
     """Steps between checkpoints; 0 saves only at the end."""
     resume: bool = True
     """Continue from the newest good checkpoint in OUT."""
+    reschedule: bool = False
+    """Continue with another number of steps, although the learning rate depends on it:
+    what is left of the run follows the new schedule."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):

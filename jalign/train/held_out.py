@@ -1,12 +1,14 @@
 """Before and after: held-out figures and sample texts for the report."""
 
+import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from jalign import data, evaluate, sharding
+from jalign import data, evaluate, report, sharding
 from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
 
@@ -89,3 +91,32 @@ def before_and_after(before: dict, after: dict) -> dict[str, float]:
             summary[f"eval_{name}_before"] = before[name]
         summary[f"eval_{name}"] = value
     return summary
+
+
+def write_report(
+    config: Any,
+    kind: str,
+    summary: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    prompts: Sequence[data.PromptExample],
+    before: Sequence[str],
+    after: Sequence[str],
+) -> None:
+    """OUT/report.html of a run, by process 0.
+
+    Args:
+      config: the run's.
+      kind: of the recipe.
+      summary, seconds: what came of it, and where the time went.
+      prompts, before, after: sample texts; the first ones of each belong together.
+    """
+    if sharding.is_main_process():
+        texts = zip(prompts, before, after, strict=False)
+        report.write_report(
+            config.out,
+            title=f"{kind.upper()} of {Path(config.model).name}",
+            config=dataclasses.asdict(config),
+            samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
+            summary=summary,
+            timings=seconds,
+        )

@@ -1,90 +1,134 @@
 """The offline loop: read it top to bottom, copy it when you need another one."""
 
+import itertools
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jalign import sharding
+from jalign.data import PackedRow, batch_indices
 from jalign.train.checkpoint import Checkpointer
 from jalign.train.metrics import MetricsWriter
 from jalign.train.step import TrainStep
+from jalign.train.stop import Preempted, StopSignal
 from jalign.types import TrainState
 
 _log = logging.getLogger("jalign.train")
 
 
-class Preempted(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
-
-
 class Diverged(ValueError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-class StopSignal:
-    """A context in which SIGTERM and SIGINT only ask to stop, once.
-
-    `requested(step)` is true on every process at the same step. A second signal of
-    the same kind acts as usual. With jax.distributed, SIGTERM is left to jax, whose
-    notifier tells the other processes.
-    """
-
-    def __init__(self):
-        self._asked = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            alone = not jax.distributed.is_initialized()
-            for number in (signal.SIGTERM, signal.SIGINT) if alone else ():
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_):
-        for number, old in self._old.items():
-            signal.signal(number, old)
-        self._old = {}
-
-    def _handle(self, number, _frame):
-        self._asked = True
-        name = signal.Signals(number).name
-        _log.warning("%s: stopping after this step, with a checkpoint", name)
-        signal.signal(number, self._old.pop(number))
-
-    def requested(self, step: int) -> bool:
-        """Whether to save and leave now; call it after every step."""
-        return self._asked or sharding.preempted(step)
+    """Too many steps had a loss, gradient or new weights that are not finite."""
 
 
 class SkipGuard:
-    """Counts skipped steps in a row; raises Diverged at the limit.
+    """Counts skipped steps; raises Diverged where a run cannot be said to have worked.
 
-    The weights are still good then: the step changed nothing.
+    The weights are still good then: the steps changed nothing.
+
+    Args:
+      skipped: numbers of the steps skipped before, when a run is continued.
+      limit: of steps in a row.
+      names: step -> its rows, for messages.
     """
 
-    def __init__(self, limit: int = 10):
-        self.limit, self.row_steps = limit, []
+    def __init__(
+        self,
+        skipped: Sequence[int] = (),
+        *,
+        limit: int = 10,
+        names: Callable[[int], str] = lambda step: "not known",
+    ):
+        self.skipped, self.limit, self.names = list(skipped), limit, names
 
     def check(self, row: Mapping[str, Any] | None) -> None:
         """Takes a row of MetricsWriter (or None)."""
         if row is None or not row.get("skipped"):
-            if row is not None:
-                self.row_steps = []
             return
-        self.row_steps.append(row["step"])
-        _log.warning("step %d skipped: its loss or gradient is not finite", row["step"])
-        if len(self.row_steps) >= self.limit:
-            raise Diverged(
-                f"loss or gradient was not finite in {self.limit} steps in a row "
-                f"({self.row_steps[0]} to {self.row_steps[-1]}): lower learning_rate, "
-                "or look at the rows of these steps; the last checkpoint is good"
-            )
+        step = int(row["step"])
+        self.skipped.append(step)
+        finite = all(math.isfinite(row.get(k, 0.0)) for k in ("loss", "grad_norm"))
+        what = "new weights" if finite else "loss or gradient"
+        rows = self.names(step)
+        _log.warning(
+            "step %d skipped: its %s is not finite; rows: %s", *(step, what, rows)
+        )
+        if self.in_a_row(step) >= self.limit:
+            self._fail(f"{self.limit} steps in a row", step)
+
+    def in_a_row(self, step: int) -> int:
+        """How many steps up to this one were skipped without a good one between."""
+        found = set(self.skipped)
+        return next(n for n in itertools.count() if step - n not in found)
+
+    def finish(self, steps: int) -> None:
+        """At the end of a run of so many steps. Raises: Diverged where a fifth of them
+        or the last ones (two or more) were skipped."""
+        if not self.skipped:
+            return
+        text = f"{len(self.skipped)} of {steps} steps"
+        if self.in_a_row(steps) > 1 or 5 * len(self.skipped) >= steps:
+            self._fail(text, steps)
+        _log.warning("%s were skipped: steps %s", text, _listed(self.skipped))
+
+    def summary(self) -> dict[str, int]:
+        """skipped_steps, where there are any."""
+        return {"skipped_steps": len(self.skipped)} if self.skipped else {}
+
+    def _fail(self, what: str, step: int) -> NoReturn:
+        last = self.skipped[-3:]
+        rows = "; ".join(f"step {number}: {self.names(number)}" for number in last)
+        raise Diverged(
+            f"{what} were skipped, up to step {step}, since their loss, gradient or "
+            f"new weights were not finite (steps {_listed(self.skipped)}; rows of "
+            f"{rows}). Nothing is exported, the checkpoints hold good weights. "
+            "Start anew by --no-resume with a lower --learning-rate or without these "
+            "rows; or go on to more --steps (--reschedule)"
+        )
+
+
+def _listed(steps: Sequence[int], most: int = 20) -> str:
+    """ "2, 5 to 9"; the first `most` of these spans."""
+    spans: list[list[int]] = []
+    for step in steps:
+        if spans and spans[-1][1] == step - 1:
+            spans[-1][1] = step
+        else:
+            spans.append([step, step])
+    more = f" and {len(spans) - most} more" if len(spans) > most else ""
+    texts = [f"{a} to {b}" if a < b else str(a) for a, b in spans[:most]]
+    return ", ".join(texts) + more
+
+
+def row_namer(
+    rows: Sequence[Any], examples: Sequence[Any], config: Any
+) -> Callable[[int], str]:
+    """A function from a step's number (from 1) to where its rows come from.
+
+    Args:
+      rows: of load_rows. Where there is not one for each example (some were left out,
+        or packed), the examples' numbers are told.
+      examples: what the batches are made of.
+      config: the run's, for batch_size and seed.
+    """
+    one_each = len(rows) == len(examples) and not isinstance(examples[0], PackedRow)
+
+    def name(i: int) -> str:
+        number = f"example {i + 1} of {len(examples)}"
+        return getattr(rows[i], "origin", number) if one_each else number
+
+    def of(step: int, most: int = 8) -> str:
+        order = config.batch_size, config.seed, step - 1
+        found = batch_indices(len(examples), *order)
+        numbers = sorted(set(found.tolist()))
+        more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+        return ", ".join(map(name, numbers[:most])) + more
+
+    return of
 
 
 def fit(
@@ -99,6 +143,8 @@ def fit(
     meta: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
     on_step: Callable[[int, TrainState], None] | None = None,
+    stop: StopSignal | None = None,
+    guard: SkipGuard | None = None,
 ) -> TrainState:
     """Trains until `steps` steps have been taken, from wherever the state stands.
 
@@ -111,28 +157,35 @@ def fit(
       checkpointer: saves {"state": state}; None never does.
       checkpoint_every: steps between checkpoints; 0 saves only at the end and when
         asked to stop.
-      meta: stored with each checkpoint, together with num_tokens.
+      meta: stored with each checkpoint, together with num_tokens and skipped steps.
       mesh: where the batches go.
       on_step: called with (steps taken, state) after each step.
+      stop: of the run; None watches the signals in here alone.
+      guard: of the run, which knows the steps skipped before and the rows.
 
     Returns: the state after `steps` steps.
     Raises: Preempted after a SIGTERM or SIGINT, once the state is saved; Diverged.
     """
-    step, guard, shapes = int(state.step), SkipGuard(), set()
+    step, shapes = int(state.step), set()
+    guard, stop = guard or SkipGuard(), stop or StopSignal()
     saved = step
 
     def save() -> None:
         nonlocal saved
         guard.check(writer.flush())
         if checkpointer is not None and saved != step:
-            record = dict(meta or {}) | {"num_tokens": writer.num_tokens}
+            record = dict(meta or {}) | {"skipped": guard.skipped}
+            record |= {"num_tokens": writer.num_tokens}
             checkpointer.save(step, {"state": state}, record)
             saved = step
         writer.restart_clock()
 
     source = iter(batches)
-    with StopSignal() as stop:
+    with stop, stop.deferred():
         while step < steps:
+            if stop.requested(step):
+                save()
+                raise_preempted(step, checkpointer)
             batch = next(source)
             _log_new_shape(batch, shapes)
             state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
@@ -142,20 +195,19 @@ def fit(
                 on_step(step, state)
             if checkpoint_every and step % checkpoint_every == 0 and step < steps:
                 save()
-            if step < steps and stop.requested(step):
-                save()
-                raise_preempted(step, checkpointer)
         save()
-    if checkpointer is not None:
-        checkpointer.wait()
+        if checkpointer is not None:
+            checkpointer.wait()
+    guard.finish(steps)
     return state
 
 
 def raise_preempted(step: int, checkpointer: Checkpointer | None) -> None:
-    """Closes the checkpointer (OSError if it could not write), raises Preempted."""
-    if checkpointer is None:
+    """Waits for the checkpoint (OSError if it cannot be written), raises Preempted."""
+    if checkpointer is not None:
+        checkpointer.close()
+    if checkpointer is None or not checkpointer.steps():
         raise Preempted(f"stopped at step {step}; nothing was saved")
-    checkpointer.close()
     raise Preempted(
         f"stopped at step {step}, saved in {checkpointer.directory}; the same command "
         "continues from there"

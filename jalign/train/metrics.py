@@ -99,12 +99,14 @@ class MetricsWriter:
         self._pending: tuple[int, Mapping[str, Any], float] | None = None
         self._last_time = time.perf_counter()
         self._file = self._board = self._bar = None
+        self._unwritten = b""
         if not sharding.is_main_process():
             return
         out = Path(out_dir)
         out.mkdir(parents=True, exist_ok=True)
         truncate_rows(out / "metrics.jsonl", start_step)
-        self._file = open(out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        # Unbuffered, so that what a full disk has taken of a row is known.
+        self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
         self._board = _tensorboard(out / "tensorboard", start_step)
         self._bar = _Progress(title, total_steps, start_step)
 
@@ -142,9 +144,14 @@ class MetricsWriter:
     def close(self) -> None:
         """Writes what is pending and closes the files."""
         self.flush()
+        if self._unwritten:
+            self._append("")
         for part in (self._file, self._board, self._bar):
             if part is not None:
-                part.close()
+                try:
+                    part.close()
+                except OSError as error:  # the curves, of a full disk
+                    _log.error("%s", error)
         self._file = self._board = self._bar = None
 
     def _write(self, pending) -> dict[str, Any] | None:
@@ -156,15 +163,27 @@ class MetricsWriter:
         if self._file is not None:
             # Not finite is null: NaN is no JSON, and 0 would be a lie.
             clean = {k: v if math.isfinite(v) else None for k, v in row.items()}
-            self._file.write(json.dumps(clean) + "\n")
-            self._file.flush()
-        if self._board is not None:
+            self._append(json.dumps(clean) + "\n")
+        if self._board is not None and _is_alive(self._board):
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(name, value, step)
         if self._bar is not None:
             self._bar.update(row)
         return row
+
+    def _append(self, line: str) -> None:
+        """Writes to metrics.jsonl; what a full disk does not take waits in memory."""
+        assert self._file is not None
+        waiting = bool(self._unwritten)
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not waiting:
+                text = "%s: %s; its rows are kept until it can be written"
+                _log.error(text, self._file.name, error.strerror)
 
     def _row(self, step: int, values: dict[str, float], seconds: float):
         tokens = values.get("num_tokens", 0.0)
@@ -201,7 +220,16 @@ def _tensorboard(log_dir: Path, start_step: int):
         _log.info("tensorboardX is not installed: no curves in %s", log_dir)
         return None
     purge = start_step + 1 if start_step else None
-    return SummaryWriter(str(log_dir), purge_step=purge)
+    # Room for all numbers of a step: a writer whose disk is full takes none.
+    return SummaryWriter(str(log_dir), purge_step=purge, max_queue=1000)
+
+
+def _is_alive(board: Any) -> bool:
+    """Whether the thread behind the curves still writes; one that a full disk has
+    ended would be waited for without end."""
+    events = getattr(board.file_writer, "event_writer", None)
+    worker = getattr(events, "_worker", None)
+    return worker is None or worker.is_alive()
 
 
 class _Progress:

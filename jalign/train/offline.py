@@ -1,29 +1,34 @@
 """SFT, reward models, DPO: one sequence, `_run`, with the functions of a `Recipe`."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jalign import data, evaluate, models, report, sharding
+from jalign import data, evaluate, models, sharding
 from jalign.models import Model
-from jalign.pretrained import load_pretrained
+from jalign.pretrained import Opened, load_pretrained, open_pretrained
 from jalign.train import objectives, optim
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
+from jalign.train.folder import whole_folder
 from jalign.train.held_out import (
     before_and_after,
     measure,
     sample_prompts,
     sample_texts,
+    write_report,
 )
-from jalign.train.loop import fit
+from jalign.train.inputs import (
+    examples_digest,
+    run_inputs,
+    tokenizer_inputs,
+)
+from jalign.train.loop import SkipGuard, fit, row_namer
 from jalign.train.metrics import MetricsWriter, training_flops_per_token
 from jalign.train.reference import reference_examples
 from jalign.train.rows import load_run_rows
-from jalign.train.run import Clock, Run, open_run, restore_state
+from jalign.train.run import Clock, Run, identify, open_run, restore_state
 from jalign.train.step import abstract_state, init_state, make_train_step
 from jalign.types import TrainState
 
@@ -58,7 +63,7 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
     """Supervised fine-tuning; returns the summary that the report shows.
 
     Writes OUT/model (HF format), OUT/checkpoints, OUT/metrics.jsonl, OUT/report.html.
-    Raises: ValueError about settings, data or OUT; loop.Preempted; loop.Diverged.
+    Raises: ValueError about settings, data or OUT; stop.Preempted; loop.Diverged.
     """
     options = config.sft
 
@@ -147,22 +152,30 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
 def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     with open_run(config, recipe.kind) as run:
         clock = Clock()
-        model, params, tokenizer = _load(config, recipe, run)
-        clock.lap("load model")
+        # Whatever is wrong with the rows is said before the model is loaded.
         train_rows, eval_rows = load_run_rows(config.data, config)
+        opened = open_pretrained(
+            config.model, head=None if recipe.prepare else "language"
+        )
+        tokenizer = opened.tokenizer
+        found = tokenizer_inputs(tokenizer)
+        if recipe.prepare:
+            data.end_template_at_turn(tokenizer)
         sets = {"train": recipe.examples(train_rows, tokenizer)[0]}
         if eval_rows is not None:
             sets["eval"] = recipe.examples(eval_rows, tokenizer)[0]
         clock.lap("read data")
+        model, params = _load(config, recipe, run, opened)
+        size = len(sets["train"]), config.batch_size
+        steps = config.steps or data.num_steps(*size, config.epochs)
+        found |= run_inputs(config, params, sets["train"], steps)
+        held_out = examples_digest(sets.get("eval", []))
+        run = identify(run, found, held_out, reschedule=config.reschedule)
+        clock.lap("load model")
+        how = {"batch_size": config.batch_size, "max_length": config.max_length}
         if recipe.reference:
-            sets = reference_examples(
-                model,
-                params,
-                sets,
-                batch_size=config.batch_size,
-                max_length=config.max_length,
-                cache=run.out / "reference.npz",
-            )
+            cache = run.out / "reference.npz"
+            sets = reference_examples(model, params, sets, **how, cache=cache)
             clock.lap("reference log-probs")
         prompts = []
         if not model.config.num_labels:
@@ -170,53 +183,31 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
             prompts = sample_prompts(shown, tokenizer, config.columns)
 
         def look(params):
-            figures = measure(
-                recipe.measure,
-                model,
-                params,
-                sets.get("eval"),
-                batch_size=config.batch_size,
-                collate=recipe.collate,
-                max_length=config.max_length,
-            )
+            given = recipe.measure, model, params, sets.get("eval")
+            figures = measure(*given, collate=recipe.collate, **how)
             return figures, sample_texts(model, params, tokenizer, prompts)
 
         before = look(params)
         clock.lap("evaluate before")
-        state, num_tokens = _train(config, recipe, run, model, params, sets["train"])
+        given = params, sets["train"], train_rows, steps
+        state, num_tokens, skipped = _train(config, recipe, run, model, *given)
         clock.lap("train")
         after = look(state.params)
         clock.lap("evaluate after")
-        models.save(run.out / "model", model, state.params, tokenizer)
+        with whole_folder(run.out / "model") as folder:
+            models.save(folder, model, state.params, tokenizer)
         clock.lap("save model")
-        summary = {"steps": int(state.step), "num_tokens": int(num_tokens)}
+        summary = {"steps": int(state.step), "num_tokens": int(num_tokens)} | skipped
         summary |= before_and_after(before[0], after[0])
-        if sharding.is_main_process():
-            texts = zip(prompts, before[1], after[1], strict=True)
-            report.write_report(
-                run.out,
-                title=f"{recipe.kind.upper()} of {Path(config.model).name}",
-                config=dataclasses.asdict(config),
-                samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
-                summary=summary,
-                timings=clock.seconds,
-            )
+        texts = prompts, before[1], after[1]
+        write_report(config, recipe.kind, summary, clock.seconds, *texts)
         return summary | {"model": str(run.out / "model")}
 
 
-def _load(config: RunConfig, recipe: Recipe, run: Run):
-    compute = recipe.compute
-    model, params, tokenizer = load_pretrained(
-        config.model,
-        mesh=run.mesh,
-        dtype=compute.dtype,
-        remat=compute.remat,
-        head=None if recipe.prepare else "language",
-    )
-    if recipe.prepare:
-        model, params = recipe.prepare(model, params)
-        data.end_template_at_turn(tokenizer)
-    return model, params, tokenizer
+def _load(config: RunConfig, recipe: Recipe, run: Run, opened: Opened):
+    how = {"dtype": recipe.compute.dtype, "remat": recipe.compute.remat}
+    model, params, _ = load_pretrained(opened, mesh=run.mesh, **how)
+    return recipe.prepare(model, params) if recipe.prepare else (model, params)
 
 
 def _preference_examples(config: RunConfig):
@@ -228,14 +219,13 @@ def _how(config: RunConfig) -> dict[str, Any]:
 
 
 def _train(
-    config: RunConfig, recipe: Recipe, run: Run, model, params, examples
-) -> tuple[TrainState, float]:
-    """(state after the last step, tokens seen); takes the parameters over."""
-    steps = config.steps or data.num_steps(
-        len(examples), config.batch_size, config.epochs
-    )
+    config: RunConfig, recipe: Recipe, run: Run, model, params, examples, rows, steps
+) -> tuple[TrainState, float, dict[str, int]]:
+    """(last state, tokens seen, steps skipped); takes the parameters over."""
     tx, schedule = optim.make_optimizer(config.optim, steps)
-    state, tokens = _first_state(config, run, params, tx, steps)
+    state, meta = _first_state(config, run, params, tx, steps)
+    names = row_namer(rows, examples, config)
+    guard = SkipGuard(meta.get("skipped", ()), names=names)
     start = int(state.step)
     step_fn = make_train_step(
         recipe.objective(model),
@@ -248,7 +238,7 @@ def _train(
         run.out,
         total_steps=steps,
         start_step=start,
-        num_tokens=tokens,
+        num_tokens=meta.get("num_tokens", 0.0),
         flops_per_token=training_flops_per_token(state.params),
         title=recipe.kind,
     )
@@ -263,24 +253,26 @@ def _train(
             checkpoint_every=config.checkpoint_every,
             meta=run.meta,
             mesh=run.mesh,
+            stop=run.stop,
+            guard=guard,
         )
     finally:
         writer.close()
-    return state, writer.num_tokens
+    return state, writer.num_tokens, guard.summary()
 
 
 def _first_state(config: RunConfig, run: Run, params, tx, steps: int):
-    """(the newest checkpoint's state or a fresh one, tokens seen so far)."""
+    """The newest checkpoint's state and record, or a fresh one and {}."""
     abstract = abstract_state(params, tx, mesh=run.mesh)
     restored = restore_state(run, {"state": abstract})
     if restored is None:
         key = jax.random.key(config.seed)
-        return init_state(params, tx, key, mesh=run.mesh), 0.0
+        return init_state(params, tx, key, mesh=run.mesh), {}
     if restored.step > steps:
         raise ValueError(
             f"{run.out} has already taken {restored.step} steps, not just {steps}"
         )
-    return restored.tree["state"], restored.meta["num_tokens"]
+    return restored.tree["state"], restored.meta
 
 
 def _batches(config, recipe, run, examples, start, steps):

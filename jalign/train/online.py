@@ -1,26 +1,34 @@
 """The online loop: `jalign ppo` and `jalign grpo`, from prompts and a reward to an
 aligned checkpoint."""
 
-import dataclasses
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jalign import data, models, report, sharding
+from jalign import data, models
+from jalign.pretrained import open_pretrained
 from jalign.train import grpo, ppo
 from jalign.train.actors import Cast, load_cast, make_actors
 from jalign.train.checkpoint import Checkpointer
+from jalign.train.folder import whole_folder
 from jalign.train.grpo_config import GRPOConfig
-from jalign.train.held_out import before_and_after
-from jalign.train.loop import SkipGuard, StopSignal, raise_preempted
+from jalign.train.held_out import before_and_after, write_report
+from jalign.train.inputs import (
+    examples_digest,
+    run_inputs,
+    tokenizer_inputs,
+)
+from jalign.train.loop import SkipGuard, raise_preempted, row_namer
 from jalign.train.metrics import MetricsWriter
 from jalign.train.online_config import OnlineConfig
 from jalign.train.online_eval import Evaluation, evaluate_prompts
 from jalign.train.ppo_config import PPOConfig
 from jalign.train.rows import load_run_rows
-from jalign.train.run import Clock, Run, open_run, restore_state
+from jalign.train.run import Clock, Run, identify, open_run, restore_state
 from jalign.train.step import abstract_state
+from jalign.train.stop import StopSignal
 from jalign.train.updates import Learner
 from jalign.types import TrainState
 
@@ -34,7 +42,7 @@ class Method(NamedTuple):
 
     Attributes:
       name: of the command.
-      load_cast: (config, mesh) -> Cast.
+      load_cast: (config, mesh, Opened policy) -> Cast.
       make_learner: (cast, config, iterations) -> Learner.
       state: the class of its states.
       start_state: (cast, learner, config) -> state before the first rollout.
@@ -92,27 +100,39 @@ def run_grpo(config: GRPOConfig) -> dict[str, Any]:
 def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
     with open_run(config, method.name) as run:
         clock = Clock()
-        cast = method.load_cast(config, run.mesh)
+        # Rows are cheap to refuse: everything about them is known before a model.
         train_rows, eval_rows = load_run_rows(config.data, config)
-        prompts = make_prompts(train_rows, cast, config)
-        held_out = make_prompts(eval_rows, cast, config) if eval_rows else []
+        opened = open_pretrained(config.model, head="language")
+        inputs = tokenizer_inputs(opened.tokenizer)
+        prompts = make_prompts(train_rows, opened.tokenizer, config)
+        held_out = []
+        if eval_rows is not None:
+            held_out = make_prompts(eval_rows, opened.tokenizer, config)
         total = config.steps or data.num_steps(
             len(prompts), config.batch_size, config.epochs
         )
+        cast = method.load_cast(config, run.mesh, opened)
+        inputs |= run_inputs(config, cast.policy_params, prompts, total)
+        inputs |= cast.inputs
+        shown = examples_digest(held_out)
+        run = identify(run, inputs, shown, reschedule=config.reschedule)
         actors, judges = (
             make_actors(cast, config, group_size=n) for n in (config.group_size, 1)
         )
         learner = method.make_learner(cast, config, total)
         clock.lap("load")
         state, meta = restore(run, cast, learner, method)
-        if state is None:
+        if meta.get("held_out") != shown:  # of the first start, or of other prompts
             before = evaluate_prompts(judges, cast.policy_params, held_out, config)
-            state = method.start_state(cast, learner, config)
-            meta = {"before": list(before), "num_tokens": 0.0}
+            meta |= {"before": list(before), "held_out": shown}
             clock.lap("evaluate before")
+        if state is None:
+            state = method.start_state(cast, learner, config)
         if not config.has_reference:
             cast = cast._replace(policy_params=None)  # the state has its own
         before = Evaluation(*meta["before"])
+        names = row_namer([prompt.row for prompt in prompts], prompts, config)
+        guard = SkipGuard(meta.get("skipped", ()), names=names)
         state = fit(
             state,
             functools.partial(
@@ -128,6 +148,8 @@ def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
             checkpointer=run.checkpointer,
             meta=meta | run.meta,
             title=method.name,
+            stop=run.stop,
+            guard=guard,
         )
         clock.lap("train")
         after = evaluate_prompts(judges, state.policy.params, held_out, config)
@@ -136,16 +158,9 @@ def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
         clock.lap("save model")
         summary = before_and_after(before.figures, after.figures)
         summary |= {"iterations": state.iteration} | _divide(state)[1]
-        if sharding.is_main_process():
-            texts = zip(held_out, before.texts, after.texts, strict=False)
-            report.write_report(
-                run.out,
-                title=f"{method.name.upper()} of {Path(config.model).name}",
-                config=dataclasses.asdict(config),
-                samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
-                summary=summary,
-                timings=clock.seconds,
-            )
+        summary |= guard.summary()
+        texts = held_out, before.texts, after.texts
+        write_report(config, method.name, summary, clock.seconds, *texts)
         return summary | {"model": str(run.out / "model")}
 
 
@@ -158,6 +173,8 @@ def fit(
     checkpointer: Checkpointer | None = None,
     meta: Mapping[str, Any] | None = None,
     title: str = "online",
+    stop: StopSignal | None = None,
+    guard: SkipGuard | None = None,
 ) -> State:
     """Iterates until `iterations` rollouts have been learned from.
 
@@ -172,10 +189,12 @@ def fit(
       checkpointer: None saves nothing.
       meta: JSON values stored with each checkpoint.
       title: of the progress bar.
+      stop, guard: of the run, as in loop.fit.
 
     Raises: Preempted, once the state is saved; Diverged.
     """
-    meta, guard = dict(meta or {}), SkipGuard()
+    meta = dict(meta or {})
+    guard, stop = guard or SkipGuard(), stop or StopSignal()
     writer = MetricsWriter(
         config.out,
         total_steps=iterations,
@@ -187,25 +206,29 @@ def fit(
     def save() -> None:
         if checkpointer is not None:
             tree, numbers = _divide(state)
-            record = meta | numbers | {"num_tokens": writer.num_tokens}
+            record = meta | numbers | {"skipped": guard.skipped}
+            record |= {"num_tokens": writer.num_tokens}
             checkpointer.save(state.iteration, tree, record)
         writer.restart_clock()
 
-    every = config.checkpoint_every
-    with StopSignal() as stop:
+    every, saved = config.checkpoint_every, state.iteration
+    with contextlib.closing(writer), stop, stop.deferred():
         while state.iteration < iterations:
+            if stop.requested(state.iteration):
+                if saved != state.iteration:
+                    save()
+                raise_preempted(state.iteration, checkpointer)
             state, metrics = advance(state)
             number = state.iteration
             # The metrics are on the host already: written now, with their own time.
             writer.log(number, metrics)
             guard.check(writer.flush())
-            stopping = number < iterations and stop.requested(number)
-            if stopping or number == iterations or (every and number % every == 0):
+            if number == iterations or (every and number % every == 0):
                 save()
-            if stopping:
-                writer.close()
-                raise_preempted(number, checkpointer)
-    writer.close()
+                saved = number
+        if checkpointer is not None:
+            checkpointer.wait()
+    guard.finish(iterations)
     return state
 
 
@@ -218,7 +241,7 @@ def _divide(state: State) -> tuple[dict[str, TrainState], dict[str, float]]:
 
 
 def make_prompts(
-    rows: data.Rows, cast: Cast, config: OnlineConfig
+    rows: data.Rows, tokenizer: Any, config: OnlineConfig
 ) -> list[data.PromptExample]:
     """The prompts that leave room for a completion.
 
@@ -226,7 +249,7 @@ def make_prompts(
     """
     return data.prompt_examples(
         rows,
-        cast.tokenizer,
+        tokenizer,
         max_prompt_length=config.max_length - config.options.sampling.max_new_tokens,
         bad_rows=config.bad_rows,
         columns=config.columns,
@@ -241,9 +264,11 @@ def save_models(state: State, cast: Cast, config: OnlineConfig) -> None:
         policy, critic = models.split_heads(*policy)
     elif cast.critic:
         critic = cast.critic, state.critic.params
-    models.save(out / "model", *policy, cast.tokenizer)
     if critic and isinstance(config, PPOConfig) and config.ppo.critic.save_critic:
-        models.save(out / "critic", *critic, cast.tokenizer)
+        with whole_folder(out / "critic") as folder:
+            models.save(folder, *critic, cast.tokenizer)
+    with whole_folder(out / "model") as folder:
+        models.save(folder, *policy, cast.tokenizer)
 
 
 def restore(

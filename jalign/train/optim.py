@@ -45,6 +45,11 @@ class OptimConfig:
             self.warmup_steps >= 0,
             f"warmup_steps must be >= 0, got {self.warmup_steps}",
         )
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
+        # At 0, Adam divides 0 by 0 where a parameter has had no gradient yet.
+        _check(self.eps > 0, f"eps must be > 0, got {self.eps}")
         _check(
             0 <= self.end_fraction <= 1,
             f"end_fraction must be in [0, 1], got {self.end_fraction}",
@@ -72,6 +77,11 @@ class OptimConfig:
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
+
+
+def depends_on_length(config: OptimConfig) -> bool:
+    """Whether the learning rate of a step depends on the number of steps of the run."""
+    return config.schedule != "constant" and config.end_fraction < 1
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:

@@ -9,7 +9,7 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -57,9 +57,9 @@ class PPOState(NamedTuple):
     critic: TrainState | None = None
 
 
-def choose_cast(config: PPOConfig, mesh: Mesh | None) -> Cast:
+def choose_cast(config: PPOConfig, *args: Any) -> Cast:
     """`load_cast` with a critic or, with shared_trunk, a value head."""
-    return load_cast(config, mesh, value_head=config.ppo.critic.shared_trunk)
+    return load_cast(config, *args, value_head=config.ppo.critic.shared_trunk)
 
 
 def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:

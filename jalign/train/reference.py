@@ -1,6 +1,5 @@
 """Reference log-probabilities, computed once before DPO and kept in OUT."""
 
-import hashlib
 import json
 import logging
 import os
@@ -14,8 +13,8 @@ import numpy as np
 from jalign import data, sharding
 from jalign.data import PreferenceExample
 from jalign.models import Model
-from jalign.train.digest import tree_digest
 from jalign.train.forward import make_reference_fn
+from jalign.train.inputs import examples_digest, params_digest
 
 PyTree = Any
 _log = logging.getLogger("jalign.train")
@@ -98,14 +97,8 @@ def reference_logps(
 
 def _mark(params: PyTree, sets: Mapping[str, Sequence[PreferenceExample]]) -> str:
     """A digest of everything that the log-probabilities depend on."""
-    text = hashlib.sha256(json.dumps(tree_digest(params), sort_keys=True).encode())
-    for name, pairs in sets.items():
-        text.update(name.encode())
-        for pair in pairs:
-            for side in (pair.chosen, pair.rejected):
-                text.update(np.asarray(side.tokens, np.int32).tobytes() + b"|")
-                text.update(np.asarray(side.completion_mask, bool).tobytes() + b"|")
-    return text.hexdigest()
+    digests = {name: examples_digest(pairs) for name, pairs in sets.items()}
+    return json.dumps({"params": params_digest(params)} | digests)
 
 
 def _read(cache: Path, mark: str) -> dict[str, np.ndarray] | None:

@@ -1,4 +1,5 @@
-"""What every recipe does around its loop: the mesh, OUT, its lock, its checkpoints."""
+"""What every recipe does around its loop: the mesh, OUT, its lock, its checkpoints,
+what it depends on, and its end."""
 
 import contextlib
 import dataclasses
@@ -10,23 +11,32 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jalign import sharding
+from jalign.data.clock import fixed_clock
+from jalign.train import inputs as run_inputs
 from jalign.train.checkpoint import Checkpointer, Restored
+from jalign.train.stop import StopSignal
 
 PyTree = Any
 _log = logging.getLogger("jalign.train")
 
+RECORD_VERSION = 2  # of what is stored with a checkpoint; 1 had no inputs
 # Fields that a continued run may have changed: they do not change the steps taken.
 MAY_CHANGE = frozenset(
     {"out", "eval_data", "eval_split", "steps", "epochs", "checkpoint_every", "resume"}
-    | {"mesh", "remat", "save_critic", "reward_timeout"}
+    | {"mesh", "remat", "save_critic", "reward_timeout", "reschedule"}
 )
+# Paths: what they hold is compared (inputs.py), and not where it lies.
+SOURCES = frozenset({"model", "data", "reward"})
 
 
 class Run(NamedTuple):
@@ -36,13 +46,18 @@ class Run(NamedTuple):
       out: the directory.
       mesh: None on a single device.
       checkpointer: of out/checkpoints.
-      meta: to store with every checkpoint: the settings that may not change.
+      meta: to store with every checkpoint: the settings that may not change, the
+        inputs once `identify` has them, and the clock of chat templates.
+      stop: whether the run was asked to stop.
+      previous: the meta of the newest checkpoint, or None.
     """
 
     out: Path
     mesh: Mesh | None
     checkpointer: Checkpointer
     meta: dict[str, Any]
+    stop: StopSignal
+    previous: dict[str, Any] | None
 
 
 def make_run_mesh(spec: str | None) -> Mesh | None:
@@ -89,6 +104,9 @@ class Clock:
 def open_run(config: Any, kind: str) -> Iterator[Run]:
     """Locks OUT, refuses another run's checkpoints, and closes everything at the end.
 
+    Inside, SIGTERM and SIGINT raise Preempted (see StopSignal), and the clock of chat
+    templates stands where it stood at the first start.
+
     Args:
       config: a config dataclass with `out`, `mesh` and `resume`.
       kind: the recipe's name, for example "sft"; part of what may not change.
@@ -98,22 +116,51 @@ def open_run(config: Any, kind: str) -> Iterator[Run]:
     """
     out = Path(config.out)
     record = {"kind": kind} | fixed_settings(config)
-    sharding.agree("settings", json.dumps(record, sort_keys=True))
+    if jax.process_count() > 1:
+        sharding.agree("the code of jalign or jax", _code_digest())
+    everything = _kept(dataclasses.asdict(config), SOURCES | {"out", "eval_data"})
+    sharding.agree("settings", json.dumps([kind, everything], sort_keys=True))
     out.mkdir(parents=True, exist_ok=True)
-    with lock_directory(out):
+    with StopSignal() as stop, lock_directory(out):
         mesh = make_run_mesh(config.mesh)
         directory = out / "checkpoints"
         checkpointer = Checkpointer(directory)
-        _check_same_run(out, checkpointer.peek(), record)
-        if not config.resume and checkpointer.steps():
+        if not config.resume and not checkpointer.empty():
             checkpointer.close()
             _set_aside(directory)
             checkpointer = Checkpointer(directory)
+        previous = checkpointer.peek()
+        _check_same_run(out, previous, record, config)
+        clock = (previous or {}).get("clock") or _agreed_now()
+        meta = {"version": RECORD_VERSION, "config": record, "clock": clock}
+        meta["config_hash"] = config_hash(record)
         try:
-            meta = {"config": record, "config_hash": config_hash(record)}
-            yield Run(out, mesh, checkpointer, meta)
+            with fixed_clock(datetime.fromisoformat(clock)):
+                yield Run(out, mesh, checkpointer, meta, stop, previous)
         finally:
+            stop.hold()
             checkpointer.close()
+
+
+def identify(
+    run: Run, inputs: run_inputs.Inputs, held_out: str, *, reschedule: bool = False
+) -> Run:
+    """The run with its inputs in what its checkpoints store.
+
+    Args:
+      run: opened.
+      inputs: of inputs.py: what the run depends on beside its settings.
+      held_out: digest of the rows that are measured only, which may change.
+      reschedule: whether the number of steps may have changed.
+
+    Raises: ValueError naming what is not as it was in the run's checkpoints, or not
+      the same on every process.
+    """
+    run_inputs.agree(inputs | {"the held-out rows": held_out})
+    if run.previous is not None:
+        old = run.previous.get("inputs")
+        _refuse(run.out, run_inputs.changes(old, inputs, reschedule=reschedule))
+    return run._replace(meta=run.meta | {"inputs": inputs})
 
 
 def restore_state(run: Run, abstract: PyTree) -> Restored | None:
@@ -126,13 +173,29 @@ def restore_state(run: Run, abstract: PyTree) -> Restored | None:
 
 def fixed_settings(config: Any) -> dict[str, Any]:
     """The settings of a config dataclass that a continued run must not change."""
+    return _kept(dataclasses.asdict(config), MAY_CHANGE | SOURCES)
 
-    def keep(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: keep(v) for k, v in value.items() if k not in MAY_CHANGE}
-        return list(value) if isinstance(value, tuple) else value
 
-    return keep(dataclasses.asdict(config))
+def _kept(value: Any, without: frozenset[str]) -> Any:
+    if isinstance(value, dict):
+        return {k: _kept(v, without) for k, v in value.items() if k not in without}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _code_digest() -> str:
+    sha = hashlib.sha256(jax.__version__.encode())
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        sha.update(file.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def _agreed_now() -> str:
+    """Process 0's time, to the microsecond, in ISO format."""
+    now = datetime.now().isoformat(timespec="microseconds")
+    if jax.process_count() > 1:
+        text = np.frombuffer(now.encode(), np.uint8)
+        now = np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes().decode()
+    return now
 
 
 def config_hash(record: dict[str, Any]) -> str:
@@ -141,19 +204,34 @@ def config_hash(record: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check_same_run(out: Path, meta: dict[str, Any] | None, record: dict) -> None:
-    if meta is None or meta.get("config") == record:
+def _check_same_run(
+    out: Path, meta: dict[str, Any] | None, record: dict, config: Any
+) -> None:
+    if meta is None:
         return
     old, new = _flat(meta.get("config") or {}), _flat(record)
-    changed = [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    raise ValueError(
-        f"{out} holds checkpoints of another run ({'; '.join(changed)}): use the same "
-        "settings to continue it, or another --out"
+    names = sorted(old.keys() | new.keys())
+    if meta.get("version") != RECORD_VERSION:
+        # Paths stand for what they hold there; fields may be called otherwise.
+        new |= {k: getattr(config, k) for k in SOURCES if hasattr(config, k)}
+        names = sorted(old.keys() & new.keys())
+    _refuse(
+        out,
+        [
+            f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+            for name in names
+            if old.get(name) != new.get(name)
+        ],
     )
+
+
+def _refuse(out: Path, changed: list[str]) -> None:
+    if changed:
+        raise ValueError(
+            f"{out} holds checkpoints of another run ({'; '.join(changed)}): undo the "
+            "change to continue it, use another --out, or start anew with --no-resume "
+            "(the old checkpoints are kept beside the new)"
+        )
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def make_train_step(
     Gradients and (sum, count) of the micro-batches are added in float32 and divided
     once by the global count, so the result does not depend on `microbatches` or on
     the mesh. A step whose loss or gradient is not finite changes neither parameters
-    nor optimizer state; it reports skipped = 1.
+    nor optimizer state; one whose new parameters are not (a learning rate of inf)
+    leaves the parameters. Both report skipped = 1.
 
     Args:
       objective: (params, batch, key) -> Loss, see objectives.py.
@@ -108,13 +109,13 @@ def make_train_step(
         metrics: dict[str, Any] = {
             "loss": loss.sum / count,
             "grad_norm": grad_norm,
-            "skipped": 1.0 - ok.astype(jnp.float32),
             "num_tokens": num_tokens(batch),
         } | {name: s / jnp.maximum(n, 1.0) for name, (s, n) in loss.metrics.items()}
         if schedule is not None:
             rate = current_learning_rate(state.opt_state, schedule)
             metrics["learning_rate"] = jnp.asarray(rate, jnp.float32)
-        params, opt_state = guarded_update(tx, state, grads, ok)
+        params, opt_state, ok = guarded_update(tx, state, grads, ok)
+        metrics["skipped"] = 1.0 - ok.astype(jnp.float32)
         return state._replace(
             step=state.step + 1, params=params, opt_state=opt_state
         ), metrics
@@ -127,20 +128,25 @@ def make_train_step(
 
 def guarded_update(
     tx: optax.GradientTransformation, state: TrainState, grads: PyTree, ok: jax.Array
-) -> tuple[PyTree, PyTree]:
-    """New (params, opt_state), or the old ones, bit for bit, where `ok` is False."""
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """(params, opt_state, whether the step was taken); the old ones, bit for bit,
+    where `ok` is False.
+
+    New parameters of no finite norm are not taken either. The optimizer's state has
+    moved then, by a finite gradient: to keep the old one until the parameters are
+    known would hold moments and parameters twice.
+    """
     # Zeroed before the update: 0 * NaN would put NaN into the moments.
     grads = jax.tree.map(lambda g: jnp.where(ok, g, 0.0), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    def choose(new, old):
-        return jnp.where(ok, new, old)
+    def choose(ok, new, old):
+        return jax.tree.map(lambda x, y: jnp.where(ok, x, y), new, old)
 
-    return (
-        jax.tree.map(choose, params, state.params),
-        jax.tree.map(choose, opt_state, state.opt_state),
-    )
+    opt_state = choose(ok, opt_state, state.opt_state)
+    ok &= jnp.isfinite(optax.global_norm(params))
+    return choose(ok, params, state.params), opt_state, ok
 
 
 def accumulate(

@@ -74,3 +74,16 @@ def test_a_checkpoint_comes_with_its_model(tmp_path, key):
     again = rewards.model_reward(*judge)
     args = (["a b"], ["c"], [{}])
     np.testing.assert_array_equal(function(*args), again(*args))
+
+
+def test_what_is_quick_to_refuse_is_refused_before_a_checkpoint_is_read(
+    tmp_path, monkeypatch
+):
+    from jalign.rewards import sums
+
+    monkeypatch.setattr(sums, "load_pretrained", pytest.fail)
+    terms = rewards.parse_rewards(f"{tmp_path} + gsm8k + {tmp_path}/none.py:f")
+    with pytest.raises(FileNotFoundError, match=r"none\.py"):
+        rewards.load_terms(terms)
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        rewards.load_terms(terms[:2])

@@ -1,7 +1,10 @@
 """A checkpoint comes back exactly, or the one before it, or an error; never wrong."""
 
+import errno
 import json
 import logging
+import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from jalign import sharding
+from jalign.train import checkpoint, damage
 from jalign.train.checkpoint import Checkpointer
 from tests.train import tiny
 
@@ -95,11 +99,107 @@ def test_damage_falls_back(saved, damage, caplog):
     assert (saved / "3.corrupt").is_dir() and "falling back to step 2" in caplog.text
 
 
-def test_all_damaged_is_an_error(saved):
+def test_all_damaged_is_an_error_at_every_start_and_nothing_is_renamed(saved):
     truncate(saved / "2")
     truncate(saved / "3")
-    with pytest.raises(ValueError, match="step 3: .*step 2: "):
-        Checkpointer(saved).restore(jax.eval_shape(tree))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="step 3: .*step 2: .*--no-resume"):
+            Checkpointer(saved).restore(jax.eval_shape(tree))
+    assert Checkpointer(saved).steps() == [2, 3]
+
+
+def test_nothing_but_damaged_steps_of_before_is_no_fresh_start(saved):
+    (saved / "2").rename(saved / "2.corrupt")
+    (saved / "3").rename(saved / "3.corrupt1")
+    for read in (Checkpointer(saved).peek, lambda: Checkpointer(saved).restore(None)):
+        with pytest.raises(ValueError, match="2.corrupt; 3.corrupt1.*--no-resume"):
+            read()
+
+
+def fails(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EIO, os.strerror(errno.EIO)), OSError),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES)), OSError),
+        (MemoryError(), MemoryError),
+        (ValueError("NOT_FOUND: opening d/1 [OS error 5: EIO]"), OSError),
+        (ValueError("RESOURCE_EXHAUSTED: out of memory"), OSError),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("what", ["arrays", "record"])
+def test_what_cannot_be_reached_is_not_damaged(saved, monkeypatch, what, error, kind):
+    checkpointer = Checkpointer(saved)
+    if what == "arrays":
+        monkeypatch.setattr(checkpointer._orbax, "restore", fails(error))
+    else:
+        monkeypatch.setattr("pathlib.Path.read_text", fails(error))
+        with pytest.raises(kind):
+            checkpointer.peek()
+    with pytest.raises(kind):
+        checkpointer.restore(jax.eval_shape(tree))
+    assert checkpointer.steps() == [2, 3] and not list(saved.glob("*.corrupt*"))
+    monkeypatch.undo()
+    assert Checkpointer(saved).restore(jax.eval_shape(tree)).step == 3
+
+
+def test_an_error_that_hides_its_cause_is_looked_into(saved, monkeypatch):
+    """Orbax may say anything; a file that cannot be read says why."""
+    checkpointer = Checkpointer(saved)
+    monkeypatch.setattr(checkpointer._orbax, "restore", fails(ValueError("no luck")))
+    monkeypatch.setattr(
+        damage, "open", fails(OSError(errno.EIO, "I/O error")), raising=False
+    )
+    with pytest.raises(OSError, match="I/O error"):
+        checkpointer.restore(jax.eval_shape(tree))
+
+
+@pytest.mark.parametrize("name", ["007", "٩٩", "9" * 30, "-1", "latest"])
+def test_foreign_names_do_no_harm(saved, name):
+    (saved / name).mkdir()
+    checkpointer = Checkpointer(saved)
+    assert checkpointer.steps() == [2, 3]
+    assert checkpointer.restore(jax.eval_shape(tree)).step == 3
+    checkpointer.save(4, tree(4), {})
+    checkpointer.close()
+    assert checkpointer.steps() == [3, 4] and (saved / name).is_dir()
+
+
+def test_a_disk_that_has_space_again_clears_the_failure(tmp_path, monkeypatch, caplog):
+    checkpointer = Checkpointer(tmp_path)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointer._orbax, "save", fails(full))
+        checkpointer.save(1, tree(), {})
+    assert "No space left" in caplog.text
+    checkpointer.save(2, tree(), {})
+    checkpointer.close()
+    assert Checkpointer(tmp_path).steps() == [2]
+    checkpointer = Checkpointer(tmp_path)
+    monkeypatch.setattr(checkpointer._orbax, "save", fails(full))
+    checkpointer.save(3, tree(), {})
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.close()
+
+
+def test_a_slow_save_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "_SLOW", 0.05)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, tree(), {})
+    real = checkpointer._orbax.wait_until_finished
+    monkeypatch.setattr(
+        checkpointer._orbax, "wait_until_finished", lambda: time.sleep(0.1) or real()
+    )
+    checkpointer.save(2, tree(), {})
+    assert "for the checkpoint of step 1" in caplog.text
+    checkpointer.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 from jalign import data, sharding
 from jalign.train import objectives, optim, step
 from jalign.train.checkpoint import Checkpointer
-from jalign.train.loop import Diverged, Preempted, SkipGuard, fit
+from jalign.train.loop import Diverged, SkipGuard, fit, row_namer
 from jalign.train.metrics import MetricsWriter
+from jalign.train.stop import Preempted
 from tests.train import tiny
 
 STEPS = 5
@@ -118,8 +120,42 @@ def test_guard_stops_after_skips_in_a_row_only():
     for number, skipped in enumerate([1, 1, 0, 1, 1]):
         guard.check({"step": number, "skipped": float(skipped)})
     guard.check(None)
-    with pytest.raises(Diverged, match="3 to 5"):
+    with pytest.raises(Diverged, match="3 steps in a row.*0 to 1, 3 to 5"):
         guard.check({"step": 5, "skipped": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("skipped", "steps", "fails"),
+    [
+        ([], 1, False),
+        ([1], 1, True),
+        ([3], 10, False),
+        ([10], 10, False),
+        ([9, 10], 20, False),
+        ([19, 20], 20, True),
+        ([3, 5, 7, 9], 20, True),
+    ],
+)
+def test_guard_fails_at_the_end_for_a_fifth_or_the_last_ones(skipped, steps, fails):
+    guard = SkipGuard(skipped, names=lambda step: f"row {step}")
+    if not fails:
+        guard.finish(steps)
+        assert guard.summary() == ({"skipped_steps": len(skipped)} if skipped else {})
+        return
+    match = f"{len(skipped)} of {steps} steps.*step {skipped[-1]}: row {skipped[-1]}"
+    with pytest.raises(Diverged, match=match):
+        guard.finish(steps)
+
+
+def test_rows_of_a_step_are_named_by_origin_or_number():
+    config = SimpleNamespace(batch_size=4, seed=1)
+    examples = tiny.examples(3)
+    rows = [data.Row({}, f"a.jsonl row {i}") for i in (1, 2, 4)]
+    assert row_namer(rows, examples, config)(1) == (
+        "a.jsonl row 1, a.jsonl row 2, a.jsonl row 4"
+    )
+    numbers = "example 1 of 3, example 2 of 3, example 3 of 3"
+    assert row_namer(rows[:2], examples, config)(1) == numbers
 
 
 def test_fit_ends_when_nothing_is_finite(tmp_path):

@@ -1,5 +1,6 @@
 """Rows come one step late, in order, whole; a continued run cuts what came after."""
 
+import errno
 import json
 import time
 
@@ -80,3 +81,40 @@ def test_flops_count_matrices_once():
     per_layer = 32 * (4 + 2 + 2 + 4) * 8 + 3 * 32 * 48
     tied = tiny.VOCAB * 32
     assert metrics.training_flops_per_token(shapes) == 6 * (2 * per_layer + tied)
+
+
+def test_a_disk_that_has_space_again_gets_every_row(tmp_path, monkeypatch, caplog):
+    class Full:
+        name, taken = "metrics.jsonl", 5
+
+        def write(self, text):
+            if not Full.taken:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            Full.taken, taken = 0, Full.taken
+            return file.write(text[:taken])
+
+        def close(self):
+            file.close()
+
+    writer = MetricsWriter(tmp_path, total_steps=3)
+    file, writer._file = writer._file, Full()
+    for step in (1, 2):
+        writer.log(step, device(float(step)))
+        writer.flush()
+    assert caplog.text.count("No space left") == 1
+    writer._file = file
+    writer.log(3, device(3.0))
+    writer.close()
+    assert [row["loss"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_curves_of_a_full_disk_are_not_waited_for(tmp_path):
+    """tensorboardX's thread ends at the first error; its queue then fills up."""
+    writer = MetricsWriter(tmp_path, total_steps=500)
+    worker = writer._board.file_writer.event_writer._worker
+    worker.stop()
+    for step in range(1, 400):
+        writer.log(step, device(1.0))
+    assert len(rows(tmp_path)) == 398
+    writer._board = None
+    writer.close()

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 
 from jalign import models
 from jalign.train import grpo, online, ppo
-from jalign.train.loop import Preempted
 from jalign.train.ppo_config import CriticConfig, KLConfig
+from jalign.train.stop import Preempted
 from tests.sharding import processes
 from tests.train.grpo_world import make_grpo_config
 from tests.train.ppo_world import make_config, write_world
+from tests.train.test_stop import stop_in
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,76 @@ def test_sigterm_saves_at_the_next_boundary(finished, world, tmp_path, monkeypat
             online.run_ppo(config)
     online.run_ppo(config)
     assert_same_run(finished[0], tmp_path)
+
+
+def test_a_signal_outside_of_the_loop_loses_nothing(
+    finished, world, tmp_path, monkeypatch
+):
+    phases = ["make_prompts", "evaluate_prompts", "save_models", "write_report"]
+    for number, name in enumerate(phases):
+        with monkeypatch.context() as patch:
+            how = (signal.SIGTERM, signal.SIGINT)[number % 2]
+            stop_in(patch, online, name, how=how)
+            with pytest.raises(Preempted, match=f"stopped by {how.name}"):
+                online.run_ppo(config_of(world, tmp_path))
+        assert (tmp_path / "model").exists() == (name == "write_report")
+    online.run_ppo(config_of(world, tmp_path))
+    assert_same_run(finished[0], tmp_path)
+
+
+def test_rewards_and_prompts_are_compared_by_what_they_hold(
+    finished, world, tmp_path, monkeypatch
+):
+    """Everything is checked before a step is compiled, so these cost little."""
+    folder, out = tmp_path / "moved", shutil.copytree(finished[0], tmp_path / "out")
+    shutil.copytree(Path(world["model"]).parent, folder)
+    moved = {
+        "model": str(folder / "model"),
+        "data": str(folder / "prompts.jsonl"),
+        "reward": f"{folder / 'reward.py'}:share_of_a",
+    }
+    calls = []
+    real = online.evaluate_prompts
+    monkeypatch.setattr(
+        online, "evaluate_prompts", lambda *a: calls.append(1) or real(*a)
+    )
+    summary = online.run_ppo(config_of(world | moved, out))
+    assert summary["eval_reward"] == pytest.approx(finished[1]["eval_reward"])
+    assert len(calls) == 1, "what was measured before is in the checkpoint"
+    # Other held-out prompts are measured before as well as after.
+    others = {"eval_data": str(folder / "prompts.jsonl")}
+    online.run_ppo(config_of(world | moved | others, out))
+    assert len(calls) == 3
+    reward = folder / "reward.py"
+    reward.write_text(reward.read_text() + "# changed\n")
+    with pytest.raises(ValueError, match="[(]reward 1's file changed[)]"):
+        online.run_ppo(config_of(world | moved, out))
+    with pytest.raises(ValueError, match="reward was 1[*]share_of_a and is 2[*]share"):
+        online.run_ppo(config_of(world | {"reward": f"2*{world['reward']}"}, out))
+    rows = Path(world["data"]).read_text().splitlines(keepends=True)
+    (folder / "prompts.jsonl").write_text("".join(rows[::-1]))
+    with pytest.raises(ValueError, match="the training rows changed"):
+        online.run_ppo(config_of(world | {"data": moved["data"]}, out))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("data", "nowhere.jsonl", "nowhere.jsonl"),
+        ("eval_data", "nowhere.jsonl", "nowhere.jsonl"),
+        ("reward", "nowhere.py:f", "nowhere.py"),
+        ("reward", "MODEL", "no reward model"),
+        ("reward", "gsm8k + nowhere", "reward 'nowhere' is not"),
+        ("reward", "./nowhere/model", "'./nowhere/model' is not"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    field, value, match, world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "load", None)
+    value = value.replace("MODEL", world["model"])
+    with pytest.raises((ValueError, OSError), match=match):
+        online.run_ppo(config_of(world | {field: value}, tmp_path))
 
 
 def test_other_settings_do_not_continue_a_run(finished, world):

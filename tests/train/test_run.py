@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jalign.data.clock import with_clock
 from jalign.train.config import SFTConfig
+from jalign.train.inputs import STEPS
 from jalign.train.optim import OptimConfig
-from jalign.train.run import lock_directory, make_run_mesh, open_run, restore_state
+from jalign.train.run import (
+    fixed_settings,
+    identify,
+    lock_directory,
+    make_run_mesh,
+    open_run,
+    restore_state,
+)
 
 
 def config(out, **changes):
@@ -18,8 +27,12 @@ def config(out, **changes):
     return SFTConfig(out=str(out), **fields)
 
 
-def save(out, **changes):
+INPUTS = {"the model's weights": "1", "the training rows": "2"}
+
+
+def save(out, inputs=INPUTS, **changes):
     with open_run(config(out, **changes), "sft") as run:
+        run = identify(run, inputs, "")
         run.checkpointer.save(1, {"x": jnp.ones(2)}, run.meta)
 
 
@@ -28,14 +41,59 @@ def test_same_settings_continue_others_are_refused(tmp_path):
     with open_run(config(tmp_path, steps=7, checkpoint_every=1), "sft") as run:
         assert restore_state(run, {"x": jnp.ones(2)}).step == 1
     other = dict(optim=OptimConfig(learning_rate=0.5))
-    for resume in (True, False):
-        with pytest.raises(ValueError, match="learning_rate was 1e-05 and is 0.5"):
-            save(tmp_path, resume=resume, **other)
+    match = "learning_rate was 1e-05 and is 0.5.*--no-resume"
+    with pytest.raises(ValueError, match=match):
+        save(tmp_path, **other)
     with (
         pytest.raises(ValueError, match="kind was 'sft' and is 'dpo'"),
         open_run(config(tmp_path), "dpo"),
     ):
         pass
+    save(tmp_path, resume=False, **other)  # as the message says
+    with pytest.raises(ValueError, match="learning_rate was 0.5 and is 1e-05"):
+        save(tmp_path)
+
+
+def test_inputs_are_compared_by_content_and_named(tmp_path):
+    save(tmp_path)
+    save(tmp_path, model="elsewhere", data="elsewhere/d")
+    with pytest.raises(ValueError, match="[(]the training rows changed[)]"):
+        save(tmp_path, INPUTS | {"the training rows": "3"})
+    longer = INPUTS | {STEPS: "8"}
+    save(tmp_path / "b", INPUTS | {STEPS: "4"})
+    with (
+        open_run(config(tmp_path / "b"), "sft") as run,
+        pytest.raises(ValueError, match="steps was 4 and is 8.*--reschedule"),
+    ):
+        identify(run, longer, "")
+    with open_run(config(tmp_path / "b"), "sft") as run:
+        assert identify(run, longer, "", reschedule=True).meta["inputs"] == longer
+
+
+def test_a_checkpoint_without_inputs_goes_on_with_a_warning(tmp_path, caplog):
+    """As 0.1 wrote them: paths in the settings, no digests, no clock."""
+    old = fixed_settings(config(tmp_path)) | {"kind": "sft", "model": "m", "data": "d"}
+    del old["optim"]["b1"]  # a field of later
+    with open_run(config(tmp_path), "sft") as run:
+        run.checkpointer.save(1, {"x": jnp.ones(2)}, {"config": old})
+    with open_run(config(tmp_path), "sft") as run:
+        identify(run, INPUTS, "")
+    assert "same model's weights, training rows cannot be checked" in caplog.text
+    with (
+        pytest.raises(ValueError, match="data was 'd' and is 'other'"),
+        open_run(config(tmp_path, data="other"), "sft"),
+    ):
+        pass
+
+
+def test_the_clock_of_templates_is_that_of_the_first_start(tmp_path):
+    save(tmp_path)
+    seen = []
+    for _ in range(2):
+        with open_run(config(tmp_path), "sft") as run:
+            seen.append((run.meta["clock"], with_clock("{{ strftime_now('%f') }}")))
+    assert seen[0] == seen[1] and "macro" in seen[0][1]
+    assert with_clock("{{ strftime_now('%f') }}").startswith("{{")
 
 
 def test_no_resume_sets_the_old_checkpoints_aside(tmp_path):

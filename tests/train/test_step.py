@@ -155,3 +155,18 @@ def test_init_inside_the_jit_is_sharded(params):
     ):
         assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
         assert (leaf.shape, leaf.dtype) == (target.shape, target.dtype)
+
+
+def test_new_parameters_that_are_not_finite_are_not_taken():
+    def objective(params, batch, key):
+        del key
+        return objectives.Loss(jnp.sum(params["kernel"] * batch), jnp.float32(1), {})
+
+    for rate in (float("inf"), 1e30):
+        tx, _ = optim.make_optimizer(optim.OptimConfig(learning_rate=rate), 5)
+        state = step.init_state({"kernel": jnp.ones(4)}, tx, jax.random.key(0))
+        state, metrics = step.make_train_step(objective, tx)(state, jnp.ones(4))
+        assert float(metrics["skipped"]) == 1 and np.isfinite(metrics["loss"])
+        assert tiny.same(state.params, {"kernel": jnp.ones(4)})
+        moments = jax.tree.leaves(state.opt_state)
+        assert all(np.isfinite(x).all() for x in moments)

@@ -1,8 +1,7 @@
-"""What the one-shot commands do: `jalign generate` and `jalign eval`."""
+"""`jalign eval`: held-out measures of a checkpoint, as JSON."""
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,108 +9,16 @@ import jax
 import numpy as np
 
 from jalign import data, evaluate, rewards, sharding
-from jalign.pretrained import Pretrained, check_same_vocab, load_pretrained
+from jalign.pretrained import (
+    Opened,
+    Pretrained,
+    check_same_vocab,
+    load_pretrained,
+    open_pretrained,
+)
 from jalign.train.online_config import check_reward_timeout
 from jalign.train.reference import reference_examples
 from jalign.train.run import make_run_mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateConfig:
-    """Completions of prompts from a checkpoint; printed, or written as JSONL."""
-
-    model: str
-    """HF checkpoint: a directory or a hub id."""
-    prompt: tuple[str, ...] = ()
-    """One or more prompts."""
-    prompts: str | None = None
-    """Instead: rows with prompts: a file, a directory or a hub id."""
-    split: str | None = None
-    """Split of --prompts; unset takes train, or what has no splits whole."""
-    columns: str | None = None
-    """Names of the columns of --prompts, such as "prompt=question"."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with rows of --prompts that cannot be used."""
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens with at least this probability."""
-    chat: bool = False
-    """Put each --prompt into the chat template as a user message."""
-    batch_size: int = 64
-    """Prompts decoded together (global)."""
-    seed: int = 0
-    mesh: str | None = None
-    """Such as "fsdp=8,tensor=2"; default: all devices on fsdp, or none if one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    out: str | None = None
-    """Write rows {"prompt", "completion"} to this JSONL file instead of the screen."""
-
-    def __post_init__(self):
-        if bool(self.prompt) == bool(self.prompts):
-            raise ValueError("give either --prompt TEXT … or --prompts FILE")
-        data.parse_columns(self.columns)
-        if self.prompt and (self.split or self.columns):
-            raise ValueError("--split and --columns are of --prompts FILE")
-        if self.batch_size < 1 or self.max_new_tokens < 1:
-            raise ValueError("--batch-size and --max-new-tokens must be at least 1")
-
-
-def run_generate(config: GenerateConfig) -> str | None:
-    """Samples one completion a prompt; returns the text to print, or None."""
-    mesh = make_run_mesh(config.mesh)
-    loaded = load_pretrained(
-        config.model, mesh=mesh, dtype=config.dtype, head="language"
-    )
-    prompts, given = _generate_prompts(config, loaded.tokenizer)
-    texts = evaluate.sample_texts(
-        *loaded,
-        prompts,
-        key=jax.random.key(config.seed),
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        batch_size=config.batch_size,
-    )
-    if config.out is None:
-        shown = [
-            prompt + text if isinstance(prompt, str) else text
-            for prompt, text in zip(given, texts, strict=True)
-        ]
-        return "\n---\n".join(shown)
-    if sharding.is_main_process():
-        lines = (
-            json.dumps({"prompt": prompt, "completion": text})
-            for prompt, text in zip(given, texts, strict=True)
-        )
-        Path(config.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return None
-
-
-def _generate_prompts(
-    config: GenerateConfig, tokenizer
-) -> tuple[list[data.PromptExample], list[Any]]:
-    """The prompts, and each as a row of `prompt` would hold it: a text or messages."""
-    if config.prompts:
-        rows: list[dict] = data.load_rows(
-            config.prompts, split=config.split, bad_rows=config.bad_rows
-        )
-    elif config.chat:
-        rows = [{"prompt": [{"role": "user", "content": p}]} for p in config.prompt]
-    else:
-        rows = [{"prompt": p} for p in config.prompt]
-    prompts, _ = data.prompt_examples(
-        rows,
-        tokenizer,
-        max_prompt_length=sys.maxsize,  # the sampler refuses one that is too long
-        bad_rows=config.bad_rows,
-        columns=config.columns,
-    )
-    return prompts, [p.source.prompt if p.source else p.text for p in prompts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,22 +72,27 @@ class EvalConfig:
 
 def run_eval(config: EvalConfig) -> str:
     """Measures the model on the rows; returns the JSON text."""
+    # Whatever is wrong with rows, rewards and paths is said before a model is loaded.
     mesh = make_run_mesh(config.mesh)
-    loaded = load_pretrained(config.model, mesh=mesh)
+    opened = open_pretrained(config.model)
+    other = config.ref_model and open_pretrained(config.ref_model, head="language")
+    if other:
+        check_same_vocab(opened, other, "--model and --ref-model")
     rows = data.load_rows(
         config.data,
         split=config.split or data.HELD_OUT,
         limit=config.limit,
         bad_rows=config.bad_rows,
     )
-    reference = None
-    if config.ref_model:
-        reference = load_pretrained(config.ref_model, mesh=mesh, head="language")
-        check_same_vocab(loaded, reference, "--model and --ref-model")
+    task = _task_of(config, rows)
+    examples, counts = _examples(task, config, rows, opened)
+    reward = _reward_fn(config, mesh) if config.reward else None
+    loaded = load_pretrained(opened, mesh=mesh)
+    reference = load_pretrained(other, mesh=mesh) if other else None
     measure = {"sft": _eval_sft, "preference": _eval_pairs, "reward": _eval_reward}
-    result = measure[_task_of(config, rows)](config, loaded, rows, reference)
+    result = measure[task](config, loaded, examples, reference, reward)
     _check_finite(result, config)
-    text = json.dumps(result, indent=2, allow_nan=False)
+    text = json.dumps(result | {"rows": counts}, indent=2, allow_nan=False)
     if config.out and sharding.is_main_process():
         Path(config.out).write_text(text + "\n", encoding="utf-8")
     return text
@@ -203,8 +115,16 @@ def _task_of(config: EvalConfig, rows: list[dict]) -> str:
     return "preference" if data.are_pairs(rows, config.columns) else "sft"
 
 
-def _how(config: EvalConfig) -> dict[str, Any]:
-    return {"bad_rows": config.bad_rows, "columns": config.columns}
+def _examples(task: str, config: EvalConfig, rows: data.Rows, opened: Opened):
+    """(the rows as the task reads them, what became of them)."""
+    how: Any = {"bad_rows": config.bad_rows, "columns": config.columns}
+    length, tokenizer = config.max_length, opened.tokenizer
+    if task == "sft":
+        return data.sft_examples(rows, tokenizer, max_length=length, **how)
+    if task == "reward":
+        return data.prompt_examples(rows, tokenizer, max_prompt_length=length, **how)
+    how["keep_tail"] = bool(opened.config.num_labels)
+    return data.preference_examples(rows, tokenizer, max_length=length, **how)
 
 
 def _loader(config: EvalConfig, model, examples, collate):
@@ -219,28 +139,18 @@ def _loader(config: EvalConfig, model, examples, collate):
     )
 
 
-def _eval_sft(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
-    model, params, tokenizer = loaded
-    examples, counts = data.sft_examples(
-        rows, tokenizer, max_length=config.max_length, **_how(config)
-    )
+def _eval_sft(config, loaded: Pretrained, examples, reference, _) -> dict[str, Any]:
+    model, params, _ = loaded
     loader = _loader(config, model, examples, data.collate_tokens)
-    result = evaluate.eval_loss(model, params, loader) | {"rows": counts}
+    result = evaluate.eval_loss(model, params, loader)
     if reference is not None:
         prompts = [e.tokens[: int(np.argmax(e.completion_mask))] for e in examples]
         result |= _kl(config, loaded, prompts, reference)
     return result
 
 
-def _eval_pairs(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
-    model, params, tokenizer = loaded
-    pairs, counts = data.preference_examples(
-        rows,
-        tokenizer,
-        max_length=config.max_length,
-        keep_tail=bool(model.config.num_labels),
-        **_how(config),
-    )
+def _eval_pairs(config, loaded: Pretrained, pairs, reference, _) -> dict[str, Any]:
+    model, params, _ = loaded
     if reference is not None:
         size, length = config.batch_size, config.max_length
         ref_model, ref_params, _ = reference
@@ -248,20 +158,16 @@ def _eval_pairs(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
             ref_model, ref_params, {"rows": pairs}, batch_size=size, max_length=length
         )["rows"]
     loader = _loader(config, model, pairs, data.collate_preferences)
-    return evaluate.preference_accuracy(model, params, loader) | {"rows": counts}
+    return evaluate.preference_accuracy(model, params, loader)
 
 
-def _eval_reward(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
-    model, params, tokenizer = loaded
-    prompts, counts = data.prompt_examples(
-        rows, tokenizer, max_prompt_length=config.max_length, **_how(config)
-    )
+def _eval_reward(
+    config, loaded: Pretrained, prompts, reference, reward
+) -> dict[str, Any]:
     result = evaluate.mean_reward(
-        model,
-        params,
-        tokenizer,
+        *loaded,
         prompts,
-        _reward_fn(config, model.mesh),
+        reward,
         key=jax.random.key(config.seed),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -271,7 +177,7 @@ def _eval_reward(config, loaded: Pretrained, rows, reference) -> dict[str, Any]:
     if reference is not None:
         tokens = [prompt.tokens for prompt in prompts]
         measured |= _kl(config, loaded, tokens, reference)
-    return measured | {"rows": counts}
+    return measured
 
 
 def _reward_fn(config: EvalConfig, mesh) -> rewards.RewardFn:
@@ -279,7 +185,7 @@ def _reward_fn(config: EvalConfig, mesh) -> rewards.RewardFn:
     assert config.reward is not None
     terms = rewards.parse_rewards(config.reward)
     how = {"timeout": config.reward_timeout, "mesh": mesh}
-    functions = [rewards.load_term(term.source, **how)[0] for term in terms]
+    functions = [function for function, _ in rewards.load_terms(terms, **how)]
     return rewards.weighted_sum(functions, [term.weight for term in terms])
 
 

@@ -1,0 +1,148 @@
+"""What a run depends on beside its settings: weights, rows, tokenizers, rewards, time.
+
+Each is digested once, stored with every checkpoint, and compared when the run goes on.
+So a file may move, and may not change: contents count, not paths.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jalign import rewards, sharding
+from jalign.pretrained import Pretrained
+from jalign.rewards.sums import is_function
+from jalign.train.digest import tree_digest
+from jalign.train.optim import depends_on_length
+from jalign.types import PyTree
+
+_log = logging.getLogger("jalign.train")
+Inputs = dict[str, str]
+"""What it is, in words for a message -> its digest or value."""
+STEPS, REWARD = "the number of steps", "the reward"
+_SCHEDULE_ADVICE = (
+    ", on which the learning rates depend: with --reschedule the steps that are left "
+    "follow the new schedule"
+)
+
+
+def params_digest(params: PyTree) -> str:
+    """Of weights, whatever mesh they lie on. Collective: every process calls it."""
+    return _hash(json.dumps(tree_digest(params), sort_keys=True))
+
+
+def examples_digest(examples: Iterable[Any]) -> str:
+    """Of examples in their order: token ids, masks, numbers, and the rows of prompts.
+
+    Of a value that is no text, number, list or dict (an image), the type alone counts.
+    """
+    sha = hashlib.sha256()
+    for example in examples:
+        _feed(sha, example)
+    return sha.hexdigest()[:16]
+
+
+def _feed(sha: Any, value: Any) -> None:
+    if isinstance(value, np.ndarray):
+        sha.update(f"{value.dtype.str}{value.shape}".encode())
+        sha.update(value.tobytes())
+    elif isinstance(value, dict):
+        _feed(sha, sorted(value.items(), key=lambda item: repr(item[0])))
+    elif isinstance(value, list | tuple):
+        sha.update(f"({len(value)}".encode())
+        for part in value:
+            _feed(sha, part)
+    elif isinstance(value, np.generic):
+        _feed(sha, value.item())
+    elif isinstance(value, str | int | float | bool | None):
+        sha.update(f"{value!r},".encode("utf-8", "surrogatepass"))
+    else:
+        sha.update(f"<{type(value).__name__}>".encode())
+
+
+def tokenizer_inputs(tokenizer: Any, whose: str = "the model's") -> Inputs:
+    """A tokenizer's and its chat template's digests. Call it before it encodes: the
+    default template is not the file's."""
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    # A call's, and left behind by it.
+    settings |= {"truncation": None, "padding": None}
+    tokens = {name: str(t) for name, t in tokenizer.special_tokens_map.items()}
+    return {
+        f"{whose} tokenizer": _hash(json.dumps([settings, tokens], sort_keys=True)),
+        f"{whose} chat template": _hash(repr(tokenizer.chat_template)),
+    }
+
+
+def reward_inputs(
+    terms: Sequence[rewards.RewardTerm], judges: Sequence[Pretrained | None]
+) -> Inputs:
+    """The sum that a --reward stands for, and what is behind each of its terms.
+
+    Args:
+      terms: of parse_rewards.
+      judges: the checkpoints among them; None for a function.
+    """
+    parts, found = [], {}
+    for number, (term, judge) in enumerate(zip(terms, judges, strict=True), 1):
+        whose = f"reward {number}'s"
+        parts.append(f"{term.weight:g}*{'checkpoint' if judge else term.name}")
+        if judge:
+            found[f"{whose} weights"] = params_digest(judge.params)
+            found |= tokenizer_inputs(judge.tokenizer, whose)
+        elif is_function(term.source):
+            file = Path(term.source.rpartition(":")[0])
+            found[f"{whose} file"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return {REWARD: " + ".join(parts)} | found
+
+
+def run_inputs(config: Any, params: PyTree, examples: list, steps: int) -> Inputs:
+    """The start weights, the training examples, and the number of steps where the
+    learning rate of a step depends on it."""
+    found = {
+        "the model's weights": params_digest(params),
+        "the training rows": examples_digest(examples),
+    }
+    return found | ({STEPS: str(steps)} if depends_on_length(config.optim) else {})
+
+
+def agree(inputs: Mapping[str, str]) -> None:
+    """Raises ValueError on every process where one has another input than the first."""
+    for name, value in inputs.items():
+        sharding.agree(name, value)
+
+
+def changes(
+    old: Mapping[str, str] | None, new: Inputs, *, reschedule: bool = False
+) -> list[str]:
+    """How the inputs differ from those of a checkpoint, in words.
+
+    Args:
+      old: as stored; None in a checkpoint of an older jalign, which goes on with a
+        warning of what nobody can compare.
+      new: the run's.
+      reschedule: whether the number of steps may be another.
+    """
+    if old is None:
+        _log.warning(
+            "the checkpoint is of an older jalign: whether it was made with the same "
+            "%s cannot be checked",
+            ", ".join(name.removeprefix("the ") for name in new),
+        )
+        return []
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        before, after = (side.get(name, "absent") for side in (old, new))
+        if before == after or (name == STEPS and reschedule):
+            continue
+        told = name in (STEPS, REWARD) or "absent" in (before, after)
+        text = f"{name} was {before} and is {after}" if told else f"{name} changed"
+        found.append(text + (_SCHEDULE_ADVICE if name == STEPS else ""))
+    return found
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

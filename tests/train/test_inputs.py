@@ -1,0 +1,116 @@
+"""A run goes on with what it was started with, wherever that lies now, and no other."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jalign import data
+from jalign.train.inputs import examples_digest
+from tests.train import tiny, world
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A world, and an SFT run of two steps in it."""
+    folder = world.make(tmp_path_factory.mktemp("world"))
+    assert world.run("sft", folder, folder / "out") == 0
+    return folder
+
+
+@pytest.fixture
+def again(begun, tmp_path, capsys):
+    """(a copy of the world, the command again -> exit code, message)."""
+    folder = shutil.copytree(begun, tmp_path / "copy")
+
+    def run(*flags):
+        code = world.run("sft", folder, folder / "out", *flags)
+        return code, capsys.readouterr().err
+
+    return folder, run
+
+
+def test_equal_files_elsewhere_are_the_same_run(begun, again):
+    folder, run = again
+    before = world.weights(begun / "out")
+    (folder / "rows.jsonl").rename(folder / "moved.jsonl")
+    code, text = run("--data", str(folder / "moved.jsonl"))
+    assert code == 0 and "continuing from step 2" in text
+    after = world.weights(folder / "out")
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def change_rows(folder):
+    world.write_rows(folder, count=16)
+
+
+def other_rows(folder):
+    world.write_rows(folder, first=3)
+
+
+def other_weights(folder):
+    name = "model.safetensors"
+    shutil.copy(folder / "out" / "model" / name, folder / "model" / name)
+
+
+def other_template(folder):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "model" / "chat_template.jinja").write_text(template)
+
+
+def other_tokenizer(folder):
+    file = folder / "model" / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_rows, "the training rows changed"),
+        (other_rows, "the training rows changed"),
+        (other_weights, "the model's weights changed"),
+        (other_template, "the model's chat template changed"),
+        (other_tokenizer, "the model's tokenizer changed"),
+    ],
+)
+def test_another_input_under_the_same_name_is_refused_and_named(again, change, said):
+    folder, run = again
+    change(folder)
+    code, text = run()
+    assert code == 2 and f"({said})" in text and "Traceback" not in text
+    assert "--no-resume" in text
+
+
+def test_more_steps_of_a_falling_rate_need_a_word(again):
+    folder, run = again
+    code, text = run("--steps", "4")
+    assert code == 2 and "the number of steps was 2 and is 4" in text
+    code, text = run("--steps", "4", "--reschedule")
+    assert code == 0 and "continuing from step 2" in text
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_what_counts_of_an_example():
+    examples = tiny.examples(5)
+    prompt = data.PromptExample(np.arange(3, dtype=np.int32), "a", {"x": [1, None]})
+    digest = examples_digest(examples)
+    assert digest == examples_digest(tiny.examples(5))
+    first = examples[0]
+    masked = first._replace(completion_mask=~first.completion_mask)
+    different = [
+        examples[::-1],
+        examples[:4],
+        [masked, *examples[1:]],
+        [prompt],
+        [prompt._replace(row={"x": [1, "None"]})],
+        [prompt._replace(row={"x": [None, 1]})],
+        [prompt._replace(text="b")],
+    ]
+    assert len({digest, *map(examples_digest, different)}) == len(different) + 1
+    # An object of no value of its own, such as an image, is no other one tomorrow.
+    rows = [prompt._replace(row={"image": object()}) for _ in range(2)]
+    assert examples_digest(rows[:1]) == examples_digest(rows[1:])
