@@ -13,7 +13,8 @@ from tests.train import tiny, world
 # The microseconds of the clock as words: no other moment gives the same tokens.
 TEMPLATE = (
     "{% for x in strftime_now('%f') %}{{ 'abcdefghij'[x | int] ~ ' ' }}{% endfor %}"
-    "{% for m in messages %}{{ m.content ~ ' ' }}{% endfor %}{{ eos_token }}"
+    "{% for m in messages %}{{ m.content ~ ' ' }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
 
