@@ -10,11 +10,25 @@ from jalign import data
 from jalign.train.inputs import examples_digest
 from tests.train import tiny, world
 
+# The microseconds of the clock as words: no other moment gives the same tokens.
+TEMPLATE = (
+    "{% for x in strftime_now('%f') %}{{ 'abcdefghij'[x | int] ~ ' ' }}{% endfor %}"
+    "{% for m in messages %}{{ m.content ~ ' ' }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A world, and an SFT run of two steps in it."""
+    """A world of conversations, and an SFT run of two steps in it."""
     folder = world.make(tmp_path_factory.mktemp("world"))
+    (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    rows = map(json.loads, (folder / "rows.jsonl").read_text().splitlines())
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
+        for row in rows:
+            turns = (("user", row["prompt"]), ("assistant", row["completion"]))
+            messages = [{"role": role, "content": text} for role, text in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
     assert world.run("sft", folder, folder / "out") == 0
     return folder
 
@@ -31,7 +45,7 @@ def again(begun, tmp_path, capsys):
     return folder, run
 
 
-def test_equal_files_elsewhere_are_the_same_run(begun, again):
+def test_equal_files_elsewhere_and_later_are_the_same_run(begun, again):
     folder, run = again
     before = world.weights(begun / "out")
     (folder / "rows.jsonl").rename(folder / "moved.jsonl")
@@ -80,7 +94,7 @@ def test_another_input_under_the_same_name_is_refused_and_named(again, change, s
     folder, run = again
     change(folder)
     code, text = run()
-    assert code == 2 and f"({said})" in text and "Traceback" not in text
+    assert code == 2 and said in text and "Traceback" not in text
     assert "--no-resume" in text
 
 

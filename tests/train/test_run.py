@@ -20,6 +20,7 @@ from jalign.train.run import (
     open_run,
     restore_state,
 )
+from tests.sharding import processes
 
 
 def config(out, **changes):
@@ -123,6 +124,34 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
     other.wait()
     with lock_directory(tmp_path):
         pass
+
+
+def hosts_body():
+    import os
+
+    from jalign.train.config import SFTConfig
+    from jalign.train.run import identify, open_run
+
+    out, index = os.environ["RUN_OUT"], jax.process_index()
+    told = []
+    for steps, rows, held_out in ((index + 1, "1", "2"), (1, str(index), "2")):
+        config = SFTConfig(out=out, model=f"m{index}", data="d", steps=steps)
+        try:
+            with open_run(config, "sft") as run:
+                identify(run, {"the training rows": rows}, held_out)
+        except ValueError as error:
+            told.append(str(error))
+    with open_run(SFTConfig(out=out, model="m", data="d"), "sft") as run:
+        told.append(run.meta["clock"])
+    return told
+
+
+def test_hosts_with_other_settings_or_rows_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUN_OUT", str(tmp_path))
+    one, two = processes.run(hosts_body, devices=1)
+    assert "settings differs between hosts: process(es) [1]" in one[0]
+    assert "the training rows differs between hosts: process(es) [1]" in two[1]
+    assert one[2] == two[2], "one clock for all"
 
 
 def test_mesh_of_a_flag():
