@@ -63,6 +63,8 @@ class EvalConfig:
 
     def __post_init__(self):
         data.parse_columns(self.columns)
+        if self.reward is not None:
+            rewards.parse_rewards(self.reward)
         check_reward_timeout(self.reward_timeout)
         if self.task == "reward" and not self.reward:
             raise ValueError("--task reward needs --reward CHECKPOINT or FILE.py:NAME")
@@ -85,6 +87,11 @@ def run_eval(config: EvalConfig) -> str:
         bad_rows=config.bad_rows,
     )
     task = _task_of(config, rows)
+    if opened.config.num_labels and task != "preference":
+        raise ValueError(
+            f"{config.model} is a reward model: it is measured on preference pairs "
+            f"(chosen and rejected), and {config.data} has none"
+        )
     examples, counts = _examples(task, config, rows, opened)
     reward = _reward_fn(config, mesh) if config.reward else None
     loaded = load_pretrained(opened, mesh=mesh)
@@ -94,6 +101,7 @@ def run_eval(config: EvalConfig) -> str:
     _check_finite(result, config)
     text = json.dumps(result | {"rows": counts}, indent=2, allow_nan=False)
     if config.out and sharding.is_main_process():
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_text(text + "\n", encoding="utf-8")
     return text
 

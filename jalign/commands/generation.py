@@ -84,6 +84,7 @@ def run_generate(config: GenerateConfig) -> str | None:
             json.dumps({"prompt": prompt, "completion": text})
             for prompt, text in zip(given, texts, strict=True)
         )
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return None
 

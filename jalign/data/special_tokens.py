@@ -33,14 +33,15 @@ _QUESTION: Messages = [{"role": "user", "content": "q"}]
 _ANSWER = "jalign"  # plain letters: no template trims or escapes them
 
 
-def turn_tail(tokenizer: Tokenizer) -> str:
-    """What the chat template writes behind the text of a last assistant turn.
+def split_turn(tokenizer: Tokenizer) -> tuple[str, str]:
+    """A rendered question with its answer, split behind the answer's own text.
 
-    For example "<|im_end|>\\n"; "" without a template, or where it refuses a plain
+    The second part is what the chat template writes behind a last assistant turn, for
+    example "<|im_end|>\\n"; both are "" without a template, or where it refuses a plain
     question and answer.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return ""
+        return "", ""
     turns = [*_QUESTION, {"role": "assistant", "content": _ANSWER}]
     with limited():
         try:
@@ -49,14 +50,14 @@ def turn_tail(tokenizer: Tokenizer) -> str:
             raise
         except Exception as error:  # jinja's kinds and whatever a template runs into
             logger.debug("the chat template refuses a question and answer: %s", error)
-            return ""
-    _, found, tail = text.rpartition(_ANSWER)
-    return tail if found else ""
+            return "", ""
+    head, answer, tail = text.rpartition(_ANSWER)
+    return (head + answer, tail) if answer else ("", "")
 
 
 def turn_end(tokenizer: Tokenizer) -> str | None:
     """The special token that ends an assistant's turn in the chat template, if any."""
-    tail = turn_tail(tokenizer).lstrip()
+    tail = split_turn(tokenizer)[1].lstrip()
     if not tail:
         return None
     added = (token.content for token in tokenizer.added_tokens_decoder.values())
@@ -116,7 +117,7 @@ def end_template_at_turn(tokenizer: Tokenizer) -> None:
     line break behind the end of a turn, which no policy ever samples; a template that
     ends where sampling ends has the score read at one token everywhere.
     """
-    tail = turn_tail(tokenizer)
+    _, tail = split_turn(tokenizer)
     if tail == tail.rstrip():
         return
 

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jalign.data.special_tokens import Tokenizer, settle_pad_token
+from jalign.data.special_tokens import (
+    Tokenizer,
+    settle_pad_token,
+    split_turn,
+    turn_end,
+)
 
 logger = logging.getLogger("jalign.data")
 
@@ -146,3 +151,17 @@ def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
     n = min(len(first), len(second))
     differ = first[:n] != second[:n]
     return int(np.argmax(differ)) if differ.any() else n
+
+
+def turn_tail_ids(tokenizer: Tokenizer) -> np.ndarray | None:
+    """What the chat template writes behind an answer, as token ids int32 [T].
+
+    None where it ends a turn with no special token, so that the ids depend on the
+    answer before them.
+    """
+    if turn_end(tokenizer) is None:
+        return None
+    head, tail = split_turn(tokenizer)
+    before, whole = encode_plain(tokenizer, [head, head + tail])
+    same = common_prefix(before, whole) == len(before)
+    return whole[len(before) :] if same else None

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jalign import data, sharding
-from jalign.data.encoding import encode_exchanges, encode_prompts
-from jalign.data.formats import Exchange, Prompt, parse_prompt
+from jalign.data.chat import join_turns, render
+from jalign.data.encoding import encode_prompts
+from jalign.data.formats import Prompt, parse_prompt
 from jalign.data.rows import RowError
-from jalign.data.special_tokens import turn_end, turn_tail
-from jalign.data.tokenizer import encode_plain
+from jalign.data.special_tokens import split_turn
+from jalign.data.tokenizer import encode_pairs, encode_plain, turn_tail_ids
 from jalign.models import Model
 from jalign.rewards.samples import RewardFn, Samples, Tokens
 from jalign.types import PyTree
@@ -87,52 +88,73 @@ def judged_tokens(tokenizer: Any, samples: Samples) -> list[np.ndarray]:
     ]
     own = encode_prompts(tokenizer, sources)
     found = _sampled(tokenizer, samples, sources, own)
-    todo = [row for row in range(len(sources)) if row not in found]
-    exchanges = []
-    for row in todo:
-        text, prompt = samples.completions[row], own[row]
-        if isinstance(prompt, RowError) or prompt[0] != samples.prompts[row]:
-            text = (
-                text.strip()
-            )  # it belongs to the policy's template, not to the answer
-        exchanges.append(_exchange(sources[row], text))
-    encoded = encode_exchanges(exchanges, tokenizer, eos_inside=True, keep_tail=True)
-    for row, example in zip(todo, encoded, strict=True):
-        if isinstance(example, RowError):
-            raise ValueError(f"the reward model cannot be given row {row}: {example}")
-        found[row] = example.tokens
+    for row, (source, prompt) in enumerate(zip(sources, own, strict=True)):
+        if row in found:
+            continue
+        same = not isinstance(prompt, RowError) and prompt[0] == samples.prompts[row]
+        asked = samples.prompts[row] if same else None
+        try:
+            found[row] = _encoded(tokenizer, source, asked, samples.completions[row])
+        except RowError as error:
+            message = f"the reward model cannot be given row {row}: {error}"
+            raise ValueError(message) from None
     return [found[row] for row in range(len(sources))]
+
+
+def _encoded(
+    tokenizer: Any, source: Prompt, asked: str | None, completion: str
+) -> np.ndarray:
+    """A prompt with its answer, from their texts, to where the template ends.
+
+    Args:
+      asked: the prompt's text where the policy's template is this one.
+    """
+    if isinstance(source.prompt, str):
+        return encode_pairs(tokenizer, [(source.prompt, completion)])[0][0]
+    head, tail = split_turn(tokenizer)
+    if asked is not None and head:
+        space = tail[: len(tail) - len(tail.lstrip())]  # may be sampled, see _closed
+        text = asked + completion.removesuffix(space) + tail
+        return encode_plain(tokenizer, [text])[0]
+    # White space around an answer is its policy's template's, not the answer's.
+    answer = {"role": "assistant", "content": completion.strip()}
+    turns, _ = join_turns(source.prompt, [answer])
+    return encode_plain(tokenizer, [render(tokenizer, turns, source.template_args)])[0]
 
 
 def _sampled(
     tokenizer: Any, samples: Samples, sources: Sequence[Prompt], own: Sequence[Any]
 ) -> dict[int, np.ndarray]:
     """Row -> sampled ids as the reward model would have them, where it would."""
-    ours = samples.tokenizer
-    if ours is None or ours.get_vocab() != tokenizer.get_vocab():
+    ours, vocab = samples.tokenizer, tokenizer.get_vocab()
+    if ours is None or ours.get_vocab() != vocab:
         return {}
-    chat_end = turn_end(tokenizer) and encode_plain(tokenizer, [turn_tail(tokenizer)])
+    largest, chat_tail = max(vocab.values()), turn_tail_ids(tokenizer)
+    text_tail = np.array([tokenizer.eos_token_id], np.int32)
     found = {}
     for row, (source, prompt) in enumerate(zip(sources, own, strict=True)):
-        is_text = isinstance(source.prompt, str)
-        end = [np.array([tokenizer.eos_token_id], np.int32)] if is_text else chat_end
-        same = not isinstance(prompt, RowError) and np.array_equal(
-            prompt[1], samples.prompt_ids[row]
-        )
-        if same and end:
-            ids = list(samples.completion_ids[row])
-            if ids and ids[-1] in samples.stop_tokens:
-                ids.pop()
-            parts = [samples.prompt_ids[row], ids, end[0]]
-            found[row] = np.concatenate(parts).astype(np.int32)
+        tail = text_tail if isinstance(source.prompt, str) else chat_tail
+        asked = np.asarray(samples.prompt_ids[row], np.int32)
+        ids = list(samples.completion_ids[row])
+        if ids and ids[-1] in samples.stop_tokens:
+            ids.pop()
+        # An embedding may be larger than the vocabulary: such an id is no text.
+        known = max(ids, default=0) <= largest
+        same = not isinstance(prompt, RowError) and np.array_equal(prompt[1], asked)
+        if same and known and tail is not None:
+            found[row] = np.concatenate([asked, _closed(ids, tail.tolist(), samples)])
     return found
 
 
-def _exchange(source: Prompt, completion: str) -> Exchange:
-    if isinstance(source.prompt, str):
-        return Exchange(source.prompt, completion, {})
-    turn = {"role": "assistant", "content": completion}
-    return Exchange(source.prompt, [turn], source.template_args)
+def _closed(ids: list[int], tail: list[int], samples: Samples) -> np.ndarray:
+    """A completion with the template's tail, of which it may have sampled the start.
+
+    LLaMA-2's template writes a space before the end of a turn, so a policy learns to.
+    """
+    before = next((i for i, x in enumerate(tail) if x in samples.stop_tokens), 0)
+    if before and ids[-before:] == tail[:before]:
+        ids = ids[:-before]
+    return np.array([*ids, *tail], np.int32)
 
 
 def _source(prompt: str, row: dict[str, Any]) -> Prompt:

@@ -1,6 +1,7 @@
 """SFT, reward models, DPO: one sequence, `_run`, with the functions of a `Recipe`."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from jalign.train.step import abstract_state, init_state, make_train_step
 from jalign.types import TrainState
 
 PyTree = Any
+_log = logging.getLogger("jalign.train")
 
 
 class Recipe(NamedTuple):
@@ -104,6 +106,16 @@ def run_reward(config: RewardConfig) -> dict[str, Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         return models.add_scalar_head(model, params, key=key)
 
+    def examples(rows, tokenizer):
+        found, counts = _preference_examples(config)(rows, tokenizer)
+        if counts["truncated"]:
+            _log.warning(
+                "%d of %d pairs are longer than --max-length %d: they are scored where "
+                "they are cut; raise it",
+                *(counts["truncated"], len(found), config.max_length),
+            )
+        return found, counts
+
     def objective(model):
         return objectives.make_reward_objective(
             model,
@@ -116,7 +128,7 @@ def run_reward(config: RewardConfig) -> dict[str, Any]:
         Recipe(
             "reward",
             config.reward.compute,
-            _preference_examples(config),
+            examples,
             data.collate_preferences,
             prepare,
             objective,

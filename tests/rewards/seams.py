@@ -28,6 +28,9 @@ TEMPLATES = {
     "zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + "
     "eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "llama2": "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
     "mistral": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
     "{{ m['content'] + eos_token }}{% endif %}{% endfor %}",
@@ -93,7 +96,13 @@ def sample(kind: str, template: str, count: int) -> rewards.Samples:
     ids = [
         rng.integers(first, last, size).tolist() for size in rng.integers(2, 7, count)
     ]
-    ids = [x + [stops[i % len(stops)]] * (i % 3 > 0) for i, x in enumerate(ids)]
+    # What the template writes around an answer is sampled, too, by whom it has taught.
+    space = made.convert_tokens_to_ids("Ġ" if kind == "bytes" else "▁")
+    around = [space] if template == "llama2" else []
+    if around:
+        ids = [[*around, *x, made.convert_tokens_to_ids("a")] for x in ids]
+    ended = [*around, stops[0]], [*around, stops[-1]]
+    ids = [x + ended[i % 2] * (i % 3 > 0) for i, x in enumerate(ids)]
     asked = [prompt.tokens.tolist() for prompt in prompts]
     texts = generate.continuations(made, asked, ids, stops)
     return rewards.samples_of(prompts, ids, texts, made, stops)
@@ -105,8 +114,10 @@ def _turn(text: str, role: str = "user") -> dict:
 
 def pair_rows(samples: rewards.Samples) -> list[dict]:
     """Each completion as the chosen side of a pair."""
-    rows = []
+    rows, spaces = [], samples.tokenizer.chat_template == TEMPLATES["llama2"]
     for row, text in zip(samples.rows, samples.completions, strict=True):
+        if spaces:  # the template writes them again
+            text = text.removeprefix(" ").removesuffix(" ")
         chosen, rejected = text, text + "x"
         if isinstance(row["prompt"], list):
             chosen = [_turn(text, "assistant")]

@@ -25,7 +25,10 @@ def test_training_eval_and_rollout_read_one_score(template, kind, tmp_path):
     ):
         ended = new[-1] in samples.stop_tokens
         stopped += ended
-        assert ids.tolist() == [*prompt, *(new[:-1] if ended else new), end]
+        want = [*prompt, *(new[:-1] if ended else new), end]
+        if template == "llama2" and not ended:
+            want.insert(-1, new[0])  # the space that its template writes
+        assert ids.tolist() == want
     assert 0 < stopped < len(read)
 
 
@@ -68,3 +71,34 @@ def test_a_template_that_the_reward_model_refuses_is_named():
     strict.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(ValueError, match="row 0.*no users here"):
         rewards.scorer.judged_tokens(strict, samples)
+
+
+ENDLESS = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+ENDLESS += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+@pytest.mark.parametrize("text", ["", " ", "a b"])
+def test_an_empty_answer_is_read_as_well(text):
+    """Also where the template ends a turn with nothing, and no token is trained."""
+    for template in (ENDLESS, seams.TEMPLATES["chatml"]):
+        made = seams.tokenizer("bytes", "chatml")
+        samples = seams.sample("bytes", "chatml", 1)._replace(completions=[text])
+        samples = samples._replace(prompt_ids=(), completion_ids=(), tokenizer=None)
+        made.chat_template = template
+        (ids,) = rewards.scorer.judged_tokens(made, samples)
+        turns = [*samples.rows[0]["prompt"], {"role": "assistant", "content": text}]
+        want = made.apply_chat_template(turns, tokenize=False)
+        if template == ENDLESS:  # another template than asked with: the answer's text
+            want = want[: len(want) - len(text)] + text.strip()
+        assert made.decode(ids) == want
+
+
+def test_ids_beyond_the_vocabulary_are_no_text():
+    """A policy with a padded embedding may sample them; no reward model knows them."""
+    samples = seams.sample("bytes", "chatml", 2)
+    beyond = len(samples.tokenizer)
+    ids = [[*samples.completion_ids[0][:1], beyond], samples.completion_ids[1]]
+    read = rewards.scorer.judged_tokens(
+        samples.tokenizer, samples._replace(completion_ids=ids)
+    )
+    assert max(read[0]) < beyond
