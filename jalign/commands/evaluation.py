@@ -93,7 +93,10 @@ def run_eval(config: EvalConfig) -> str:
             f"(chosen and rejected), and {config.data} has none"
         )
     examples, counts = _examples(task, config, rows, opened)
-    reward = _reward_fn(config, mesh) if config.reward else None
+    reward = None
+    if config.reward:
+        seconds = config.reward_timeout
+        reward = rewards.load_reward(config.reward, timeout=seconds, mesh=mesh)
     loaded = load_pretrained(opened, mesh=mesh)
     reference = load_pretrained(other, mesh=mesh) if other else None
     measure = {"sft": _eval_sft, "preference": _eval_pairs, "reward": _eval_reward}
@@ -186,15 +189,6 @@ def _eval_reward(
         tokens = [prompt.tokens for prompt in prompts]
         measured |= _kl(config, loaded, tokens, reference)
     return measured
-
-
-def _reward_fn(config: EvalConfig, mesh) -> rewards.RewardFn:
-    """The sum that a --reward stands for."""
-    assert config.reward is not None
-    terms = rewards.parse_rewards(config.reward)
-    how = {"timeout": config.reward_timeout, "mesh": mesh}
-    functions = [function for function, _ in rewards.load_terms(terms, **how)]
-    return rewards.weighted_sum(functions, [term.weight for term in terms])
 
 
 def _kl(config, loaded: Pretrained, prompts, reference) -> dict[str, float]:

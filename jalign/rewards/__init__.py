@@ -4,7 +4,7 @@ A reward function takes prompts, completions and the data rows they came from, e
 list of B, and gives float32 [B].
 """
 
-from jalign.rewards.functions import checked, load_reward
+from jalign.rewards.functions import checked
 from jalign.rewards.samples import (
     RewardFn,
     Samples,
@@ -15,6 +15,7 @@ from jalign.rewards.samples import (
 from jalign.rewards.scorer import model_reward, score_tokens
 from jalign.rewards.sums import (
     RewardTerm,
+    load_reward,
     load_term,
     load_terms,
     parse_rewards,

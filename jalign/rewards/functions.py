@@ -25,7 +25,7 @@ TIMEOUT = 600.0
 """Seconds that a call of a reward function may take, where nothing else is said."""
 
 
-def load_reward(spec: str, *, timeout: float | None = TIMEOUT) -> RewardFn:
+def load_function(spec: str, *, timeout: float | None = TIMEOUT) -> RewardFn:
     """The function that "path/to/file.py:function" names, with its results checked.
 
     The file is run, as `python file.py` would run it (but for its __main__ part).

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jalign.pretrained import Opened, Pretrained, load_pretrained, open_pretrained
-from jalign.rewards.functions import TIMEOUT, checked, load_reward
+from jalign.rewards.functions import TIMEOUT, checked, load_function
 from jalign.rewards.samples import RewardFn, each_reward
 from jalign.rewards.scorer import model_reward
 from jalign.rewards.verifiers import VERIFIERS
@@ -62,6 +62,26 @@ def parse_rewards(text: str) -> tuple[RewardTerm, ...]:
     return tuple(terms.values())
 
 
+def load_reward(
+    source: str, *, timeout: float | None = TIMEOUT, **options: Any
+) -> RewardFn:
+    """The function that a `--reward` names.
+
+    Args:
+      source: a reward checkpoint, FILE.py:FUNCTION, the name of a built-in check, or a
+        weighted sum of them, as in "gsm8k + 0.5*style.py:polite".
+      timeout: seconds for a call of a Python function.
+      options: of load_pretrained, for a checkpoint.
+
+    Raises: as parse_rewards and load_term.
+    """
+    terms = parse_rewards(source)
+    functions = [f for f, _ in load_terms(terms, timeout=timeout, **options)]
+    if len(terms) == 1 and terms[0].weight == 1:
+        return functions[0]
+    return weighted_sum(functions, [term.weight for term in terms])
+
+
 def load_term(
     source: str, *, timeout: float | None = TIMEOUT, **options: Any
 ) -> tuple[RewardFn, Pretrained | None]:
@@ -72,13 +92,13 @@ def load_term(
       timeout: seconds for a call of a Python function.
       options: of load_pretrained, for a checkpoint.
 
-    Raises: ValueError if there is nothing of this name; what load_reward and
+    Raises: ValueError if there is nothing of this name; what load_function and
       load_pretrained raise.
     """
     if source in VERIFIERS:
         return checked(VERIFIERS[source], name=source), None
     if is_function(source):
-        return load_reward(source, timeout=timeout), None
+        return load_function(source, timeout=timeout), None
     scorer = load_pretrained(open_scorer(source), **options)
     return model_reward(*scorer), scorer
 
@@ -89,7 +109,7 @@ def open_scorer(source: str) -> Opened:
     Raises: ValueError if there is nothing of this name; as `open_pretrained`.
     """
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-    if not Path(source).expanduser().exists() and not is_hub_id:
+    if not Path(source).expanduser().is_dir() and not is_hub_id:
         close = difflib.get_close_matches(source, VERIFIERS, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
