@@ -61,7 +61,7 @@ def test_load_reward_names_what_is_wrong(file, tmp_path):
         rewards.load_reward(f"{broken}:f")
     text = tmp_path / "notes.txt"
     text.write_text("x")
-    with pytest.raises(ValueError, match="not a Python file"):
+    with pytest.raises(ValueError, match="not FILE.py:FUNCTION"):
         rewards.load_reward(f"{text}:f")
 
 
