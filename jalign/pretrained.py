@@ -17,6 +17,15 @@ from jalign.types import PyTree
 
 Head = Literal["language", "scalar"]
 
+__all__ = [
+    "Opened",
+    "Pretrained",
+    "check_same_vocab",
+    "load_pretrained",
+    "open_pretrained",
+    "settle",
+]
+
 
 class Opened(NamedTuple):
     """A checkpoint whose weights are still to be read.

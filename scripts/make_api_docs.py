@@ -14,6 +14,7 @@ ROOMS = {
     "models": "One decoder, families as data, HF checkpoints in and out.",
     "sharding": "Meshes, rule tables, several hosts.",
     "data": "Rows to NumPy batches.",
+    "pretrained": "A model with its tokenizer.",
     "generate": "Sampling with a KV cache.",
     "train": "Objectives, the step, the recipes.",
     "rewards": "What a completion is worth.",
