@@ -108,12 +108,8 @@ def run_reward(config: RewardConfig) -> dict[str, Any]:
 
     def examples(rows, tokenizer):
         found, counts = _preference_examples(config)(rows, tokenizer)
-        if counts["truncated"]:
-            _log.warning(
-                "%d of %d pairs are longer than --max-length %d: they are scored where "
-                "they are cut; raise it",
-                *(counts["truncated"], len(found), config.max_length),
-            )
+        if cut := counts["truncated"]:
+            _log.warning("%d pairs are scored where --max-length cuts them", cut)
         return found, counts
 
     def objective(model):
