@@ -84,7 +84,7 @@ def _exchange(value: dict[str, Any], field: str, *, first: bool) -> Messages:
     unknown = sorted(map(str, item.keys() - {"input", "output", "system"}))
     if unknown:
         raise RowError(f"{field}.{unknown[0]}", "is not read beside input and output")
-    turns = [
+    turns: Messages = [
         {"role": role, "content": _content(value[key], f"{field}.{key}")}
         for role, key in texts.items()
     ]
