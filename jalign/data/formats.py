@@ -5,7 +5,6 @@ Standard rows hold strings, conversational ones lists of {"role", "content"}.
 mended silently: what does not fit raises `RowError` with the field and the reason.
 """
 
-import json
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from jalign.data import compose
 from jalign.data import row_layouts as layouts
 from jalign.data.compose import Text
 from jalign.data.messages import kind_of, plain_turns, without_nulls
-from jalign.data.rows import RowError
+from jalign.data.rows import RowError, parse_json
 
 
 class Exchange(NamedTuple):
@@ -212,7 +211,7 @@ def template_args(row: dict) -> dict[str, Any]:
     tools = without_nulls(row.get("tools"))
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except (ValueError, RecursionError) as error:
             raise RowError("tools", f"broken JSON: {error}") from None
     if tools and not isinstance(tools, list):

@@ -1,9 +1,8 @@
 """Messages of a conversation, checked and brought to one form."""
 
-import json
 from typing import Any
 
-from jalign.data.rows import RowError
+from jalign.data.rows import RowError, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = list[dict[str, Any]]
@@ -80,8 +79,8 @@ def _exchange(value: dict[str, Any], field: str, *, first: bool) -> Messages:
     if system != "":
         if not first:
             raise RowError(f"{field}.system", "stands behind the first turn")
-        texts, item["system"] = {"system": "system", **texts}, system
-    unknown = sorted(map(str, item.keys() - {"input", "output", "system"}))
+        texts = {"system": "system", **texts}
+    unknown = sorted(map(str, item.keys() - {"input", "output"}))
     if unknown:
         raise RowError(f"{field}.{unknown[0]}", "is not read beside input and output")
     turns: Messages = [
@@ -148,7 +147,7 @@ def _decoded(call: dict[str, Any], field: str) -> dict[str, Any]:
     field, value = f"{field}.arguments", call["arguments"]
     if isinstance(value, str):
         try:
-            value = json.loads(value or "{}")
+            value = parse_json(value or "{}")
         except (ValueError, RecursionError) as error:
             raise RowError(field, f"broken JSON: {error}") from None
         if isinstance(value, str):

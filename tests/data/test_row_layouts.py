@@ -288,13 +288,20 @@ def test_columns_are_named_and_checked(tokenizer):
         ("promt=q", "nothing reads 'promt'; did you mean 'prompt'"),
         ("prompt", "expected NAME=COLUMN"),
         ("prompt=q,prompt=a", "'prompt' is given twice"),
-        ("messages=m,completion=a", "'completion' is not read"),
+        (
+            "messages=m,completion=a",
+            "'completion' is not read, as the rows are read by messages ('m'): name",
+        ),
     ],
 )
 def test_columns_that_cannot_be_are_errors(columns, words, tokenizer):
     with pytest.raises(ValueError, match="columns") as error:
         sft([{"q": "a", "a": "b", "m": CHAT}], tokenizer, columns=columns)
     assert words in str(error.value)
+    with pytest.raises(ValueError, match="'messages': leave 'messages' out by ignore="):
+        sft([{"q": "a", "messages": CHAT}], tokenizer, columns="prompt=q")
+    with pytest.raises(ValueError, match="1 of 1 rows .* is not read beside text"):
+        sft([{"q": "a", "b": "", "text": ""}], tokenizer, columns="prompt=q")
 
 
 def test_a_tokenizer_with_bos_and_a_plain_template_gives_the_same_prompt_too():
