@@ -99,6 +99,26 @@ def test_a_folder_with_splits_and_broken_lines_is_read(
     assert jalign(*words)[0] == cli.EXIT_USER
 
 
+@pytest.mark.parametrize("command", TRAINING)
+def test_what_would_be_passed_over_is_refused_by_every_command(
+    command, world, jalign, only_rows, tmp_path, capsys
+):
+    answers = PAIR if command in {"reward", "dpo"} else QA[0]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    turns = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "1"}]
+    called = {**answers, "question": None, "prompt": turns}
+    source = tmp_path / "rows.jsonl"
+    for row, words in (
+        ({**answers, "input": "g h"}, "'input': is not read beside question"),
+        ({**answers, "tools": [{"name": "f"}]}, "'tools': the chat template writes n"),
+        (called, "the default chat template knows no tool calls"),
+    ):
+        source.write_text(json.dumps(row) + "\n")
+        words_of = training_words(command, world, tmp_path / "o", data=source)
+        assert jalign(*words_of)[0] == cli.EXIT_USER
+        assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["sft", "grpo"])
 def test_held_out_rows_that_are_trained_on_are_warned_of(
     command, world, jalign, only_rows, tmp_path

@@ -111,7 +111,10 @@ def test_what_a_template_ends_a_turn_with_is_trained_exported_and_stops(
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_a_named_template_called_default_is_taken(command, tmp_path, template):
     tokenizer = make_tokenizer(eos="<|im_end|>")
-    tokenizer.chat_template = {"default": template, "tool_use": "TOOLS" + template}
+    tokenizer.chat_template = {
+        "default": template,
+        "tool_use": "TOOLS{{ tools }}" + template,
+    }
     folder = make_model(tmp_path / "m", tokenizer, eos_token_ids=(4,))
     again = load_pretrained(folder).tokenizer
     assert again.chat_template["default"] == template
@@ -125,7 +128,7 @@ def test_a_named_template_called_default_is_taken(command, tmp_path, template):
     # A row with tools has the template for tools, as transformers takes it.
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     (example, *_), _ = data.sft_examples(
-        [CHAT[0] | {"tools": tools}], again, max_length=64
+        [CHAT[0] | {"tools": tools}], again, max_length=256
     )
     assert "TOOLS" in again.decode(example.tokens)
 

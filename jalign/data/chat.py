@@ -5,19 +5,20 @@ assistant's. For any other, the text of a turn is what the template adds to the
 conversation before it, and it is checked that the template only ever adds.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jalign.data.clock import with_clock
-from jalign.data.limits import MAX_TEXT, TooLong, check_template, limited
+from jalign.data.limits import MAX_TEXT, check_template, rendering
 from jalign.data.messages import Messages
 from jalign.data.rows import RowError
 from jalign.data.special_tokens import GENERATION_TAG, Tokenizer, end_texts
 from jalign.data.tokenizer import CHUNK, leading_ids
+from jalign.data.written import Seen, check_written
 
 logger = logging.getLogger("jalign.data")
 
@@ -83,10 +84,11 @@ def render(
     """The templated text.
 
     Raises: RowError with the template's own complaint, or for a text that is too long;
-      ValueError for a template that takes too long, see `limits`.
+      ValueError for a template that cannot be compiled or takes too long, see
+      `limits`.
     """
     check_template(tokenizer, args)
-    with limited(), _complaints():
+    with rendering(tokenizer):
         text = tokenizer.apply_chat_template(
             messages,
             chat_template=with_clock(_template_of(tokenizer, args)),
@@ -99,16 +101,6 @@ def render(
         reason = f"writes {len(text)} characters, more than {MAX_TEXT}"
         raise RowError("(chat template)", reason)
     return text
-
-
-@contextlib.contextmanager
-def _complaints() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, TooLong):
-        raise
-    except Exception as error:  # jinja's kinds and whatever a template runs into
-        raise RowError("(chat template)", f"refuses the row: {error}") from None
 
 
 def render_prompt(tokenizer: Tokenizer, prompt: Messages, args: dict[str, Any]) -> str:
@@ -134,8 +126,11 @@ def encode_chats(
     ensure_chat_template(tokenizer)
     ends = end_texts(tokenizer)
     results: list[Any] = []
+    seen: Seen = {}
+    write = partial(render, tokenizer)
     for chat in chats:
         try:
+            check_written(write, chat.messages, chat.template_args, seen)
             results.append(_text_and_spans(tokenizer, chat, assistant_only, ends))
         except RowError as error:
             results.append(error)
@@ -204,7 +199,7 @@ def _everything(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
 def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
     """Where the template says {% generation %}, plus an end token right behind it."""
     template = _template_of(tokenizer, chat.template_args)
-    with limited(), _complaints():
+    with rendering(tokenizer):
         encoded = tokenizer.apply_chat_template(
             chat.messages,
             chat_template=with_clock(template),

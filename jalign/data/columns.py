@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from jalign.data.row_layouts import (
     ANSWERS,
+    BESIDE,
     KNOWN_COLUMNS,
     PAIRS,
     Layout,
@@ -52,15 +53,26 @@ def parse_by_columns(
     read, unread = split_columns(renamed, layout_of) if layout_of else ([], [])
     # An answer is left to the reward functions where only prompts are read.
     answers = {*ANSWERS, *sum(PAIRS, ())} if layout_of is prompt_layout else set()
-    for name in (names.keys() & set(unread)) - answers:
-        raise ValueError(
-            f"columns: {name!r} is not read, as another column goes before it: leave "
-            f"that out by {IGNORE}=COLUMN"
-        )
+    for name in sorted((names.keys() & set(unread)) - answers):
+        _refuse_unread(name, read, names)
     if unread or not PLAIN.issuperset(read):
         shown = [", ".join(map(str, found)) or "none" for found in (read, unread)]
         logger.info("columns read: %s; not read: %s", *shown)
     return parse_rows(rows, lambda row: (row, parse(rename(row, names))))
+
+
+def _refuse_unread(name: str, read: list[str], names: Mapping[str, Any]) -> None:
+    """Raises ValueError that names the columns which go before one given by name."""
+    ahead = [other for other in read if other not in BESIDE]
+    if not ahead:
+        return  # no row can be read, which is said of the rows
+    shown = [f"{n} ({names[n][0]!r})" if n in names else repr(n) for n in ahead]
+    drop = next((other for other in ahead if other not in names), None)
+    advice = f"leave {drop!r} out by {IGNORE}={drop}" if drop else "name only one"
+    raise ValueError(
+        f"columns: {name!r} is not read, as the rows are read by {', '.join(shown)}: "
+        f"{advice}, or leave {name}={names[name][0]} out"
+    )
 
 
 def parse_columns(columns: Columns) -> dict[str, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from jalign.data.messages import (
     parse_messages,
     says_something,
 )
-from jalign.data.row_layouts import Layout, is_blank
+from jalign.data.row_layouts import TURNS, Layout, is_blank
 from jalign.data.rows import RowError
 
 Text = str | Messages
@@ -18,7 +18,24 @@ Text = str | Messages
 def conversation(row: dict, layout: Layout) -> Messages:
     """The row's conversation, behind the system's turn."""
     name = layout.turns or ""
-    return with_system(parse_messages(row[name], name), row, layout)
+    turns = parse_messages(row[name], name)
+    for other in TURNS:
+        if other != name and not is_blank(row.get(other)):
+            _require_same(turns, row[other], name, other)
+    return with_system(turns, row, layout)
+
+
+def _require_same(turns: Messages, value: Any, name: str, other: str) -> None:
+    try:
+        same = parse_messages(value, other) == turns
+    except RowError:
+        same = False
+    if not same:
+        raise RowError(
+            other,
+            f"says another thing than {name}, which goes before it: leave one out by "
+            f"--columns ignore={other} or ignore={name}",
+        )
 
 
 def prompt_of(row: dict, layout: Layout) -> Text:

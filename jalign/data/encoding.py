@@ -1,6 +1,7 @@
 """Parsed rows to token ids and masks, whole: nothing is cut here."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from jalign.data.messages import plain_turns
 from jalign.data.rows import RowError
 from jalign.data.special_tokens import end_texts
 from jalign.data.tokenizer import Tokenizer, encode_pairs, encode_plain, encode_texts
+from jalign.data.written import Seen, check_written
 
 
 class Example(NamedTuple):
@@ -153,7 +155,8 @@ def encode_prompts(
     tokenizer: Tokenizer, prompts: Sequence[Prompt]
 ) -> list[tuple[str, np.ndarray] | RowError]:
     """Encodes prompts to (text as the model sees it, ids), or to what is wrong."""
-    texts = [_prompt_text(prompt, tokenizer) for prompt in prompts]
+    seen: Seen = {}
+    texts = [_prompt_text(prompt, tokenizer, seen) for prompt in prompts]
     results: list[Any] = list(texts)
     for encode, kind in ((encode_texts, str), (encode_plain, list)):
         chosen = [
@@ -168,11 +171,13 @@ def encode_prompts(
     return results
 
 
-def _prompt_text(prompt: Prompt, tokenizer: Tokenizer) -> str | RowError:
-    if isinstance(prompt.prompt, str):
-        return prompt.prompt
+def _prompt_text(prompt: Prompt, tokenizer: Tokenizer, seen: Seen) -> str | RowError:
+    turns, args = prompt
+    if isinstance(turns, str):
+        return turns
     chat_lib.ensure_chat_template(tokenizer)
     try:
-        return chat_lib.render_prompt(tokenizer, prompt.prompt, prompt.template_args)
+        check_written(partial(chat_lib.render, tokenizer), turns, args, seen)
+        return chat_lib.render_prompt(tokenizer, turns, args)
     except RowError as error:
         return error

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jalign.data.rows import BadRow, Row
+from jalign.data.rows import BadRow, Row, parse_json
 
 _BOM = b"\xef\xbb\xbf"
 _TEXT = (".jsonl", ".json", ".csv", ".tsv")
@@ -35,9 +35,14 @@ def is_data_file(name: str | Path) -> bool:
     return path.suffix in SUFFIXES
 
 
+def uncompressed_name(path: Path) -> str:
+    """The file's name without .gz and the like."""
+    return path.stem if path.suffix in COMPRESSED else path.name
+
+
 def base_name(path: Path) -> str:
     """The file's name without .jsonl, .csv.gz and the like."""
-    return Path(path.stem).stem if path.suffix in COMPRESSED else path.stem
+    return Path(uncompressed_name(path)).stem
 
 
 def read_file(path: Path) -> Iterator[Row | BadRow]:
@@ -95,7 +100,7 @@ def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
 
 def _parse_line(line: bytes, origin: str) -> Row | BadRow:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRow(origin, "(line)", f"invalid UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
@@ -104,7 +109,7 @@ def _parse_line(line: bytes, origin: str) -> Row | BadRow:
         return BadRow(origin, "(line)", where + cut)
     except RecursionError:
         return BadRow(origin, "(line)", "JSON nested too deeply")
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # a key twice, an integer of thousands of digits
         return BadRow(origin, "(line)", str(error).partition(";")[0])
     return _as_row(value, origin)
 
@@ -122,7 +127,7 @@ def _read_json(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
         yield from _read_jsonl(io.BytesIO(data), path)
         return
     try:
-        values = json.loads(data.decode("utf-8"))
+        values = parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path} line {line}: invalid UTF-8") from None
@@ -130,6 +135,8 @@ def _read_json(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
         raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
     except RecursionError:
         raise ValueError(f"{path}: JSON nested too deeply") from None
+    except ValueError as error:  # a key twice, an integer of thousands of digits
+        raise ValueError(f"{path}: {str(error).partition(';')[0]}") from None
     for number, value in enumerate(values, 1):
         yield _as_row(value, f"{path} row {number}")
 

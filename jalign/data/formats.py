@@ -5,7 +5,6 @@ Standard rows hold strings, conversational ones lists of {"role", "content"}.
 mended silently: what does not fit raises `RowError` with the field and the reason.
 """
 
-import json
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from jalign.data import compose
 from jalign.data import row_layouts as layouts
 from jalign.data.compose import Text
 from jalign.data.messages import kind_of, plain_turns, without_nulls
-from jalign.data.rows import RowError
+from jalign.data.rows import RowError, parse_json
 
 
 class Exchange(NamedTuple):
@@ -53,6 +52,12 @@ def parse_sft(row: dict) -> Exchange:
     Raises: RowError.
     """
     layout, args = layouts.sft_layout(row), template_args(row)
+    exchange = _exchange(row, layout, args)
+    _refuse_args(exchange.completion, args)
+    return exchange
+
+
+def _exchange(row: dict, layout: layouts.Layout, args: dict[str, Any]) -> Exchange:
     if layout.turns:
         turns = compose.conversation(row, layout)
         compose.require_answer(turns, layout.turns)
@@ -76,21 +81,19 @@ def parse_preference(row: dict) -> Preference:
 
     Raises: RowError; also where a completion is empty or both are equal.
     """
-    layout = layouts.preference_layout(row)
-    chosen, rejected = compose.answers(row, layout)
-    first, second = layout.answers
-    _same_kind(chosen, rejected, second)
-    if chosen == rejected:
-        raise RowError(second, f"equals {first}")
-    prompt, chosen, rejected = _split_preference(row, layout, chosen, rejected)
-    return Preference(prompt, chosen, rejected, _margin(row), template_args(row))
+    layout, args = layouts.preference_layout(row), template_args(row)
+    prompt, chosen, rejected = _split_preference(row, layout)
+    _refuse_equal(layout, chosen, rejected)
+    _refuse_args(chosen, args)
+    return Preference(prompt, chosen, rejected, _margin(row), args)
 
 
-def _split_preference(
-    row: dict, layout: layouts.Layout, chosen: Text, rejected: Text
-) -> tuple[Text, Text, Text]:
+def _split_preference(row: dict, layout: layouts.Layout) -> tuple[Text, Text, Text]:
     """Prompt, chosen and rejected apart, whichever way the row holds the prompt."""
+    chosen, rejected = compose.answers(row, layout)
+    _same_kind(chosen, rejected, layout.answers[1])
     if not layout.prompt:
+        _refuse_equal(layout, chosen, rejected)
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
         return compose.with_system(prompt, row, layout), chosen, rejected
     name, *_ = layout.prompt
@@ -109,6 +112,12 @@ def _split_preference(
     if not any(turn["content"].strip() == text for turn in turns):
         raise RowError(name, "is no turn of the conversations")
     return compose.with_system(turns, row, layout), chosen, rejected
+
+
+def _refuse_equal(layout: layouts.Layout, chosen: Text, rejected: Text) -> None:
+    first, second = layout.answers
+    if chosen == rejected:
+        raise RowError(second, f"equals {first}")
 
 
 def _answers_only(turns: Any) -> bool:
@@ -141,22 +150,29 @@ def _continues(start: str, text: str) -> bool:
 
 
 def parse_prompt(row: dict) -> Prompt:
-    """The prompt of any row, also of one with an answer, which is left out.
+    """The prompt of any row, also of one with answers, which are left out: what
+    `parse_preference` puts before two answers, and `parse_sft` before one.
 
     Of a conversation the trailing assistant turns are left out.
     Raises: RowError.
     """
     layout, args = layouts.prompt_layout(row), template_args(row)
+    prompt = plain_turns(_asked(row, layout))
+    _refuse_args(prompt, args)
+    return Prompt(prompt, args)
+
+
+def _asked(row: dict, layout: layouts.Layout) -> Text:
     if layout.answers:
-        return Prompt(plain_turns(parse_preference(row).prompt), args)
+        return _split_preference(row, layout)[0]
     if not layout.turns:
-        return Prompt(plain_turns(compose.prompt_of(row, layout)), args)
+        return compose.prompt_of(row, layout)
     turns = compose.conversation(row, layout)
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns:
         raise RowError(layout.turns, "has no turn before the assistant's")
-    return Prompt(plain_turns(turns), args)
+    return turns
 
 
 def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -195,7 +211,7 @@ def template_args(row: dict) -> dict[str, Any]:
     tools = without_nulls(row.get("tools"))
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except (ValueError, RecursionError) as error:
             raise RowError("tools", f"broken JSON: {error}") from None
     if tools and not isinstance(tools, list):
@@ -203,6 +219,17 @@ def template_args(row: dict) -> dict[str, Any]:
     if any(not isinstance(tool, dict) for tool in tools or []):
         raise RowError("tools", "holds what is not an object")
     return {**args, "tools": tools} if tools else dict(args)
+
+
+def _refuse_args(text: Text, args: dict[str, Any]) -> None:
+    """Refuses variables for the chat template beside strings, which have none."""
+    if args and isinstance(text, str):
+        name = "tools" if "tools" in args else "chat_template_kwargs"
+        raise RowError(
+            name,
+            "is for the chat template, which text does not go through: make messages "
+            f"of the text, or leave the column out by --columns ignore={name}",
+        )
 
 
 def _same_kind(first: Text, second: Text, field: str) -> None:

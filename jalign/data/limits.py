@@ -72,6 +72,28 @@ def limited() -> Iterator[None]:
     )
 
 
+@contextlib.contextmanager
+def rendering(tokenizer: Any) -> Iterator[None]:
+    """`limited`, and what is wrong in the body as RowError with the template's own
+    complaint; ValueError for a template that cannot be compiled, so of no row.
+    """
+    from jinja2 import TemplateSyntaxError
+
+    with limited():
+        try:
+            yield
+        except (MemoryError, TooLong):
+            raise
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template "
+                f"cannot be compiled: line {error.lineno}: {error.message}; mend it, "
+                "in chat_template.jinja or tokenizer_config.json"
+            ) from None
+        except Exception as error:  # jinja's kinds and whatever a template runs into
+            raise RowError("(chat template)", f"refuses the row: {error}") from None
+
+
 class TooLong(Exception):
     """Raised in the main thread when the time is over."""
 

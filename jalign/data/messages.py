@@ -1,9 +1,8 @@
 """Messages of a conversation, checked and brought to one form."""
 
-import json
 from typing import Any
 
-from jalign.data.rows import RowError
+from jalign.data.rows import RowError, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Messages = list[dict[str, Any]]
@@ -43,11 +42,7 @@ def parse_messages(value: Any, field: str) -> Messages:
     for i, item in enumerate(value):
         name = f"{field}[{i}]"
         if isinstance(item, dict) and {"input", "output"} <= item.keys():
-            pair = (("user", "input"), ("assistant", "output"))
-            turns += [
-                {"role": role, "content": _content(item[key], f"{name}.{key}")}
-                for role, key in pair
-            ]
+            turns += _exchange(item, name, first=not turns)
         else:
             turns.append(_message(item, name))
     return turns
@@ -70,6 +65,31 @@ def plain_turns(turns: Any) -> Any:
     if isinstance(turns, str):
         return turns
     return [{k: v for k, v in turn.items() if k != "train"} for turn in turns]
+
+
+def _exchange(value: dict[str, Any], field: str, *, first: bool) -> Messages:
+    """{"input", "output"} as two turns, and before the first one `system` as another.
+
+    `weight` and `train` mark the answer.
+    """
+    item = without_nulls(value)
+    marks = {"weight": item.pop("weight", 1), "train": item.pop("train", True)}
+    texts = {"user": "input", "assistant": "output"}
+    system = item.pop("system", "")
+    if system != "":
+        if not first:
+            raise RowError(f"{field}.system", "stands behind the first turn")
+        texts = {"system": "system", **texts}
+    unknown = sorted(map(str, item.keys() - {"input", "output"}))
+    if unknown:
+        raise RowError(f"{field}.{unknown[0]}", "is not read beside input and output")
+    turns: Messages = [
+        {"role": role, "content": _content(value[key], f"{field}.{key}")}
+        for role, key in texts.items()
+    ]
+    if not _pop_trained(marks, field):
+        turns[-1]["train"] = False
+    return turns
 
 
 def _message(value: Any, field: str) -> dict[str, Any]:
@@ -127,7 +147,7 @@ def _decoded(call: dict[str, Any], field: str) -> dict[str, Any]:
     field, value = f"{field}.arguments", call["arguments"]
     if isinstance(value, str):
         try:
-            value = json.loads(value or "{}")
+            value = parse_json(value or "{}")
         except (ValueError, RecursionError) as error:
             raise RowError(field, f"broken JSON: {error}") from None
         if isinstance(value, str):

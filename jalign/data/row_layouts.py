@@ -106,6 +106,8 @@ def sft_layout(row: dict[str, Any]) -> Layout:
     answer = _first(row, ANSWERS)
     if turns:
         return _with_system(row, Layout(turns=turns))
+    if has_pair(row):
+        raise RowError("(row)", _pair_advice(row, prompt))
     if prompt and answer:
         layout = _with_system(row, Layout(prompt=prompt, answers=(answer,)))
         others = [] if answer == "completion" else ANSWERS
@@ -116,18 +118,16 @@ def sft_layout(row: dict[str, Any]) -> Layout:
     null = next((name for name in ANSWERS if prompt and name in row), None)
     if null or answer == "completion":
         raise RowError(null or "prompt", "missing or null")
-    if has_pair(row):
-        raise RowError(
-            "(row)",
-            "is a preference pair: train a reward model or DPO on it, or its better "
-            "side, by --columns completion=chosen",
-        )
     raise _unknown(row, "messages, conversations, prompt + completion, or text")
 
 
 def preference_layout(row: dict[str, Any]) -> Layout:
     """Two answers, with or without a column that says the prompt. Raises: RowError."""
     _refuse(row, REFUSED | REFUSED_IN_TRAINING)
+    return _pair_layout(row)
+
+
+def _pair_layout(row: dict[str, Any]) -> Layout:
     pair = next((p for p in PAIRS if p[0] in row or p[1] in row), None)
     if pair is None:
         raise _unknown(row, "chosen + rejected, and optionally prompt")
@@ -139,24 +139,40 @@ def preference_layout(row: dict[str, Any]) -> Layout:
 
 
 def prompt_layout(row: dict[str, Any]) -> Layout:
-    """What `sft_layout` or `preference_layout` puts before the answer.
+    """What `preference_layout` puts before the answers where there are two, and
+    `sft_layout` where there are not. What else the row holds is for reward functions.
 
     Raises: RowError.
     """
     _refuse(row, REFUSED)
+    if has_pair(row):
+        return _pair_layout(row)._replace(beside=BESIDE)
     turns, prompt = _first(row, TURNS), _prompt(row)
     if turns:
         return _with_system(row, Layout(turns=turns))
     if prompt:
-        return _with_system(row, Layout(prompt=prompt))
-    if has_pair(row):
-        return preference_layout(row)
+        return _check_rest(row, _with_system(row, Layout(prompt=prompt)), _asking())
     raise _unknown(row, "prompt, messages or conversations")
 
 
 def has_pair(row: dict[str, Any]) -> bool:
     """Whether the row holds two answers to compare."""
     return any(all(row.get(name) is not None for name in pair) for pair in PAIRS)
+
+
+def _pair_advice(row: dict[str, Any], prompt: tuple[str, ...]) -> str:
+    """What to do with a pair where one answer is trained."""
+    better, worse = next(p for p in PAIRS if all(row.get(n) is not None for n in p))
+    turns = row[better] if isinstance(row[better], list) else []
+    whole = turns and isinstance(turns[0], dict) and turns[0].get("role") != "assistant"
+    columns = f"{'messages' if whole else 'completion'}={better}"
+    if turns and not whole and prompt and isinstance(row[prompt[0]], str):
+        columns += f" with {prompt[0]} as a list of messages too"
+    advice = "is a preference pair: train a reward model or DPO on it, or its better "
+    advice += f"side, by --columns {columns}"
+    if prompt and _first(row, ANSWERS):
+        advice += f", or the other answer, by --columns ignore={worse}"
+    return advice
 
 
 def split_columns(

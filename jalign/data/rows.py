@@ -1,5 +1,6 @@
 """Rows that remember where they came from, and one report for the bad ones."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -67,6 +68,19 @@ def parse_rows(
         except RowError as error:
             bad.append(BadRow(origin, error.field, error.reason))
     return records, bad
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
+
+
+parse_json = json.JSONDecoder(object_pairs_hook=_object).decode
+"""A JSON text to a value. Raises ValueError, also for a key that an object has twice:
+`json.loads` would keep the last one without a word."""
 
 
 def check_bad_rows_mode(bad_rows: str) -> None:

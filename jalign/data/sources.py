@@ -6,7 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jalign.data.files import KNOWN, dataset_rows, is_data_file, read_file
+from jalign.data.files import (
+    KNOWN,
+    dataset_rows,
+    is_data_file,
+    read_file,
+    uncompressed_name,
+)
 from jalign.data.rows import BadRow, Row, Rows, settle
 from jalign.data.splits import canonical, named_splits, split_of
 
@@ -155,7 +161,20 @@ def _open_directory(path: Path, asked: _Asked) -> _Part:
         split = _choose(path, splits, asked, f" among {_listed(path, files)}")
     if unread:
         logger.warning("%s: not read: %s", path, _listed(path, unread))
+    _refuse_copies(path, by_split[split])
     return _Part(split, (row for file in by_split[split] for row in read_file(file)))
+
+
+def _refuse_copies(path: Path, files: list[Path]) -> None:
+    """Refuses one file twice, as it is and compressed."""
+    first: dict[Path, Path] = {}
+    for file in files:
+        same = first.setdefault(file.with_name(uncompressed_name(file)), file)
+        if same != file:
+            raise ValueError(
+                f"{path}: {_listed(path, [same, file])} are one file, compressed in "
+                "different ways: its rows would be read twice; delete one of them"
+            )
 
 
 def _listed(path: Path, files: list[Path]) -> str:

@@ -12,7 +12,8 @@ _NAMES = {
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
 }
 _CANONICAL = {word: name for name, words in _NAMES.items() for word in words}
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # as `datasets` names what it pushes
+# As `datasets` names what it pushes; the name of a split holds no other signs.
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 
 HELD_OUT = ("test", "validation")
 """For `load_rows(split=...)`: the first of these that there is, never "train"."""
@@ -43,7 +44,8 @@ def split_of(file: Path, asked: Sequence[str] = ()) -> str | None:
     name = base_name(file)
     shard = _SHARD.fullmatch(name)
     if shard:
-        return canonical(shard[1])
+        last = re.split(r"[._]", shard[1])[-1]
+        return shard[1] if shard[1] in asked else _CANONICAL.get(last, shard[1])
     parts = [*file.parent.parts, name]
     found = {part for part in parts if part in asked and part not in _CANONICAL}
     found = found or set().union(*map(named_splits, parts))

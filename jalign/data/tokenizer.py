@@ -115,8 +115,8 @@ def encode_pairs(
 
     The ids start with the prompt's own ids, as at sampling time. Where tokenizing
     prompt and completion as one text would merge across the border, the completion is
-    tokenized apart; if that would change the text (a tokenizer that puts a space
-    before each text), the one text is split behind its last token of the prompt.
+    tokenized apart. If even that changes the text, the one text is split behind its
+    last token of the prompt, and a warning says so.
     """
     prompts = encode_texts(tokenizer, [prompt for prompt, _ in pairs])
     wholes = encode_texts(tokenizer, [prompt + rest for prompt, rest in pairs])
@@ -125,15 +125,26 @@ def encode_pairs(
         for i, prompt in enumerate(prompts)
         if common_prefix(prompt, wholes[i]) < len(prompt)
     ]
-    rests = encode_plain(tokenizer, [pairs[i][1] for i in merged])
-    for i, rest in zip(merged, rests, strict=True):
-        apart = np.append(prompts[i], rest)
-        if tokenizer.decode(apart) == tokenizer.decode(wholes[i]):
-            wholes[i] = apart
+    unlike = 0
+    ways = _apart(tokenizer, [pairs[i][1] for i in merged])
+    for i, rests in zip(merged, ways, strict=True):
+        want = tokenizer.decode(wholes[i])
+        aparts = (np.append(prompts[i], rest) for rest in rests)
+        same = next((x for x in aparts if tokenizer.decode(x) == want), None)
+        unlike += same is None
+        wholes[i] = wholes[i] if same is None else same
     if merged:
         logger.info(
             "%d of %d texts merge tokens of prompt and completion",
             len(merged),
+            len(pairs),
+        )
+    if unlike:
+        logger.warning(
+            "%d of %d prompts are not trained with the tokens that sampling sees, as "
+            "their last one merges with the completion: move white space at the end of "
+            "the prompt to the start of the completion",
+            unlike,
             len(pairs),
         )
     eos = tokenizer.eos_token_id
@@ -144,6 +155,21 @@ def encode_pairs(
         )
         for prompt, ids in zip(prompts, wholes, strict=True)
     ]
+
+
+def _apart(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[np.ndarray]]:
+    """The ways to tokenize each text apart from what goes before it.
+
+    As it is, and for a tokenizer that puts a space before each text (SentencePiece's)
+    behind a line break, which takes the space on itself and merges with no word.
+    """
+    (edge,) = encode_plain(tokenizer, ["\n"])
+    ways = [[rest] for rest in encode_plain(tokenizer, texts)]
+    behind = encode_plain(tokenizer, ["\n" + text for text in texts])
+    for way, ids in zip(ways, behind, strict=True):
+        if np.array_equal(ids[: len(edge)], edge):
+            way.append(ids[len(edge) :])
+    return ways
 
 
 def common_prefix(first: np.ndarray, second: np.ndarray) -> int:

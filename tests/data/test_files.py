@@ -8,6 +8,8 @@ import lzma
 import pytest
 
 from jalign.data import load_rows
+from jalign.data.formats import template_args
+from jalign.data.rows import RowError
 
 ROWS = [{"text": "é\n1"}, {"text": "007"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -37,6 +39,24 @@ def test_compressed_files_are_read_by_line(suffix, tmp_path):
         damaged.write_bytes(wrong)
         with pytest.raises(ValueError, match="b.jsonl.*: cannot be decompressed"):
             load_rows(damaged)
+
+
+def test_a_key_that_an_object_has_twice_is_named(write_jsonl, tmp_path):
+    path = write_jsonl([{"text": "a"}])
+    with path.open("a") as file:
+        file.write('{"text": "b", "text": "c"}\n{"messages": [{"role": 1, "role": 2}]}')
+    rows = load_rows(path, bad_rows="skip")
+    assert rows == [{"text": "a"}]
+    assert [(bad.origin, bad.reason) for bad in rows.bad] == [
+        (f"{path} row 2", "an object has the key 'text' twice"),
+        (f"{path} row 3", "an object has the key 'role' twice"),
+    ]
+    array = tmp_path / "a.json"
+    array.write_text('[{"text": "b", "text": "c"}]')
+    with pytest.raises(ValueError, match="a.json: an object has the key 'text' twice"):
+        load_rows(array)
+    with pytest.raises(RowError, match="'tools': broken JSON: .* key 'a' twice"):
+        template_args({"tools": '[{"a": 1, "a": 2}]'})
 
 
 def test_csv_is_text_as_it_stands(tmp_path):

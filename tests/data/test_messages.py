@@ -33,7 +33,7 @@ def test_says_something_and_kinds():
 TOOLS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
     "{{ '<|im_start|>' ~ m['role'] ~ '\n' }}{% for c in m['tool_calls'] or [] %}"
-    "{{ c['function']['arguments'] | tojson }}{% endfor %}"
+    "{{ c['function']['name'] ~ c['function']['arguments'] | tojson }}{% endfor %}"
     "{{ m['content'] ~ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -87,8 +87,8 @@ def test_arguments_in_a_string_are_decoded_once_and_keep_their_nulls():
         (example,), _ = data.sft_examples([row], tokenizer, max_length=999)
         return tokenizer.decode(example.tokens[example.completion_mask])
 
-    assert texts('{"a": "1"}') == texts({"a": "1"}) == '{"a": "1"}<|im_end|>'
-    assert texts('{"a": null}') == '{"a": null}<|im_end|>'
+    assert texts('{"a": "1"}') == texts({"a": "1"}) == 'f{"a": "1"}<|im_end|>'
+    assert texts('{"a": null}') == 'f{"a": null}<|im_end|>'
     for wrong, words in (
         ("{'a': 1}", "broken JSON"),
         ('"{}"', "encode it once"),

@@ -146,58 +146,6 @@ def test_history_goes_before_the_question_and_its_answers_are_trained(chatml):
 
 BOTH = {"chosen": "It is in Italy.", "rejected": "It is in Spain."}
 TURNS = {k: [assistant(v)] for k, v in BOTH.items()}
-PAIRED = {
-    "orca_dpo_pairs": ({"system": "Be brief.", "question": ASKED, **BOTH}, [SYSTEM]),
-    "distilabel": ({"system": "", "input": ASKED, **BOTH}, []),
-    "instruction": ({"instruction": ASKED, "input": "", **BOTH}, []),
-    "question beside turns": ({"question": ASKED, **TURNS}, []),
-    "argilla": (
-        {
-            "instruction": ASKED,
-            "chosen_response": BOTH["chosen"],
-            "rejected_response": BOTH["rejected"],
-        },
-        [],
-    ),
-    "stack-exchange-paired": (
-        {"question": ASKED, "response_j": "It is in Italy.", "response_k": "In Spain."},
-        [],
-    ),
-    "whole conversations": (
-        {
-            "prompt": ASKED,
-            "messages": CHAT,
-            **{k: [user(ASKED), assistant(v)] for k, v in BOTH.items()},
-        },
-        [],
-    ),
-    "system beside whole conversations": (
-        {
-            "system": "Be brief.",
-            **{k: [user(ASKED), assistant(v)] for k, v in BOTH.items()},
-        },
-        [SYSTEM],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PAIRED)
-def test_the_question_of_a_pair_is_its_prompt(name, chatml):
-    row, system = PAIRED[name]
-    (pair,) = pairs([row], chatml)
-    assert trained(chatml, pair.chosen) == "It is in Italy.<|im_end|>"
-    (want,) = prompts([{"prompt": [*system, user(ASKED)]}], chatml)
-    assert before_answer(pair.chosen) == want.tokens.tolist()
-    assert before_answer(pair.rejected) == want.tokens.tolist()
-    assert prompts([row], chatml)[0].tokens.tolist() == want.tokens.tolist()
-
-
-def test_verl_rows_are_prompts(chatml):
-    row = {"data_source": "x", "prompt": [user(ASKED)], "reward_model": {"style": "r"}}
-    (prompt,) = prompts([row], chatml)
-    assert prompt.source.prompt == [user(ASKED)] and prompt.row == row
-
-
 PAIR = {"prompt": ASKED, **BOTH}
 REFUSED = [
     (sft, {"prompt": "a", "completion": "b", "label": False}, "'label': says whether"),
@@ -226,6 +174,44 @@ REFUSED = [
     (sft, {"history": [["a", "b"]], "messages": CHAT}, "'history': stands beside"),
     (sft, {"history": ["a"], "instruction": "b", "output": "c"}, "history[0]"),
     (sft, PAIR, "is a preference pair"),
+    (sft, {**PAIR, "answer": "b"}, "--columns completion=chosen, or the other answer"),
+    (sft, {**BOTH, "text": "b"}, "is a preference pair"),
+    (
+        sft,
+        {"prompt": ASKED, **{k: [user(ASKED), *v] for k, v in TURNS.items()}},
+        "--columns messages=chosen",
+    ),
+    (sft, {"prompt": ASKED, **TURNS}, "prompt as a list of messages too"),
+    (
+        sft,
+        {"messages": CHAT, "conversations": [user("x"), assistant("y")]},
+        "'conversations': says another thing than messages",
+    ),
+    (
+        prompts,
+        {"conversations": CHAT, "conversation": "7"},
+        "'conversation': says another thing than conversations",
+    ),
+    (
+        sft,
+        {"conversation": [{"input": "a", "output": "b", "output_with_loss": False}]},
+        "conversation[0].output_with_loss': is not read",
+    ),
+    (
+        sft,
+        {"conversation": [{"input": "a", "output": "b", "weight": 0.5}]},
+        "conversation[0].weight': is 0.5",
+    ),
+    (
+        prompts,
+        {
+            "conversation": [
+                {"input": "a", "output": "b"},
+                {"input": "a", "output": "b", "system": "c"},
+            ]
+        },
+        "conversation[1].system': stands behind",
+    ),
     (
         sft,
         {"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"},
@@ -302,13 +288,20 @@ def test_columns_are_named_and_checked(tokenizer):
         ("promt=q", "nothing reads 'promt'; did you mean 'prompt'"),
         ("prompt", "expected NAME=COLUMN"),
         ("prompt=q,prompt=a", "'prompt' is given twice"),
-        ("messages=m,completion=a", "'completion' is not read"),
+        (
+            "messages=m,completion=a",
+            "'completion' is not read, as the rows are read by messages ('m'): name",
+        ),
     ],
 )
 def test_columns_that_cannot_be_are_errors(columns, words, tokenizer):
     with pytest.raises(ValueError, match="columns") as error:
         sft([{"q": "a", "a": "b", "m": CHAT}], tokenizer, columns=columns)
     assert words in str(error.value)
+    with pytest.raises(ValueError, match="'messages': leave 'messages' out by ignore="):
+        sft([{"q": "a", "messages": CHAT}], tokenizer, columns="prompt=q")
+    with pytest.raises(ValueError, match="1 of 1 rows .* is not read beside text"):
+        sft([{"q": "a", "b": "", "text": ""}], tokenizer, columns="prompt=q")
 
 
 def test_a_tokenizer_with_bos_and_a_plain_template_gives_the_same_prompt_too():

@@ -64,6 +64,24 @@ def test_other_names_of_splits_are_told_apart(tree):
     assert read(tree("stage2.jsonl"), "stage2") == ["stage2.jsonl"]
 
 
+@pytest.mark.parametrize("word", ["x-{}", "x_{}", "x.{}", "a-b.{}-v2", "{}"])
+def test_shards_of_any_name_have_the_split_of_its_words(word, tree):
+    names = [word.format(s) + "-00000-of-00002.jsonl" for s in ("train", "test")]
+    folder = tree(*names)
+    assert read(folder) == names[:1] and read(folder, HELD_OUT) == names[1:]
+    assert read(folder, "test") == names[1:]
+
+
+def test_a_file_beside_its_compressed_self_is_refused(tree):
+    folder = tree("train.jsonl", "test.jsonl")
+    (folder / "train.jsonl.gz").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl, train\.jsonl\.gz are one file"
+    ):
+        load_rows(folder)
+    assert read(folder, "test") == ["test.jsonl"]  # these are not concerned
+
+
 @pytest.mark.parametrize(
     "names", [("train/a.jsonl", "notes.jsonl"), ("train.jsonl", "b.txt", "c.zip")]
 )

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from tokenizers import Regex, normalizers
 
+from jalign import data
 from jalign.data.tokenizer import (
     check_vocab,
     encode_pairs,
@@ -53,6 +55,37 @@ def test_trap55_a_tokenizer_that_puts_spaces_is_split_in_the_one_text(real_data)
     ((ids, start),) = encode_pairs(tokenizer, [("One day", "s later")])
     assert tokenizer.decode(ids) == "<s> One days later</s>"
     assert "later" in tokenizer.decode(ids[start:])
+
+
+@pytest.mark.parametrize(
+    "prompt, completion",
+    [("Tim. ", "They ran."), ("a  ", "  b"), ("x ", "\n\u65e5"), ("One day", "s ago")],
+)
+def test_trap55_a_tokenizer_that_puts_spaces_trains_what_sampling_sees(
+    real_data, prompt, completion, caplog
+):
+    tokenizer = load_tokenizer(real_data / "stories260k")
+    row = {"prompt": prompt, "completion": completion}
+    (example,), _ = data.sft_examples([row], tokenizer, max_length=64)
+    (asked,), _ = data.prompt_examples([row], tokenizer, max_prompt_length=64)
+    start = int(example.completion_mask.argmax())
+    assert example.tokens[:start].tolist() == asked.tokens.tolist()
+    assert tokenizer.decode(example.tokens) == f"<s> {prompt}{completion}</s>"
+    assert not caplog.records  # nothing to be warned of
+
+
+def test_trap55_what_cannot_be_told_apart_is_warned_of(caplog):
+    """A tokenizer that writes another text where a text begins."""
+    tokenizer = make_tokenizer(merges=[("a", "b"), ("\u010a", "b")])  # a line break + b
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex("^b"), "xb")]
+    )
+    encode_pairs(tokenizer, [("a", "c"), ("a", "bc")])
+    (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert message.startswith(
+        "1 of 2 prompts are not trained with the tokens that samp"
+    )
+    assert "to the start of the completion" in message
 
 
 @pytest.mark.parametrize("bos", [True, False])
