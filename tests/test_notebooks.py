@@ -37,6 +37,9 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     # The kernel is a process of its own: it takes the environment, not jax.config.
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("MPLBACKEND", "agg")
+    # Slower at tests/conftest.py's level 0, for they compute more than they compile.
+    flags = os.environ["XLA_FLAGS"].replace("level=0", "level=1")
+    monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(path.parents[1]), *sys.path]))
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
