@@ -18,8 +18,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update(_name, _value)
         os.environ[_name.upper()] = str(_value)
 # Compilation is most of the time: without LLVM's optimization, and with XLA's older
-# emitters where they still are, it takes a third or less. Commands, kernels and hosts inherit
-# this; `make parity` and `make test-newest` compile as users do.
+# emitters where they still are, it takes a third or less. Commands, kernels and hosts
+# inherit this; `make parity` and `make test-newest` compile as users do.
 _QUICK = "--xla_backend_optimization_level=0"
 if jax.__version_info__ < (0, 11):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
