@@ -5,6 +5,7 @@ weights. What lies between (rows, rewards) is checked before anything large is r
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 from jalign import data, models
 from jalign.types import PyTree
 
+_log = logging.getLogger("jalign")
 Head = Literal["language", "scalar"]
 
 __all__ = [
@@ -55,7 +57,9 @@ class Pretrained(NamedTuple):
     tokenizer: Any
 
 
-def open_pretrained(path: str | Path, *, head: Head | None = None) -> Opened:
+def open_pretrained(
+    path: str | Path, *, head: Head | None = None, max_length: int = 0
+) -> Opened:
     """Reads config and tokenizer, and settles their special tokens.
 
     `config` then has, and `models.save` writes, one set of them: bos and pad of the
@@ -65,6 +69,8 @@ def open_pretrained(path: str | Path, *, head: Head | None = None) -> Opened:
     Args:
       path: a folder, or a hub id.
       head: "language" or "scalar" (a reward model), where only that will do.
+      max_length: tokens that rows may have; a warning says where this is more than the
+        model was made for.
 
     Raises: FileNotFoundError, ValueError: as `models.read_config` and
       `data.load_tokenizer`; ValueError too where model and tokenizer do not belong
@@ -78,6 +84,14 @@ def open_pretrained(path: str | Path, *, head: Head | None = None) -> Opened:
         raise ValueError(f"{path} is no reward model (its head has no single score)")
     tokenizer = data.load_tokenizer(folder)
     data.check_vocab(tokenizer, config.vocab_size, where=str(path))
+    if max_length > config.max_position:
+        _log.warning(
+            "%s: rows of up to %d tokens, and the model's context is %d: what stands "
+            "beyond it, it has not learned to read",
+            path,
+            max_length,
+            config.max_position,
+        )
     return Opened(folder, settle(config, tokenizer), tokenizer)
 
 

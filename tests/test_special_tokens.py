@@ -225,6 +225,17 @@ def test_a_home_folder_and_a_user_who_loads_both_parts(tmp_path, monkeypatch):
     assert config["pad_token_id"] == generation["pad_token_id"] == 0
 
 
+def test_rows_beyond_the_context_are_warned_of(command, tmp_path, write_jsonl, caplog):
+    folder = make_model(tmp_path / "m", make_tokenizer(), max_position=40)
+    for length, warned in ((40, False), (41, True)):
+        caplog.clear()
+        code, *_ = command(
+            "eval", "--model", folder, "--data", write_jsonl(PLAIN), "--mesh",
+            "fsdp=1", "--max-length", length,
+        )  # fmt: skip
+        assert code == 0 and ("context is 40" in caplog.text) == warned
+
+
 def test_pad_is_never_what_ends_an_answer():
     """Even where the vocabulary has no token meant for it."""
     from tokenizers import Tokenizer

@@ -76,7 +76,7 @@ def run_eval(config: EvalConfig) -> str:
     """Measures the model on the rows; returns the JSON text."""
     # Whatever is wrong with rows, rewards and paths is said before a model is loaded.
     mesh = make_run_mesh(config.mesh)
-    opened = open_pretrained(config.model)
+    opened = open_pretrained(config.model, max_length=config.max_length)
     other = config.ref_model and open_pretrained(config.ref_model, head="language")
     if other:
         check_same_vocab(opened, other, "--model and --ref-model")

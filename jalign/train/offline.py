@@ -162,9 +162,8 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
         clock = Clock()
         # Whatever is wrong with the rows is said before the model is loaded.
         train_rows, eval_rows = load_run_rows(config.data, config)
-        opened = open_pretrained(
-            config.model, head=None if recipe.prepare else "language"
-        )
+        head = None if recipe.prepare else "language"
+        opened = open_pretrained(config.model, head=head, max_length=config.max_length)
         tokenizer = opened.tokenizer
         found = tokenizer_inputs(tokenizer)
         if recipe.prepare:

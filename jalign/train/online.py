@@ -102,7 +102,8 @@ def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
         clock = Clock()
         # Rows are cheap to refuse: everything about them is known before a model.
         train_rows, eval_rows = load_run_rows(config.data, config)
-        opened = open_pretrained(config.model, head="language")
+        how: dict[str, Any] = {"head": "language", "max_length": config.max_length}
+        opened = open_pretrained(config.model, **how)
         inputs = tokenizer_inputs(opened.tokenizer)
         prompts = make_prompts(train_rows, opened.tokenizer, config)
         held_out = []
