@@ -114,7 +114,7 @@ def _check_finite(result: dict[str, Any], config: EvalConfig) -> None:
     if bad:
         raise ValueError(
             f"{config.model}: {', '.join(bad)} on {config.data} is no finite number; "
-            "are its weights sound? (a row beyond the model's context can do it, too)"
+            "are its weights sound?"
         )
 
 
