@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "texts": {"types", "models", "data", "generate", "rewards"},
     "evaluate": {"types", "models", "sharding", "data", "losses", "generate"}
     | {"rewards", "train", "texts"},
-    "report": {"types"},
+    "figures": {"figures"},
+    "report": {"figures"},
     "plan": {"types", "models", "sharding", "losses", "train", "plan"},
     "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
     | {"rewards", "evaluate", "report", "pretrained"},

@@ -17,7 +17,8 @@ ROWS = [
         "grad_norm": float("nan"),
         "rewards/chosen": step,
         "rewards/rejected": -step,
-        "a<b": 1.0,
+        "a<b": step**2,
+        "beta": 0.1,
     }
     for step in range(1, 41)
 ] + [{"step": 40, "eval_loss": 0.5}]
@@ -52,7 +53,13 @@ def page(tmp_path_factory):
         ],
         summary={"accuracy": 0.93751, "tokens": 1_234_567},
         timings={"train": 83.0, "load": 0.5},
-        table=[{"model": "SFT", "rate": 0.5}, {"model": "DPO", "rate": None}],
+        table=[
+            {"model": "SFT", "rate": 0.5},
+            {"model": "DPO", "rate": {"text": "9.9%", "bad": True}},
+        ],
+        evaluations=[{"step": 0, "eval_loss": 0.75}, {"step": 40, "eval_loss": 0.25}],
+        kept_step=0,
+        warnings=["worse <than> before"],
     )
     assert path.name == "report.html"
     return path.read_text(encoding="utf-8")
@@ -68,7 +75,7 @@ def test_the_page_is_self_contained_and_runs_no_script(page):
 def test_text_from_models_is_escaped(page):
     assert "<script>x" not in page and "&lt;script&gt;x&lt;/script&gt;" in page
     assert "A &lt;title&gt;" in page and "b &amp; c" in page
-    assert "<b" not in "".join(re.findall(r"<span>a.*?</span>", page))
+    assert "<b>a&lt;b</b>" in page and "worse &lt;than&gt; before" in page
 
 
 def test_everything_is_on_the_page(page):
@@ -79,35 +86,52 @@ def test_everything_is_on_the_page(page):
         assert part in text, part
 
 
-def test_related_curves_share_a_figure_and_nan_is_left_out():
-    figures = {f.name: f for f in report.figures_of(ROWS)}
-    assert set(figures) == {"loss", "rewards", "a<b"}  # grad_norm is never finite
-    assert set(figures["loss"].curves) == {"train", "held-out"}
-    assert set(figures["rewards"].curves) == {"chosen", "rejected"}
-    assert figures["loss"].curves["held-out"] == ([40.0], [0.5])
+def test_held_out_measurements_the_kept_step_and_warnings_are_shown(page):
+    # One point a step: the evaluation's 0.25 and not the row's 0.5.
+    assert re.search(r"<b>loss</b><data>0.025 · 0.25</data>", page)
+    assert "<b>0</b><span>step kept</span>" in page and "kept: 0<" in page
+    assert '<ul class="warnings"' in page and '<td class="bad">9.9%</td>' in page
+    assert "Did not change: beta 0.1." in page
+    assert "What the optimizer minimizes" in page
 
 
-def test_figures_follow_the_theme_and_are_deterministic():
-    (first, *_), (again, *_) = report.figures_of(ROWS), report.figures_of(ROWS)
-    assert first.svg == again.svg
-    assert "var(--c1)" in first.svg and "var(--c2)" in first.svg
-    assert not any(colour in first.svg for colour in report.CSS_VARIABLES)
-    assert "font-family" not in first.svg
-
-
-def test_every_metric_finds_a_group():
-    names = ["loss/policy_avg", "learning_rate", "tokens_per_second", "whatever"]
-    rows = [{"step": s} | dict.fromkeys(names, s) for s in range(3)]
-    groups = {f.name: f.group for f in report.figures_of(rows)}
-    assert list(groups.values()) == ["Loss", "Optimization", "Speed", "Other"]
-
-
-def test_phases_have_their_own_sections(tmp_path):
-    phases = {"Reward model": ROWS, "PPO": ROWS, "empty": []}
+def test_phases_have_their_own_sections_and_links_to_them(tmp_path):
+    phases = {"Reward model": ROWS[:3], "PPO": ROWS[:3], "empty": []}
     text = report.write_report(
-        tmp_path, title="t", config={}, metrics_rows=phases
+        tmp_path,
+        title="t",
+        config={},
+        metrics_rows=phases,
+        evaluations={"PPO": [{"step": 2, "eval_loss": 0.125}]},
+        kept_step={"PPO": 2},
+        table=[{"model": "base", "x": 1}, {"model": "PPO", "x": 2}],
     ).read_text("utf-8")
-    assert re.findall(r"<h2>(.*?)</h2>", text)[:2] == ["Reward model", "PPO"]
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings[:3] == ["Comparison", "Reward model", "PPO"]
+    anchor = re.search(r'<a href="#(.*?)">PPO</a>', text).group(1)
+    section = text.partition(f'<section id="{anchor}">')[2]
+    assert "<h2>PPO</h2>" in section and "held-out" in section
+    assert "Reward model" not in section and ">base</a>" not in text
+    assert "<b>2</b><span>step kept, PPO</span>" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"evaluations": {"PPO": []}}, "evaluations: no phase 'PPO' .* \\('SFT'\\)"),
+        ({"kept_step": {"PPO": 3}}, "kept_step: no phase 'PPO'"),
+        ({"kept_step": 0}, "give kept_step as phase -> value"),
+        ({"metrics_rows": ROWS, "kept_step": {"SFT": 3}}, "kept_step is by phase"),
+    ],
+)
+def test_what_is_not_of_a_phase_is_refused(tmp_path, more, words):
+    with pytest.raises(ValueError, match=words):
+        report.write_report(tmp_path, title="t", **{"metrics_rows": {"SFT": []}} | more)
+
+
+def test_rows_of_a_step_are_one_row_in_the_order_of_the_steps():
+    rows = [{"step": 2, "a": 1}, {"b": 5}, {"step": 0, "a": 3}, {"step": 2, "a": 4}]
+    assert report.by_step(rows) == [{"step": 0, "a": 3}, {"step": 2, "a": 4}, {"b": 5}]
 
 
 def test_metrics_are_read_from_the_folder(tmp_path):
@@ -116,7 +140,7 @@ def test_metrics_are_read_from_the_folder(tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
     rows = report.read_metrics(file)
     assert rows == [{"step": 1, "loss": 2.0, "e": 3}, {"step": 2, "loss": 1.0}]
-    assert ">loss<" in report.write_report(tmp_path, title="t").read_text("utf-8")
+    assert "<b>loss</b>" in report.write_report(tmp_path, title="t").read_text("utf-8")
     file.write_text('{"step": 1}\nbroken\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):
         report.read_metrics(file)
@@ -143,13 +167,6 @@ def test_an_empty_run_still_gives_a_page(tmp_path):
 )
 def test_values_are_short(value, text):
     assert report.format_value(value) == text
-
-
-def test_smoothing_keeps_lines_and_marks_noise():
-    line = [2.0 * i for i in range(50)]
-    assert report.smooth(line) == pytest.approx(line)
-    assert not report.is_noisy(line) and report.is_noisy([0.0, 1.0] * 20)
-    assert len(report.thin(range(100_000))) <= report.MAX_POINTS
 
 
 def test_importing_it_loads_neither_matplotlib_nor_jinja2():
