@@ -1,7 +1,7 @@
 """The `jalign` command: the only file that reads argv and env or sets jax config.
 
-Flags come from the config dataclasses through tyro. A `--config FILE.yaml` is turned
-into flags that stand before the user's own, so that the user's win.
+Flags come from the config dataclasses (cli_options.py). A `--config FILE.yaml` is
+turned into flags that stand before the user's own, so that the user's win.
 """
 
 import contextlib
@@ -118,23 +118,21 @@ def usage() -> str:
 
 def run(name: str, args: list[str]) -> int:
     """Parses the flags of a command, sets up jax, and calls its function."""
-    import tyro
+    from jalign.cli_options import EXAMPLES, example, flags_of, parse
 
-    module_name, config_name, function_name, text = COMMANDS[name]
+    module_name, config_name, function_name, _ = COMMANDS[name]
     module = importlib.import_module(module_name)
     config_class = getattr(module, config_name)
-    command = dataclasses.make_dataclass(
-        "Command", [("config", config_class), ("launch", Launch)], frozen=True
-    )
-    parsed: Any = tyro.cli(
-        command,
-        prog=f"jalign {name}",
-        description=f"{text[0].upper()}{text[1:]}. {(config_class.__doc__ or '')}",
-        args=expand_yaml(args, (config_class, Launch)),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    start_jax(parsed.launch)
-    result = getattr(module, function_name)(parsed.config)
+    known = flags_of(config_class).keys() | flags_of(Launch).keys()
+    args = expand_yaml(args, known)
+    try:
+        config, launch = parse(name, args, config_class, Launch)
+    except SystemExit as stop:
+        if not stop.code and name in EXAMPLES:  # after --help
+            print(f"\nexample: {example(name)}")
+        raise
+    start_jax(launch)
+    result = getattr(module, function_name)(config)
     if (
         result is not None
         and importlib.import_module("jalign.sharding").is_main_process()
@@ -169,10 +167,9 @@ def setup_logging(quiet: bool) -> None:
     logging.getLogger("jalign").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-def expand_yaml(args: list[str], classes: tuple[type, ...]) -> list[str]:
+def expand_yaml(args: list[str], known: set[str]) -> list[str]:
     """Replaces `--config FILE` by the file's entries, written as flags, in front."""
     before, rest, i = [], [], 0
-    known = {flag for c in classes for flag in flags_of(c)}
     while i < len(args):
         head, equals, value = args[i].partition("=")
         if head == "--config":
@@ -186,20 +183,6 @@ def expand_yaml(args: list[str], classes: tuple[type, ...]) -> list[str]:
             rest.append(args[i])
         i += 1
     return before + rest
-
-
-def flags_of(config_class: type) -> dict[str, Any]:
-    """Flat field name -> type, nested config dataclasses opened."""
-    import typing
-
-    hints, flat = typing.get_type_hints(config_class), {}
-    for field in dataclasses.fields(config_class):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            flat |= flags_of(kind)  # type: ignore[arg-type]
-        else:
-            flat[field.name] = kind
-    return flat
 
 
 def yaml_flags(path: str, known: set[str]) -> list[str]:

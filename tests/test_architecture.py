@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "demo": ANY,
     "commands": ANY,
     "cli": ANY,
+    "cli_options": {"losses"},
     "__main__": ANY,
 }
 THIRD_PARTY = {
@@ -50,7 +51,7 @@ ONLY_IN = {
     "flax": {"models"},
     "optax": {"train", "plan"},
     "orbax": {"train/checkpoint"},
-    "tyro": {"cli"},
+    "tyro": {"cli_options"},
     "torch": set(),
 }
 # Slow to load: only inside functions, so that `import jalign` stays quick.

@@ -1,24 +1,35 @@
 """Tests for jalign/cli.py: parsing, YAML, exit codes and messages."""
 
+import contextlib
 import dataclasses
+import importlib
+import io
+import re
+import shlex
+from typing import Literal
 
 import pytest
 
-from jalign import cli
+from jalign import cli, cli_options
+from jalign.losses.registry import REGISTRY
 
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     model: str
     steps: int | None = None
+    """Not `learning_rate` of steps."""
     resume: bool = True
-    optim: Inner = dataclasses.field(default_factory=Inner)
+    choice: Literal["a", "b"] | None = None
+    """As in "x:learning_rate=1"."""
+    optim: Inner = dataclasses.field(default_factory=lambda: Inner(eps=1e-3))
 
 
 @pytest.fixture
@@ -47,7 +58,7 @@ def test_flags_win_over_yaml_and_scientific_notation_is_a_number(command, tmp_pa
     text = "model: a\nlearning_rate: 1e-5\nresume: false\nsteps: 7\nbetas: [0.5, 0.6]\n"
     path = yaml_file(tmp_path, text)
     assert cli.main(["probe", "--steps", "9", "--config", path]) == 0
-    want = Config("a", 9, False, Inner(1e-5, (0.5, 0.6)))
+    want = Config("a", 9, False, optim=Inner(1e-5, (0.5, 0.6), 1e-3))
     assert command == [want]
 
 
@@ -92,8 +103,8 @@ def test_contradictions_of_grpo_are_one_message_and_exit_2(flags, words, capsys)
     needed = ["--model", "m", "--data", "d", "--out", "o", "--reward", "gsm8k"]
     assert cli.main(["grpo", *needed, *flags]) == cli.EXIT_USER
     error = capsys.readouterr().err
-    assert words in " ".join(error.replace("│", " ").split())
-    assert "Traceback" not in error
+    assert words in error and "Traceback" not in error
+    assert error.startswith("error: jalign grpo: ") and error.count("\n") == 1
 
 
 def test_a_library_error_is_a_bug_with_its_traceback(command, monkeypatch, capsys):
@@ -105,12 +116,100 @@ def test_a_library_error_is_a_bug_with_its_traceback(command, monkeypatch, capsy
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n != "demo"])
-def test_help_is_complete(name, capsys):
-    """Every option has a line in --help, and no default is an unset marker."""
-    assert cli.main([name, "--help"]) == 0
-    text = capsys.readouterr().out
+HEADING = r"(?m)^\W*(\w[\w ]*?) options\W*$"  # framed with UTF-8, else bare
+
+
+def words_of(text):
+    """Without the lines of the boxes around it."""
+    return " ".join(re.sub("[│|]", " ", text).split())
+
+
+def config_of(name):
     module, config, *_ = cli.COMMANDS[name]
-    fields = cli.flags_of(getattr(__import__(module, fromlist=["x"]), config))
-    for field in fields:
+    return getattr(importlib.import_module(module), config)
+
+
+@pytest.fixture(scope="module", params=list(cli.COMMANDS))
+def help_of(request):
+    """(command, what its --help prints on a terminal of 80 columns)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert cli.main([request.param, "--help"]) == 0
+    return request.param, out.getvalue()
+
+
+def test_help_is_complete_and_in_the_words_of_a_terminal(help_of):
+    name, text = help_of
+    for field in (*cli_options.flags_of(config_of(name)), "coordinator"):
         assert f"--{field.replace('_', '-')}" in text
+    assert "--config FILE.yaml" in text and text.startswith(f"usage: jalign {name}")
+    for word in ("None", "docs/", "(default: )", "'')", "True)", "False)"):
+        assert word not in text, word
+    assert max(map(len, text.splitlines())) <= 80
+    headings = set(re.findall(HEADING, text))
+    assert {"run", "launch"} <= headings
+    if cli.COMMANDS[name][0] == "jalign.train":
+        assert {"data", "optimizer", "memory and time"} <= headings
+    if name in ("ppo", "grpo"):
+        assert "sampling" in headings
+    assert all(re.fullmatch("[A-Za-z ]+", heading) for heading in headings)
+    assert not {"optim", "compute", "kl", "rewards", "config"} & headings
+
+
+def test_help_ends_in_an_example_that_the_command_takes(help_of):
+    name, text = help_of
+    shown = text.rpartition("\nexample: ")[2]
+    _, command, *words = shlex.split(shown.replace("\\\n", " "))
+    assert command == name and words
+    config, launch = cli_options.parse(name, words, config_of(name), cli.Launch)
+    assert type(config) is config_of(name) and launch == cli.Launch()
+
+
+@pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n != "demo"])
+def test_every_option_is_explained(name):
+    """But the lengths of the demo's stages, whose names say all."""
+    for heading, group in cli_options.groups_of(config_of(name), "run").items():
+        assert heading == "run" or group.text
+        assert not [option.name for option in group.options if not option.text]
+
+
+def test_help_names_the_losses_of_the_command(help_of):
+    name, text = help_of
+    words = words_of(text)
+    names = ", ".join(REGISTRY.get(name, ()))
+    assert not names or f"Names: {names}." in words
+
+
+def test_help_says_what_is_unset_and_takes_the_python_word_for_it(command, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        assert cli.main(["probe", "--help"]) == 0
+    text = capsys.readouterr().out
+    words = words_of(text)
+    assert "--steps INT Not --learning-rate of steps. (default: unset)" in words
+    assert '--choice {a,b} As in "x:learning_rate=1". (default: unset)' in words
+    assert "--resume, --no-resume (default: on)" in words
+    assert "optimizer" in re.findall(HEADING, text)
+    assert cli.main(["probe", "--model", "a", "--steps", "None"]) == 0
+    assert command == [Config("a")]
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--choice"])
+def test_a_wrong_value_of_an_optional_flag_is_told_without_none(command, capsys, flag):
+    assert cli.main(["probe", "--model", "a", flag, "x"]) == cli.EXIT_USER
+    error = words_of(capsys.readouterr().err)
+    assert f"Error parsing {flag}" in error and "'x'" in error
+    assert "None" not in error and command == []
+
+
+def test_defaults_are_those_of_the_config_that_holds_them(command):
+    assert cli.main(["probe", "--model", "a"]) == 0
+    assert command == [Config("a")] and command[0].optim.eps == 1e-3
+
+
+def test_an_error_of_a_config_is_one_line_without_a_frame(capsys):
+    needed = ["--model", "m", "--data", "d", "--out", "o", "--steps", "0"]
+    assert cli.main(["sft", *needed]) == cli.EXIT_USER
+    error = capsys.readouterr().err
+    assert error.startswith("error: jalign sft: steps must be") and "╭" not in error

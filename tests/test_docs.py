@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jalign import cli
+from jalign.cli_options import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -31,7 +32,7 @@ def test_every_flag_in_a_shell_block_exists(page):
     for name, words in commands(page.read_text(encoding="utf-8")):
         module, config, *_ = cli.COMMANDS[name]
         config_class = getattr(importlib.import_module(module), config)
-        known = cli.flags_of(config_class).keys() | cli.flags_of(cli.Launch).keys()
+        known = flags_of(config_class).keys() | flags_of(cli.Launch).keys()
         for word in words:
             if word.startswith("--") and word != "--config":
                 flag = word[2:].partition("=")[0].replace("-", "_")

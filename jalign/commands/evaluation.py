@@ -51,13 +51,19 @@ class EvalConfig:
     limit: int | None = None
     """Use the first rows only."""
     batch_size: int = 16
+    """Rows (pairs, prompts) together, over all devices."""
     max_length: int = 1024
+    """Longest row in tokens; what is longer loses its end."""
     max_new_tokens: int = 128
+    """Longest sampled completion, in tokens."""
     temperature: float = 1.0
+    """Of the sampling; divides the logits."""
     seed: int = 0
+    """Of the sampling."""
     mesh: str | None = None
     """Such as "fsdp=8,tensor=2"; default: all devices on fsdp."""
     bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be used: stop, or count and leave out."""
     out: str | None = None
     """Also write the JSON to this file."""
 

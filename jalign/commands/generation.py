@@ -30,6 +30,7 @@ class GenerateConfig:
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with rows of --prompts that cannot be used."""
     max_new_tokens: int = 128
+    """Longest completion, in tokens."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = 0
@@ -41,9 +42,11 @@ class GenerateConfig:
     batch_size: int = 64
     """Prompts decoded together (global)."""
     seed: int = 0
+    """Of the sampling."""
     mesh: str | None = None
     """Such as "fsdp=8,tensor=2"; default: all devices on fsdp, or none if one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and matrix products."""
     out: str | None = None
     """Write rows {"prompt", "completion"} to this JSONL file instead of the screen."""
 

@@ -16,6 +16,7 @@ class PlanConfig:
     model: str
     """Directory or hub id (its config.json is enough), or the path of a config.json."""
     recipe: Literal["sft", "reward", "dpo", "ppo", "grpo"] = "sft"
+    """The training command."""
     topology: str | None = None
     """Machine, as v5e:4x4, v5p:4x4x4 or h100:8; unset means the devices here."""
     mesh: str = ""
@@ -25,11 +26,13 @@ class PlanConfig:
     max_length: int = 2048
     """Tokens of a row; for ppo and grpo prompt + completion."""
     microbatches: int = 1
+    """Parts that each update is cut into."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and products; parameters and moments are float32."""
     remat: bool = True
     """Compute the inside of a layer again in the backward pass."""
     optimizer: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
+    """Its moments take memory, too."""
     shared_trunk: bool = False
     """For ppo: the critic is a head of the policy."""
     compile: bool = False

@@ -73,7 +73,7 @@ class SFTOptions:
     completion_only: bool | None = None
     """Train only the completion; unset does so for prompt + completion rows."""
     loss: str = "sft"
-    """A loss, or a sum such as "sft:z_loss=1e-4 + 0.5*dft"; see docs/papers.md."""
+    """A loss, or a sum such as "sft:z_loss=1e-4 + 0.5*dft"."""
     label_smoothing: float = 0.0
     """Weight of the uniform distribution in the target."""
     z_loss: float = 0.0
@@ -94,7 +94,7 @@ class RewardOptions:
     """What is particular to reward models."""
 
     loss: str = "bradley_terry"
-    """A loss, or a sum such as "bradley_terry + 0.01*center"; see docs/papers.md."""
+    """A loss, or a sum such as "bradley_terry + 0.01*center"."""
     center_coef: float = 0.0
     """Weight of (chosen + rejected)^2, which holds rewards near 0; try 0.01."""
     compute: ComputeOptions = field(default_factory=ComputeOptions)
@@ -119,7 +119,7 @@ class DPOOptions:
     """What is particular to direct preference optimization."""
 
     loss: str = "dpo"
-    """A loss, or a sum such as "dpo:beta=0.1 + 0.2*sft"; see docs/papers.md."""
+    """A loss, or a sum such as "dpo:beta=0.1 + 0.2*sft"."""
     beta: float | None = None
     """Strength of the implicit KL penalty; unset takes each loss's own, dpo's 0.1."""
     label_smoothing: float = 0.0

@@ -21,7 +21,7 @@ class GRPOOptions(OnlineOptions):
     group_size: int = 8
     """Completions of each prompt; a rollout has batch_size x group_size rows."""
     loss: str = "dapo"
-    """A policy loss, as "gspo:clip_eps=1e-3"; names are in docs/policy_gradients.md."""
+    """A policy loss, as "gspo:clip_eps=1e-3", or a sum of several."""
     clip_eps: float | None = None
     """Bound of the ratio's fall; unset takes each loss's own, 0.2 for most."""
     clip_eps_high: float | None = None

@@ -17,7 +17,7 @@ class ScoreLimits:
     """What happens to a completion's reward before it is learned from."""
 
     reward_clip: float | None = None
-    """Clip each sequence's reward to [-reward_clip, reward_clip]."""
+    """Largest size of a sequence's reward, up and down; what is beyond is clipped."""
     missing_eos_penalty: float | None = None
     """Subtracted, after clipping, from a completion that never stopped by itself."""
 
@@ -35,10 +35,13 @@ class SampleConfig:
     """How completions are sampled in a rollout."""
 
     max_new_tokens: int = 64
+    """Longest completion, in tokens."""
     temperature: float = 1.0
     """Divides the logits of sampler, policy and reference alike."""
     top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a completion; empty means the tokenizer's end-of-sequence."""
 
@@ -122,6 +125,7 @@ class OnlineConfig(DataOptions):
     max_length: int = 512
     """Longest prompt with its completion, in tokens."""
     seed: int = 0
+    """Of the order of the prompts and of all sampling."""
     mesh: str | None = None
     """Such as "fsdp=8,tensor=2"; unset puts all devices on fsdp."""
     checkpoint_every: int = 10

@@ -31,8 +31,11 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled decay of the matrices (not of norms and biases), times the rate."""
     b1: float = 0.9
+    """Share of Adam's mean of the gradients that stays at each step."""
     b2: float = 0.999
+    """The same of its mean of their squares."""
     eps: float = 1e-8
+    """Added to the root of that mean, which divides."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this; 0 clips nothing."""
 

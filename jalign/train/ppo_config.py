@@ -74,7 +74,7 @@ class PPOOptions(OnlineOptions):
     num_epochs: int = 4
     """Passes over each rollout batch."""
     clip_eps: float = 0.2
-    """The policy's ratio to itself at rollout time is clipped to 1 +- clip_eps."""
+    """The policy's ratio to itself at rollout time is clipped to 1 +- this."""
     gamma: float = 1.0
     """Discount of a reward one token later."""
     gae_lambda: float = 0.95

@@ -21,8 +21,9 @@ class DataOptions:
     """Their split, of `data` if `eval_data` is unset; unset takes test or validation,
     and never train."""
     columns: str | None = None
-    """Names of columns, such as "prompt=question,completion=answer,ignore=label"; the
-    layouts of docs/data.md need none."""
+    """Names of columns, such as "prompt=question,completion=answer,ignore=label";
+    the usual ones (prompt, completion, chosen, rejected, messages, text, ...) need
+    none."""
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with rows that cannot be used: stop, or count and leave out."""
 
