@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import assets, compare, floor, measure, settings, table
+from benchmarks import assets, cold, compare, floor, measure, settings, table
 from benchmarks.settings import BUILD, MODELS, PEERS, PIECES, ROOT
 
 
@@ -23,6 +23,7 @@ def main() -> int:
     rate = run_json([args.jalign, "-m", "benchmarks.floor"])["flops_per_second"]
     machine["float32 matrix product, GFLOP/s"] = round(rate / 1e9)
     results: dict[str, Any] = {}
+    starts: dict[str, Any] = {}
     floors: dict[str, float] = {}
     for model in args.model:
         run_python(
@@ -35,9 +36,12 @@ def main() -> int:
             flops = floor.step_flops(piece, MODELS[model], rows)
             if flops is not None:
                 floors[name] = flops / rate
-            results[name] = run_piece(args, piece, model)
-            write(results, floors, machine)
-    return finish(results, floors, machine)
+            if args.repeats:
+                results[name] = run_piece(args, piece, model)
+            if args.cold and piece in settings.COLD:
+                starts[name] = run_cold(args, piece, model)
+            write(results, floors, starts, machine)
+    return finish(results, floors, starts, machine)
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +51,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", type=names, default=list(PIECES), help="sft,dpo,...")
     parser.add_argument("--model", type=names, default=["7m"], help="7m,40m")
     parser.add_argument("--peers", type=names, default=list(PEERS), help="trl,tunix")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each")
+    parser.add_argument("--repeats", type=int, default=3, help="warm runs of each")
+    parser.add_argument("--cold", type=int, default=1, help="cold starts of each")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds of a run")
     parser.add_argument("--jalign", default=sys.executable, help="Python of jalign")
     parser.add_argument("--trl", default=".venv-parity/bin/python")
@@ -106,6 +111,27 @@ def run_piece(args: argparse.Namespace, piece: str, model: str) -> dict[str, Any
     return runs
 
 
+def run_cold(args: argparse.Namespace, piece: str, model: str) -> dict[str, Any]:
+    """{framework: seconds to the end of a step from its start, ...}, taking turns."""
+    pythons = {
+        name: getattr(args, name)
+        for name in settings.COLD_FRAMEWORKS
+        if name in ("jalign", *args.peers)
+    }
+    found: dict[str, Any] = {name: [] for name in pythons}
+    for number in range(args.cold):
+        for name, python in pythons.items():
+            if isinstance(found[name], str):
+                continue
+            print(f"{model} {piece} {name} cold {number + 1}", file=sys.stderr)
+            result = cold.run(python, name, piece, model, args.timeout)
+            if isinstance(result, str):
+                found[name] = result
+            else:
+                found[name].append(result)
+    return found
+
+
 def run_worker(
     python: str, name: str, piece: str, model: str, timeout: int
 ) -> dict[str, Any] | str:
@@ -140,24 +166,30 @@ def run_json(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write(results, floors, machine) -> list[dict[str, Any]]:
+def write(results, floors, starts, machine) -> list[dict[str, Any]]:
     """Writes both files anew; returns the table's rows."""
-    rows = compare.rows_of(results, floors)
+    rows = compare.rows_of(results, floors, starts)
     record = {"machine": machine, "floors_s": floors, "rows": rows, "runs": results}
+    record["cold_s"] = starts
     (BUILD / "results.json").write_text(json.dumps(record, indent=1), "utf-8")
     (BUILD / "results.md").write_text(table.markdown(rows, machine), "utf-8")
     return rows
 
 
-def finish(results, floors, machine) -> int:
+def finish(results, floors, starts, machine) -> int:
     """Prints the table and what is wrong with it; 1 if jalign failed somewhere."""
-    rows = write(results, floors, machine)
+    rows = write(results, floors, starts, machine)
     print(table.markdown(rows, machine))
     for warning in compare.disagreements(rows):
         print(f"warning: {warning}", file=sys.stderr)
-    failed = [r for r in rows if r["framework"] == "jalign" and "missing" in r]
-    for row in failed:
-        print(f"error: {row['work']}: {row['missing']}", file=sys.stderr)
+    failed = [
+        f"{row['work']}: {row[key]}"
+        for row in rows
+        for key in ("missing", "cold_missing")
+        if row["framework"] == "jalign" and key in row
+    ]
+    for text in failed:
+        print(f"error: {text}", file=sys.stderr)
     return 1 if failed else 0
 
 

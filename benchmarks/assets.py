@@ -11,7 +11,14 @@ import numpy as np
 from benchmarks import settings, text
 from benchmarks.settings import BUILD, MODELS, Shape
 
-VERSION = 3  # of what is written; a change here writes it anew
+VERSION = 4  # of what is written; a change here writes it anew
+
+
+# The texts of a run that is timed from its start: file -> column of a pair -> its name.
+COLD_COLUMNS = {
+    "cold-pairs.jsonl": {k: k for k in ("prompt", "chosen", "rejected")},
+    "cold-sft.jsonl": {"prompt": "prompt", "chosen": "completion"},
+}
 
 
 def folder(model: str) -> Path:
@@ -35,9 +42,18 @@ def ensure(model: str) -> None:
     write_checkpoints(model, shape, tokenizer)
     rows = make_rows(pairs, tokenizer, shape)
     rows |= {"version": VERSION, "source": source, "eos": tokenizer.eos_token_id}
-    lines = [json.dumps({"prompt": text}) + "\n" for text in rows["questions"]]
-    (folder(model) / "prompts.jsonl").write_text("".join(lines), "utf-8")
+    prompts = [{"prompt": text} for text in rows["questions"]]
+    write_lines(folder(model) / "prompts.jsonl", prompts)
+    fitting = pair_rows(pairs, tokenizer, settings.ROWS * settings.COLD_STEPS)
+    for name, names in COLD_COLUMNS.items():
+        cold = [{names[k]: row[k] for k in names} for row in fitting]
+        write_lines(folder(model) / name, cold)
     path.write_text(json.dumps(rows), "utf-8")
+
+
+def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
+    """Rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def train_tokenizer(pairs: list[dict[str, str]], vocab_size: int) -> Any:

@@ -76,30 +76,58 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def rows_of(results: Mapping[str, Any], floors: Mapping[str, float]) -> list[dict]:
+def rows_of(
+    results: Mapping[str, Any],
+    floors: Mapping[str, float],
+    starts: Mapping[str, Any] | None = None,
+) -> list[dict]:
     """Table rows: for each model and piece, jalign first and then its peers.
 
     Args:
       results: {"MODEL/PIECE": {framework: [result of a run, ...] or why there is none}}
       floors: {"MODEL/PIECE": least seconds of a step}, where known.
+      starts: {"MODEL/PIECE": {framework: [seconds of a cold start, ...] or why not}}.
     """
-    rows = []
-    for name, frameworks in results.items():
-        ours = frameworks.get("jalign")
-        for framework, runs in frameworks.items():
+    starts, rows = starts or {}, []
+    for name in dict.fromkeys([*results, *starts]):
+        warm, cold = results.get(name, {}), starts.get(name, {})
+        for framework in dict.fromkeys([*warm, *cold]):
             row: dict[str, Any] = {"work": name, "framework": framework}
-            if isinstance(runs, str):
-                rows.append(row | {"missing": runs})
-                continue
-            row |= summarize(runs)
-            if framework == "jalign" and name in floors:
-                row["floor"] = floors[name] / row["step_s"]
-            elif framework != "jalign" and isinstance(ours, list):
-                row["ratio"] = ratio(runs, ours)
-                row["cpu_ratio"] = cpu_ratio(runs, ours)
-                row["loss_gap"] = loss_gap(runs[0]["losses"], ours[0]["losses"])
+            if framework in warm:
+                row |= warm_columns(framework, warm, floors.get(name))
+            if framework in cold:
+                row |= cold_columns(framework, cold)
             rows.append(row)
     return rows
+
+
+def warm_columns(
+    framework: str, runs: Mapping[str, Any], floor: float | None
+) -> dict[str, Any]:
+    """What is said of a framework's warm steps beside those of jalign."""
+    mine, ours = runs[framework], runs.get("jalign")
+    if isinstance(mine, str):
+        return {"missing": mine}
+    row = summarize(mine)
+    if framework == "jalign" and floor is not None:
+        row["floor"] = floor / row["step_s"]
+    elif framework != "jalign" and isinstance(ours, list):
+        row["ratio"] = ratio(mine, ours)
+        row["cpu_ratio"] = cpu_ratio(mine, ours)
+        row["loss_gap"] = loss_gap(mine[0]["losses"], ours[0]["losses"])
+    return row
+
+
+def cold_columns(framework: str, starts: Mapping[str, Any]) -> dict[str, Any]:
+    """Median seconds of a framework's cold starts, and the median over the turns of how
+    many times as long as jalign's they are."""
+    mine, ours = starts[framework], starts.get("jalign")
+    if isinstance(mine, str):
+        return {"cold_missing": mine}
+    row = {"cold_s": median(mine)}
+    if framework != "jalign" and isinstance(ours, list):
+        row["cold_ratio"] = median(p / o for p, o in zip(mine, ours, strict=True))
+    return row
 
 
 def disagreements(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,6 +8,7 @@ BUILD = ROOT / "build" / "bench"
 
 WARM_STEPS = 5  # their losses are compared; compilation falls into them
 TIMED_STEPS = 5  # the same rows again
+COLD_STEPS = 20  # of a run that is timed from its start
 THREADS = 2  # cores that every worker is held to
 
 ROWS = 8  # rows (pairs) of a step
@@ -60,4 +61,7 @@ PIECES = {
 }
 # Pieces whose first losses every framework must agree on: same rows, same mathematics.
 COMPARED = ("sft", "reward", "dpo")
+# Timed from the start of the command, too, and the frameworks that have them.
+COLD = COMPARED
+COLD_FRAMEWORKS = ("jalign", "trl")
 PEERS = ("trl", "tunix")

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-HEADER = (
-    "work",
-    "framework",
+from benchmarks.settings import COLD_STEPS
+
+WARM = (
     "step, s (range)",
     "CPU s",
     "times jalign",
@@ -17,6 +17,8 @@ HEADER = (
     "loss gap",
     "of floor",
 )
+COLD = (f"cold, s to step {COLD_STEPS}", "times jalign, cold")
+HEADER = ("work", "framework", *WARM, *COLD)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
@@ -31,11 +33,23 @@ def _line(cells) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    head = [row["work"], row["framework"]]
-    if "missing" in row:
-        return head + [row["missing"]] + [""] * (len(HEADER) - 3)
+    return [row["work"], row["framework"], *_warm(row), *_cold(row)]
+
+
+def _cold(row: Mapping[str, Any]) -> list[str]:
+    if "cold_s" not in row:
+        return [row.get("cold_missing", ""), ""]
+    return [
+        f"{row['cold_s']:.1f}",
+        f"{row['cold_ratio']:.2f}" if "cold_ratio" in row else "",
+    ]
+
+
+def _warm(row: Mapping[str, Any]) -> list[str]:
+    if "step_s" not in row:
+        return [row.get("missing", "")] + [""] * (len(WARM) - 1)
     low, high = row["step_s_range"]
-    return head + [
+    return [
         f"{row['step_s']:.3f} ({low:.3f} to {high:.3f})",
         "" if row["cpu_s"] is None else f"{row['cpu_s']:.2f}",
         f"{row['ratio']:.2f}" if "ratio" in row else "",

@@ -18,6 +18,7 @@ from trl import (
 
 from benchmarks import assets, measure, rewards, settings
 from benchmarks.measure import Outcome
+from benchmarks.trl_options import options
 
 
 class Laps(TrainerCallback):
@@ -40,33 +41,10 @@ class Laps(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
-def options(piece: str, model: str) -> dict:
-    """The settings that all frameworks share, in transformers' names."""
-    return {
-        "output_dir": str(assets.folder(model) / f"trl-{piece}"),
-        "per_device_train_batch_size": settings.ROWS,
-        "max_steps": settings.WARM_STEPS + settings.TIMED_STEPS,
-        "learning_rate": settings.LEARNING_RATE[piece],
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
-        "max_grad_norm": settings.MAX_GRAD_NORM,
-        "train_sampling_strategy": "sequential",
-        "max_length": settings.LENGTH,
-        "model_init_kwargs": {"dtype": "float32"},
-    } | QUIET
-
-
-# float32 on the CPU; activations are kept, since they fit, as jalign keeps them.
-QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
+def shared(piece: str, model: str) -> dict:
+    """What every trainer is given."""
+    out = str(assets.folder(model) / f"trl-{piece}")
+    return options(piece, out, settings.WARM_STEPS + settings.TIMED_STEPS)
 
 
 def sft(model: str) -> Outcome:
@@ -74,7 +52,7 @@ def sft(model: str) -> Outcome:
     rows = assets.read_rows(model)["sft"] * 2
     trainer = SFTTrainer(
         model=str(assets.folder(model) / "model"),
-        args=SFTConfig(**options("sft", model)),
+        args=SFTConfig(**shared("sft", model)),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
     )
     tokens = settings.TIMED_STEPS * settings.ROWS * settings.LENGTH
@@ -86,7 +64,7 @@ def reward(model: str) -> Outcome:
     rows = assets.read_rows(model)["pairs"]
     trainer = RewardTrainer(
         model=str(assets.folder(model) / "reward"),
-        args=RewardConfig(**options("reward", model)),
+        args=RewardConfig(**shared("reward", model)),
         train_dataset=text_pairs(rows),
     )
     return train(trainer, measure.pair_tokens(rows))
@@ -97,7 +75,7 @@ def dpo(model: str) -> Outcome:
     rows = assets.read_rows(model)["pairs"]
     trainer = DPOTrainer(
         model=str(assets.folder(model) / "model"),
-        args=DPOConfig(beta=settings.BETA, **options("dpo", model)),
+        args=DPOConfig(beta=settings.BETA, **shared("dpo", model)),
         train_dataset=text_pairs(rows),
     )
     return train(trainer, measure.pair_tokens(rows))
@@ -122,9 +100,9 @@ def grpo(model: str) -> Outcome:
     """A rollout and one update, in which a step has all completions."""
     rows = assets.read_rows(model)["questions"]
     completions = settings.ONLINE_PROMPTS * settings.GROUP_SIZE
-    shared = options("grpo", model)
-    del shared["max_length"]
-    shared |= {
+    given = shared("grpo", model)
+    del given["max_length"]
+    given |= {
         "per_device_train_batch_size": completions,
         "max_steps": settings.ONLINE_WARM + settings.ONLINE_TIMED,
     }
@@ -132,7 +110,7 @@ def grpo(model: str) -> Outcome:
         num_generations=settings.GROUP_SIZE,
         max_completion_length=settings.ONLINE_NEW_TOKENS,
         beta=settings.KL_COEF,
-        **shared,
+        **given,
     )
     trainer = GRPOTrainer(
         model=str(assets.folder(model) / "model"),

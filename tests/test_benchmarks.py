@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import assets, compare, floor, measure, settings, table, text
+from benchmarks import assets, cold, compare, floor, measure, settings, table, text
 from benchmarks.settings import MODELS, ROOT, Shape
 
 
@@ -84,6 +86,71 @@ def test_table_has_a_line_for_each_row():
     assert lines[0] == "cores 2" and len(lines) == 6
     assert {line.count("|") for line in lines[2:]} == {len(table.HEADER) + 1}
     assert "failed: see x.log" in lines[-1]
+
+
+def test_cold_starts_are_compared_in_turn_and_have_columns_of_their_own():
+    starts = {"7m/dpo": {"jalign": [10.0, 40.0, 10.0], "trl": [20.0, 80.0, 40.0]}}
+    rows = compare.rows_of({}, {}, starts)
+    assert rows[0] == {"work": "7m/dpo", "framework": "jalign", "cold_s": 10.0}
+    assert rows[1]["cold_s"] == 40.0 and rows[1]["cold_ratio"] == 2.0
+    lines = table.markdown(rows, {}).splitlines()
+    assert lines[2].endswith("cold, s to step 20 | times jalign, cold |")
+    assert lines[-1].endswith("| 40.0 | 2.00 |")
+    assert {line.count("|") for line in lines[2:]} == {len(table.HEADER) + 1}
+    warm = {"7m/dpo": {"jalign": [run_of([1.0])], "tunix": "failed"}}
+    both = compare.rows_of(warm, {}, starts | {"7m/sft": {"jalign": "failed: log"}})
+    assert [row["framework"] for row in both] == ["jalign", "tunix", "trl", "jalign"]
+    assert both[0]["step_s"] == 1.0 and both[0]["cold_s"] == 10.0
+    assert both[3]["cold_missing"] == "failed: log"
+
+
+FAKE = """
+import json, sys, time
+path, steps = sys.argv[1:]
+for step in range(1, int(steps) + 1):
+    with open(path, "a") as file:
+        print(json.dumps({"step": step, "loss": 1.0}), file=file)
+    time.sleep(0.01)
+time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize(("steps", "found"), [(settings.COLD_STEPS, True), (3, False)])
+def test_the_clock_stops_at_the_last_step_and_not_at_the_end(tmp_path, steps, found):
+    file = tmp_path / "metrics.jsonl"
+    words = [sys.executable, "-c", FAKE, str(file), str(steps)]
+    start = time.perf_counter()
+    with subprocess.Popen(words) as process:
+        seconds = cold.wait_for_step(file, process, start, 30)
+        assert (process.poll() is None) == found
+    assert (seconds is not None) == found
+    if found:
+        cold.check_losses(file)
+    else:
+        with pytest.raises(ValueError, match="not the rows of 20 steps"):
+            cold.check_losses(file)
+
+
+def test_a_cold_run_finds_no_cache_and_jalign_takes_its_flags(tmp_path, monkeypatch):
+    """The command is given to jalign's own parser; the process is told another."""
+    from jalign import cli, cli_options, train
+
+    out = tmp_path / "o"
+    words = cold.command("python", "jalign", "dpo", "7m", out)
+    assert words[1:4] == ["-m", "jalign", "dpo"]
+    config, _ = cli_options.parse("dpo", words[4:], train.DPOConfig, cli.Launch)
+    assert (config.steps, config.out) == (settings.COLD_STEPS, str(out))
+    assert config.optim.learning_rate == settings.LEARNING_RATE["dpo"]
+    shown = "import os; print(os.environ['XDG_CACHE_HOME'], 'HF_HOME' in os.environ)"
+    monkeypatch.setattr(cold, "BUILD", tmp_path)
+    monkeypatch.setattr(cold, "ROOT", tmp_path)
+    monkeypatch.setattr(cold.assets, "folder", lambda model: tmp_path / model)
+    monkeypatch.setattr(cold, "command", lambda *_: [sys.executable, "-c", shown])
+    monkeypatch.setenv("HF_HOME", "/x")
+    found = cold.run(sys.executable, "jalign", "dpo", "7m", 30)
+    assert found == "failed: see 7m-dpo-jalign-cold.log"
+    folder, known = (tmp_path / "7m-dpo-jalign-cold.log").read_text().split()
+    assert known == "False" and not Path(folder).exists()
 
 
 def test_laps_count_from_end_to_end():
