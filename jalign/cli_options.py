@@ -211,10 +211,20 @@ def field_of(option: Option, known: set[str]) -> tuple[str, Any, Any]:
         how["help_behavior_hint"] = "(default: unset)"
     elif isinstance(option.default, bool):
         how["help_behavior_hint"] = f"(default: {'on' if option.default else 'off'})"
-    kind = Annotated[option.kind, tyro.conf.arg(**how)]
-    if type(None) in typing.get_args(option.kind):
-        kind = Annotated[kind, optional(option.kind)]
+    told = told_kind(option.kind)
+    kind = Annotated[told, tyro.conf.arg(**how)]
+    if type(None) in typing.get_args(told):
+        kind = Annotated[kind, optional(told)]
     return option.name, kind, dataclasses.field(default=option.default)
+
+
+def told_kind(kind: Any) -> Any:
+    """What of a type a command line can say: the text of `str | Path | list[dict]`,
+    since paths are text there, and rows and functions are for Python."""
+    parts = typing.get_args(kind)
+    if str not in parts or set(parts) <= {str, type(None)}:
+        return kind
+    return str | None if type(None) in parts else str
 
 
 def optional(kind: Any) -> Any:

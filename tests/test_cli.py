@@ -6,6 +6,7 @@ import importlib
 import io
 import re
 import shlex
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -29,6 +30,7 @@ class Config:
     resume: bool = True
     choice: Literal["a", "b"] | None = None
     """As in "x:learning_rate=1"."""
+    rows: str | Path | list[dict] | None = None
     optim: Inner = dataclasses.field(default_factory=lambda: Inner(eps=1e-3))
 
 
@@ -190,6 +192,7 @@ def test_help_says_what_is_unset_and_takes_the_python_word_for_it(command, capsy
     assert "--steps INT Not --learning-rate of steps. (default: unset)" in words
     assert '--choice {a,b} As in "x:learning_rate=1". (default: unset)' in words
     assert "--resume, --no-resume (default: on)" in words
+    assert "--rows STR (default: unset)" in words
     assert "optimizer" in re.findall(HEADING, text)
     assert cli.main(["probe", "--model", "a", "--steps", "None"]) == 0
     assert command == [Config("a")]
