@@ -24,14 +24,14 @@ def write_report(
     title: str,
     config: Mapping[str, Any] | None = None,
     metrics_rows: Rows | Mapping[str, Rows] | None = None,
-    evaluations: Rows | Mapping[str, Rows] = (),
-    kept_step: int | Mapping[str, int] | None = None,
-    warnings: Sequence[str] = (),
     samples: Rows = (),
     summary: Mapping[str, Any] | None = None,
     timings: Mapping[str, float] | None = None,
     table: Rows = (),
     note: str = "",
+    evaluations: Rows | Mapping[str, Rows] = (),
+    kept_step: int | Mapping[str, int] | None = None,
+    warnings: Sequence[str] = (),
 ) -> Path:
     """Writes OUT/report.html, which refers to no other file, and returns its path.
 
