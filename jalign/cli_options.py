@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -221,6 +222,8 @@ def field_of(option: Option, known: set[str]) -> tuple[str, Any, Any]:
 def told_kind(kind: Any) -> Any:
     """What of a type a command line can say: the text of `str | Path | list[dict]`,
     since paths are text there, and rows and functions are for Python."""
+    if typing.get_origin(kind) not in (types.UnionType, typing.Union):
+        return kind
     parts = typing.get_args(kind)
     if str not in parts or set(parts) <= {str, type(None)}:
         return kind

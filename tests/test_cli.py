@@ -1,4 +1,4 @@
-"""Tests for jalign/cli.py: parsing, YAML, exit codes and messages."""
+"""Tests for jalign/cli.py and cli_options.py: parsing, YAML, --help, exit codes."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,9 @@ import pytest
 
 from jalign import cli, cli_options
 from jalign.losses.registry import REGISTRY
+
+# tyro warns of defaults that are not of the type that it was told.
+pytestmark = pytest.mark.filterwarnings("error::UserWarning:tyro")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Config:
     choice: Literal["a", "b"] | None = None
     """As in "x:learning_rate=1"."""
     rows: str | Path | list[dict] | None = None
+    words: tuple[str, ...] = ()
     optim: Inner = dataclasses.field(default_factory=lambda: Inner(eps=1e-3))
 
 
@@ -204,6 +208,12 @@ def test_a_wrong_value_of_an_optional_flag_is_told_without_none(command, capsys,
     error = words_of(capsys.readouterr().err)
     assert f"Error parsing {flag}" in error and "'x'" in error
     assert "None" not in error and command == []
+
+
+def test_rows_are_a_text_and_words_are_several(command):
+    flags = ["--rows", "a.jsonl", "--words", "x", "y z"]
+    assert cli.main(["probe", "--model", "a", *flags]) == 0
+    assert command == [Config("a", rows="a.jsonl", words=("x", "y z"))]
 
 
 def test_defaults_are_those_of_the_config_that_holds_them(command):

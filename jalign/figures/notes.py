@@ -61,6 +61,8 @@ _GROUPS = {
         r"objective/kl|eval_kl": "How far the policy has gone from the reference, nats "
         "a completion. A rise that the held-out reward does not follow is "
         "over-optimization.",
+        r"objective/kl_update": "The same while a rollout is learned from, by its own "
+        "completions reweighted. It shows how far the updates go.",
         r"objective/entropy": "Sum of -log p over a completion, nats. Near 0 the "
         "policy always says the same.",
     },
