@@ -104,6 +104,8 @@ def groups_of(config_class: type, heading: str, made: Any = None) -> dict[str, G
         group.options.append(Option(field.name, kind, default, text, title))
     for more in nested:
         found |= more
+    for group in found.values():  # what has to be given stands first
+        group.options.sort(key=lambda o: o.default is not dataclasses.MISSING)
     return {title: group for title, group in found.items() if group.options}
 
 

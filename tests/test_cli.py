@@ -173,6 +173,13 @@ def test_help_ends_in_an_example_that_the_command_takes(help_of):
 
 
 @pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n != "demo"])
+def test_what_has_to_be_given_stands_first(name):
+    for group in cli_options.groups_of(config_of(name), "run").values():
+        given = [option.default is dataclasses.MISSING for option in group.options]
+        assert given == sorted(given, reverse=True)
+
+
+@pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n != "demo"])
 def test_every_option_is_explained(name):
     """But the lengths of the demo's stages, whose names say all."""
     for heading, group in cli_options.groups_of(config_of(name), "run").items():
