@@ -90,6 +90,11 @@ class OnlineConfig(RunConfig):
     """Prompts: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
     reward: str
     """`file.py:function`, a reward model, a check (gsm8k), or a sum with weights."""
+    eval_reward: str | None = None
+    """As reward, and never trained on: judges the held-out completions beside it."""
+    stop_kl: float | None = None
+    """Nats a completion from the reference: beyond it a rollout's updates stop, and the
+    run ends with the rollout that is there already."""
     steps: int | None = None
     """Iterations, each a rollout batch and its updates; overrides epochs."""
     epochs: float = 1.0
@@ -102,8 +107,18 @@ class OnlineConfig(RunConfig):
     """Iterations between checkpoints; 0 saves only at the end."""
 
     def __post_init__(self):
-        super().__post_init__()
         parse_rewards(self.reward)
+        super().__post_init__()
+        if self.eval_reward is not None:
+            parse_rewards(self.eval_reward)
+            check(
+                self.eval_data is not None or self.eval_split is not None,
+                "eval_reward judges held-out prompts: set eval_data or eval_split, too",
+            )
+        check(
+            self.stop_kl is None or self.stop_kl > 0,
+            f"stop_kl must be > 0 nats, got {self.stop_kl}",
+        )
         pieces = self.options.num_minibatches * self.compute.microbatches
         size = f"batch_size {self.batch_size}"
         if self.group_size > 1:
@@ -118,6 +133,14 @@ class OnlineConfig(RunConfig):
             f"max_length {self.max_length} leaves no room for a prompt before "
             f"max_new_tokens {new}",
         )
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What keep_best may name; a reward that is not trained on comes first."""
+        terms = parse_rewards(self.reward)
+        parts = [f"rewards/{term.name}" for term in terms] if len(terms) > 1 else []
+        gold = ["gold_reward"] if self.eval_reward else []
+        return *gold, "reward", *parts, "stopped"
 
     @property
     def options(self) -> OnlineOptions:

@@ -19,6 +19,8 @@ from jalign.rewards import RewardFn, Samples, reward_of, samples_of
 from jalign.train.online_config import ScoreLimits
 from jalign.types import Completion, PyTree, Rollout, TokenBatch
 
+ROLLOUT_KL = "objective/kl"
+
 
 class Actors(NamedTuple):
     """What a rollout asks of the models, from host arrays to host arrays.
@@ -254,8 +256,9 @@ def make_rollout(
 def reference_kl(scored: Scored) -> np.ndarray:
     """float32 [B], nats: the sum of kl_k1 to the reference over each completion."""
     assert scored.ref_logps is not None, "there is no reference"
-    assert scored.logps is not None, "the policy's pass was left out"
-    k1 = np.asarray(losses.kl_k1(scored.logps, scored.ref_logps))
+    # Without the policy's own pass the sampler's numbers stand in.
+    logps = scored.sampler_logps if scored.logps is None else scored.logps
+    k1 = np.asarray(losses.kl_k1(logps, scored.ref_logps))
     return np.where(scored.batch.completion_mask, k1, 0.0).sum(axis=1)
 
 
@@ -269,12 +272,12 @@ def rollout_metrics(
     clipping and penalty; `objective/scores` is after them.
     """
     mask, kl = scored.batch.completion_mask, reference_kl(scored)
-    assert scored.logps is not None  # reference_kl has read them
+    assert scored.logps is not None, "the policy's pass was left out"
     gaps = np.abs(scored.logps - scored.sampler_logps)[mask]
     lengths = mask.sum(axis=1)
     penalty = -kl_coef * kl.mean()
     means = {
-        "objective/kl": kl.mean(),
+        ROLLOUT_KL: kl.mean(),
         "objective/entropy": -np.where(mask, scored.logps, 0.0).sum(axis=1).mean(),
         "objective/non_score_reward": penalty,
         "objective/rlhf_reward": penalty + scores.mean(),
