@@ -8,6 +8,7 @@ import numpy as np
 
 from jalign import losses
 from jalign.losses.group_advantages import EPS
+from jalign.rewards import mean_of_judged
 from jalign.train.grpo_config import GRPOOptions
 from jalign.train.rollout import Scored
 from jalign.types import Rollout
@@ -83,8 +84,9 @@ def group_metrics(
         "frac_reward_zero_std": np.mean(ranges <= 1e-6 * np.abs(groups).max(axis=1)),
     }
     for name, values in scored.reward_parts.items():
-        means[f"rewards/{name}/mean"] = values.mean()
-        means[f"rewards/{name}/std"] = values.std(ddof=1)
+        judged = values[~np.isnan(values)]
+        means[f"rewards/{name}/mean"] = mean_of_judged(values)
+        means[f"rewards/{name}/std"] = judged.std(ddof=1) if judged.size > 1 else 0.0
     means |= _length_metrics(scored)
     return {name: float(value) for name, value in means.items()}
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jalign import data
+from jalign.rewards import mean_of_judged
 from jalign.train.online_config import OnlineConfig
 from jalign.train.rollout import Actors, reference_kl, sample_and_score
 from jalign.types import PyTree
@@ -62,7 +63,8 @@ def evaluate_prompts(
     figures = {"reward": mean(lambda x: x.rewards)}
     if len(actors.reward_weights) > 1:
         for name in actors.reward_weights:
-            figures[f"rewards/{name}"] = mean(lambda x, name=name: x.reward_parts[name])
+            column = np.concatenate([part.reward_parts[name] for part in parts])
+            figures[f"rewards/{name}"] = mean_of_judged(column)
     if actors.reference:
         figures["kl"] = mean(reference_kl)
     figures |= {

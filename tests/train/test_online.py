@@ -246,7 +246,8 @@ def test_a_run_with_one_trunk_is_saved_as_two_models_and_continues(
 
 def grpo_config_of(world, out, **changes):
     file = world["reward"].rpartition(":")[0]
-    reward = f"{world['reward']} + -0.01*{file}:words"
+    length = f"(mean({file}:words, {file}:tokens) - 0.5*std)"
+    reward = f"{world['reward']} + -0.01*{length}"
     return make_grpo_config(out, **(world | {"reward": reward} | changes))
 
 
@@ -260,12 +261,19 @@ def finished_groups(world, tmp_path_factory):
 def test_a_grpo_run_leaves_a_model_metrics_and_a_report(finished_groups):
     out, summary = finished_groups
     assert {"eval_reward", "iterations", "eval_rewards/words"} <= summary.keys()
+    assert {"eval_rewards/mean", "eval_rewards/mean/member_std"} <= summary.keys()
     assert not {"eval_kl", "kl_coef"} & summary.keys()
     found = rows(out)
     assert [row["step"] for row in found] == [1, 2, 3]
     assert found[0]["ratio_first"] == pytest.approx(1.0, abs=1e-5)
-    total = found[0]["rewards/share_of_a/mean"] - 0.01 * found[0]["rewards/words/mean"]
+    part = {k[8:-5]: x for k, x in found[0].items() if k.startswith("rewards/")}
+    total = part["share_of_a"] - 0.01 * part["mean"]
     assert found[0]["reward"] == pytest.approx(total, abs=1e-6)
+    # `tokens`, of TRL's form, counts the one that ends a completion, too.
+    assert part["words"] <= part["tokens"] == found[0]["completions/mean_length"]
+    less = 0.5 * part["mean/member_std"]
+    length = (part["words"] + part["tokens"]) / 2 - less
+    assert part["mean"] == pytest.approx(length, abs=1e-5)
     assert "GRPO" in (out / "report.html").read_text(encoding="utf-8")
     assert models.load(out / "model")[0].config.num_labels == 0
     assert not (out / "critic").exists()
