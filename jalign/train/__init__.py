@@ -13,7 +13,6 @@ from jalign.train.config import (
     DPOOptions,
     RewardConfig,
     RewardOptions,
-    RunConfig,
     SFTConfig,
     SFTOptions,
 )
@@ -27,7 +26,7 @@ from jalign.train.objectives import (
     make_reward_objective,
     make_sft_objective,
 )
-from jalign.train.online_config import ComputeOptions, SampleConfig
+from jalign.train.online_config import SampleConfig
 from jalign.train.optim import OptimConfig, make_optimizer
 from jalign.train.policy_objectives import (
     make_grpo_objective,
@@ -35,6 +34,7 @@ from jalign.train.policy_objectives import (
     make_value_objective,
 )
 from jalign.train.ppo_config import PPOConfig, PPOOptions
+from jalign.train.run_config import ComputeOptions, RunConfig
 from jalign.train.step import abstract_state, init_state, make_train_step
 
 if TYPE_CHECKING:

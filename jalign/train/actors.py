@@ -60,7 +60,7 @@ def load_cast(
     Args:
       opened: the policy's checkpoint, where it is open already.
     """
-    compute = config.options.compute
+    compute = config.compute
     how = {"mesh": mesh, "dtype": compute.dtype, "remat": compute.remat}
     terms = rewards.parse_rewards(config.reward)
     seconds = config.options.reward_timeout

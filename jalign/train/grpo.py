@@ -50,12 +50,17 @@ class GRPOState(NamedTuple):
 def make_learner(cast: Cast, config: GRPOConfig, iterations: int) -> Learner:
     """Optimizer and compiled step of "policy"."""
     updates = num_updates(config, iterations)
-    return _learner(cast.policy, config.optim, config.grpo, updates)
+    how = config.optim, config.grpo, updates, config.compute.microbatches
+    return _learner(cast.policy, *how)
 
 
 @functools.lru_cache(maxsize=4)
 def _learner(
-    policy: Model, optim: OptimConfig, grpo: GRPOOptions, updates: int
+    policy: Model,
+    optim: OptimConfig,
+    grpo: GRPOOptions,
+    updates: int,
+    microbatches: int,
 ) -> Learner:
     """Kept, so that a second run in one process (a notebook) compiles nothing."""
     objective = make_grpo_objective(
@@ -66,7 +71,6 @@ def _learner(
         entropy_coef=grpo.entropy_coef,
         temperature=grpo.sampling.temperature,
     )
-    microbatches = grpo.compute.microbatches
     trainer = make_trainer(
         objective, policy, optim, updates=updates, microbatches=microbatches
     )

@@ -41,7 +41,7 @@ class Recipe(NamedTuple):
     """How an offline recipe differs from the others.
 
     Attributes:
-      kind, compute: its name and its ComputeOptions.
+      kind: its name.
       examples: (rows, tokenizer) -> (examples, counts).
       collate: (examples, length) -> batch.
       prepare: (model, params) -> (model, params), for example adding a head; None for
@@ -52,7 +52,6 @@ class Recipe(NamedTuple):
     """
 
     kind: str
-    compute: Any
     examples: Callable[[Any, Any], tuple[list, dict[str, int]]]
     collate: Callable[[Any, int], Any]
     prepare: Callable[[Model, PyTree], tuple[Model, PyTree]] | None
@@ -87,7 +86,6 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
         config,
         Recipe(
             "sft",
-            options.compute,
             examples,
             data.collate_tokens,
             None,
@@ -123,7 +121,6 @@ def run_reward(config: RewardConfig) -> dict[str, Any]:
         config,
         Recipe(
             "reward",
-            config.reward.compute,
             examples,
             data.collate_preferences,
             prepare,
@@ -146,7 +143,6 @@ def run_dpo(config: DPOConfig) -> dict[str, Any]:
         config,
         Recipe(
             "dpo",
-            options.compute,
             _preference_examples(config),
             data.collate_preferences,
             None,
@@ -212,7 +208,7 @@ def _run(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
 
 
 def _load(config: RunConfig, recipe: Recipe, run: Run, opened: Opened):
-    how = {"dtype": recipe.compute.dtype, "remat": recipe.compute.remat}
+    how = {"dtype": config.compute.dtype, "remat": config.compute.remat}
     model, params, _ = load_pretrained(opened, mesh=run.mesh, **how)
     return recipe.prepare(model, params) if recipe.prepare else (model, params)
 
@@ -237,7 +233,7 @@ def _train(
     step_fn = make_train_step(
         recipe.objective(model),
         tx,
-        microbatches=recipe.compute.microbatches,
+        microbatches=config.compute.microbatches,
         state_shardings=run.mesh and sharding.state_shardings(run.mesh, state),
         schedule=schedule,
     )
@@ -284,7 +280,7 @@ def _first_state(config: RunConfig, run: Run, params, tx, steps: int):
 
 def _batches(config, recipe, run, examples, start, steps):
     index, count = sharding.process_slice(run.mesh)
-    pieces = sharding.batch_parts(run.mesh) * recipe.compute.microbatches
+    pieces = sharding.batch_parts(run.mesh) * config.compute.microbatches
     return data.make_loader(
         examples,
         batch_size=config.batch_size,

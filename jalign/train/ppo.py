@@ -65,7 +65,8 @@ def choose_cast(config: PPOConfig, *args: Any) -> Cast:
 def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:
     """Optimizers and compiled steps of "policy" and, where there is one, "critic"."""
     updates = num_updates(config, iterations)
-    return _learner(cast.policy, cast.critic, config.optim, config.ppo, updates)
+    how = config.optim, config.ppo, updates, config.compute.microbatches
+    return _learner(cast.policy, cast.critic, *how)
 
 
 @functools.lru_cache(maxsize=4)
@@ -75,6 +76,7 @@ def _learner(
     optim: OptimConfig,
     ppo: PPOOptions,
     updates: int,
+    microbatches: int,
 ) -> Learner:
     """Kept, so that a second run in one process (a notebook) compiles nothing."""
     rate = ppo.critic.critic_learning_rate
@@ -87,7 +89,7 @@ def _learner(
         value_coef=ppo.critic.value_coef or 0.1,
         value_clip_eps=ppo.critic.value_clip_eps,
     )
-    how = {"updates": updates, "microbatches": ppo.compute.microbatches}
+    how = {"updates": updates, "microbatches": microbatches}
     learner = {"policy": make_trainer(policy_objective, policy, optim, **how)}
     if critic is not None:
         objective = make_value_objective(critic, clip_eps=ppo.critic.value_clip_eps)
