@@ -10,6 +10,7 @@ import jax
 from jalign import data, evaluate, models, sharding
 from jalign.models import Model
 from jalign.pretrained import Opened, load_pretrained, open_pretrained
+from jalign.settings import settings_or
 from jalign.train import objectives, optim
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jalign.train.folder import whole_folder
@@ -60,12 +61,14 @@ class Recipe(NamedTuple):
     reference: bool = False
 
 
-def run_sft(config: SFTConfig) -> dict[str, Any]:
+def run_sft(config: SFTConfig | None = None, **settings: Any) -> dict[str, Any]:
     """Supervised fine-tuning; returns the summary that the report shows.
 
+    For a config, settings by the flags' names: run_sft(model=..., data=rows, out=...).
     Writes OUT/model (HF format), OUT/checkpoints, OUT/metrics.jsonl, OUT/report.html.
     Raises: ValueError about settings, data or OUT; stop.Preempted; loop.Diverged.
     """
+    config = settings_or(SFTConfig, config, settings)
     options = config.sft
 
     def examples(rows, tokenizer):
@@ -95,8 +98,9 @@ def run_sft(config: SFTConfig) -> dict[str, Any]:
     )
 
 
-def run_reward(config: RewardConfig) -> dict[str, Any]:
+def run_reward(config: RewardConfig | None = None, **settings: Any) -> dict[str, Any]:
     """A reward model; as run_sft. OUT/model has num_labels = 1."""
+    config = settings_or(RewardConfig, config, settings)
 
     def prepare(model, params):
         if model.config.num_labels:
@@ -130,8 +134,9 @@ def run_reward(config: RewardConfig) -> dict[str, Any]:
     )
 
 
-def run_dpo(config: DPOConfig) -> dict[str, Any]:
+def run_dpo(config: DPOConfig | None = None, **settings: Any) -> dict[str, Any]:
     """DPO or a relative; as run_sft. The reference is the start model."""
+    config = settings_or(DPOConfig, config, settings)
     options = config.dpo
 
     def objective(model):

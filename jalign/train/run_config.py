@@ -6,6 +6,7 @@ A contradiction raises ValueError here, naming the fields; nothing is rewritten.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jalign.data import Source
 from jalign.train.optim import OptimConfig
 from jalign.train.rows import DataOptions
 
@@ -34,7 +35,7 @@ class RunConfig(DataOptions):
 
     model: str
     """Model to train: a directory in HF format or a hub id."""
-    data: str
+    data: Source
     """Training rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split."""
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
