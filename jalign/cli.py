@@ -6,16 +6,18 @@ into flags that stand before the user's own, so that the user's win.
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import os
 import signal
 import sys
 import threading
 import traceback
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from jalign.settings import flags_of, nearest
 
 # command -> (module, config class, function taking the config, what it does)
 COMMANDS = {
@@ -132,6 +134,7 @@ def run(name: str, args: list[str]) -> int:
         description=f"{text[0].upper()}{text[1:]}. {(config_class.__doc__ or '')}",
         args=expand_yaml(args, (config_class, Launch)),
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=text_only(),
     )
     start_jax(parsed.launch)
     result = getattr(module, function_name)(parsed.config)
@@ -141,6 +144,30 @@ def run(name: str, args: list[str]) -> int:
     ):
         print(result if isinstance(result, str) else summary_lines(result))
     return EXIT_OK
+
+
+def text_only() -> Any:
+    """What tyro makes of a type such as `str | Callable`: its text alone.
+
+    Rows in memory and functions are for Python.
+    """
+    from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+    plain = {str, int, float, bool, type(None)}
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> Any:
+        kinds = set(typing.get_args(info.type))
+        others = {
+            k for k in kinds - plain if typing.get_origin(k) is not typing.Literal
+        }
+        if str not in kinds or not others:
+            return None
+        text: Any = str | None if type(None) in kinds else str
+        return registry.get_primitive_spec(PrimitiveTypeInfo.make(text, info.markers))
+
+    return registry
 
 
 def start_jax(launch: Launch) -> None:
@@ -188,20 +215,6 @@ def expand_yaml(args: list[str], classes: tuple[type, ...]) -> list[str]:
     return before + rest
 
 
-def flags_of(config_class: type) -> dict[str, Any]:
-    """Flat field name -> type, nested config dataclasses opened."""
-    import typing
-
-    hints, flat = typing.get_type_hints(config_class), {}
-    for field in dataclasses.fields(config_class):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            flat |= flags_of(kind)  # type: ignore[arg-type]
-        else:
-            flat[field.name] = kind
-    return flat
-
-
 def yaml_flags(path: str, known: set[str]) -> list[str]:
     """The entries of a flat YAML mapping as flags; unknown and double keys raise."""
     import yaml
@@ -236,12 +249,6 @@ def flag_of(name: str, value: Any, path: str) -> list[str]:
     if isinstance(value, list):
         return [flag, *map(str, value)]
     return [flag, str(value)]
-
-
-def nearest(name: str, known: Any) -> str:
-    """A hint at the nearest known name, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def is_user_error(error: Exception) -> bool:

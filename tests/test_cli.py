@@ -83,7 +83,7 @@ def test_missing_files_and_commands_are_one_line_and_exit_2(command, capsys):
     [
         (["--loss", "grop"], "did you mean 'grpo'"),
         (["--group-size", "1"], "group_size must be >= 2"),
-        (["--reward", "f.py:a + f.py:a"], "two terms are called 'a'"),
+        (["--reward", "f.py:a + f.py:a"], "'f.py:a' is given twice"),
         (["--batch-size", "3", "--num-minibatches", "5"], "= 24 must be a multiple"),
         (["--loss", "reinforce", "--num-epochs", "2"], "must be 1, got 2"),
     ],

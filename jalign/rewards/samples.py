@@ -12,8 +12,8 @@ from jalign.data.formats import Prompt
 Tokens = Sequence[int] | np.ndarray
 RewardFn = Callable[..., np.ndarray]
 """(prompts, completions, rows), each a list of B -> float32 [B]. One that names the
-keyword `samples`, as `model_reward`'s, is also given the whole `Samples`, token ids
-among them; a function of a FILE.py gets copies of texts and rows alone."""
+keyword `samples`, as those of `model_reward` and `checked`, is also given the whole
+`Samples`, token ids among them. NaN is a row that is not judged (`checked`)."""
 
 
 class Samples(NamedTuple):

@@ -8,6 +8,7 @@ import numpy as np
 
 from jalign import losses
 from jalign.losses.group_advantages import EPS
+from jalign.rewards import mean_of_judged
 from jalign.train.grpo_config import GRPOOptions
 from jalign.train.rollout import ROLLOUT_KL, Scored, reference_kl
 from jalign.types import Rollout
@@ -84,8 +85,9 @@ def group_metrics(
         "frac_reward_zero_std": np.mean(ranges <= 1e-6 * np.abs(groups).max(axis=1)),
     }
     for name, values in scored.reward_parts.items():
-        means[f"rewards/{name}/mean"] = values.mean()
-        means[f"rewards/{name}/std"] = values.std(ddof=1)
+        judged = values[~np.isnan(values)]
+        means[f"rewards/{name}/mean"] = mean_of_judged(values)
+        means[f"rewards/{name}/std"] = judged.std(ddof=1) if judged.size > 1 else 0.0
     if scored.ref_logps is not None:
         means[ROLLOUT_KL] = reference_kl(scored).mean()
     means |= _length_metrics(scored)

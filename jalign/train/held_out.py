@@ -1,6 +1,5 @@
 """Before and after: held-out figures and sample texts for the report."""
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 from jalign import data, evaluate, report, sharding
 from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
+from jalign.settings import as_text
 from jalign.train.evaluations import Evaluations
 from jalign.train.run_config import RunConfig
 
@@ -124,7 +124,7 @@ def write_report(
         report.write_report(
             config.out,
             title=f"{kind.upper()} of {Path(config.model).name}",
-            config=dataclasses.asdict(config),
+            config=as_text(config),
             samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
             summary=summary,
             timings=seconds,

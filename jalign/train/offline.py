@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jalign import data, evaluate, models
+from jalign.settings import settings_or
 from jalign.train import objectives
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks
@@ -17,14 +18,19 @@ _log = logging.getLogger("jalign.train")
 
 
 def run_sft(
-    config: SFTConfig, *, callbacks: Callbacks = NO_CALLBACKS
+    config: SFTConfig | None = None,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Supervised fine-tuning; returns the summary that the report shows.
 
+    For a config, settings by the flags' names: run_sft(model=..., data=rows, out=...).
     Writes OUT/model (HF format), OUT/checkpoints, OUT/metrics.jsonl, OUT/report.html.
     With `callbacks` a notebook looks on.
     Raises: ValueError about settings, data or OUT; stop.Preempted; loop.Diverged.
     """
+    config = settings_or(SFTConfig, config, settings)
     options = config.sft
 
     def examples(rows, tokenizer):
@@ -56,9 +62,13 @@ def run_sft(
 
 
 def run_reward(
-    config: RewardConfig, *, callbacks: Callbacks = NO_CALLBACKS
+    config: RewardConfig | None = None,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+    **settings: Any,
 ) -> dict[str, Any]:
     """A reward model; as run_sft. OUT/model has num_labels = 1."""
+    config = settings_or(RewardConfig, config, settings)
 
     def prepare(model, params):
         if model.config.num_labels:
@@ -94,9 +104,13 @@ def run_reward(
 
 
 def run_dpo(
-    config: DPOConfig, *, callbacks: Callbacks = NO_CALLBACKS
+    config: DPOConfig | None = None,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+    **settings: Any,
 ) -> dict[str, Any]:
     """DPO or a relative; as run_sft. The reference is the start model."""
+    config = settings_or(DPOConfig, config, settings)
     options = config.dpo
 
     def objective(model):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jalign import data, models
 from jalign.pretrained import open_pretrained
+from jalign.settings import settings_or
 from jalign.train import grpo, ppo
 from jalign.train.actors import Cast, load_cast, make_actors, with_gold
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluations
@@ -76,29 +77,39 @@ GRPO = Method(
 
 
 def run_ppo(
-    config: PPOConfig, *, callbacks: Callbacks = NO_CALLBACKS
+    config: PPOConfig | None = None,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Trains; writes OUT/model, OUT/checkpoints, OUT/metrics.jsonl and OUT/report.html.
 
     The same command again continues from the last checkpoint, exactly.
+
+    Args:
+      config: a PPOConfig; or None, and its fields as settings by the flat names of the
+        flags: run_ppo(model=..., data=rows, reward=function, out=..., kl_coef=0.05).
 
     Returns: what was measured before and after: eval_reward_before, eval_reward,
       eval_kl (to the reference, nats a completion), ...; iterations; kl_coef.
     Raises: ValueError for settings or data that do not fit; Preempted after a SIGTERM,
       when the state is saved; Diverged.
     """
-    return _run(config, PPO, callbacks)
+    return _run(settings_or(PPOConfig, config, settings), PPO, callbacks)
 
 
 def run_grpo(
-    config: GRPOConfig, *, callbacks: Callbacks = NO_CALLBACKS
+    config: GRPOConfig | None = None,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+    **settings: Any,
 ) -> dict[str, Any]:
     """As run_ppo, without a critic: the completions of a prompt judge each other.
 
     Returns: as run_ppo; eval_kl where beta > 0, no kl_coef.
     Raises: as run_ppo.
     """
-    return _run(config, GRPO, callbacks)
+    return _run(settings_or(GRPOConfig, config, settings), GRPO, callbacks)
 
 
 def _run(config: OnlineConfig, method: Method, callbacks: Callbacks) -> dict[str, Any]:

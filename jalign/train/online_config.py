@@ -6,7 +6,9 @@ A contradiction raises ValueError here, naming the fields; nothing is rewritten.
 import threading
 from dataclasses import dataclass, field
 
+from jalign.data import Source
 from jalign.rewards import parse_rewards
+from jalign.rewards.terms import Rewards
 from jalign.train.run_config import RunConfig, check
 
 
@@ -86,11 +88,11 @@ class OnlineConfig(RunConfig):
 
     model: str
     """Policy to align, and the frozen reference: a directory or a hub id."""
-    data: str
+    data: Source
     """Prompts: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
-    reward: str
+    reward: Rewards
     """`file.py:function`, a reward model, a check (gsm8k), or a sum with weights."""
-    eval_reward: str | None = None
+    eval_reward: Rewards | None = None
     """As reward, and never trained on: judges the held-out completions beside it."""
     stop_kl: float | None = None
     """Nats a completion from the reference: beyond it a rollout's updates stop, and the

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jalign import data
+from jalign.rewards import mean_of_judged
 from jalign.train.actors import GOLD
 from jalign.train.evaluations import Evaluation
 from jalign.train.online_config import OnlineConfig
@@ -57,7 +58,8 @@ def evaluate_prompts(
         figures["gold_reward"] = mean(lambda x: x.reward_parts[GOLD])
     if len(names) > 1:
         for name in names:
-            figures[f"rewards/{name}"] = mean(lambda x, name=name: x.reward_parts[name])
+            column = np.concatenate([part.reward_parts[name] for part in parts])
+            figures[f"rewards/{name}"] = mean_of_judged(column)
     if actors.reference:
         figures["kl"] = mean(reference_kl)
     figures |= {

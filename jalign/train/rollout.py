@@ -15,7 +15,14 @@ import numpy as np
 
 from jalign import data, losses
 from jalign.generate import continuations
-from jalign.rewards import RewardFn, Samples, reward_of, samples_of
+from jalign.rewards import (
+    RewardFn,
+    Samples,
+    add_up,
+    mean_of_judged,
+    reward_of,
+    samples_of,
+)
 from jalign.train.online_config import ScoreLimits
 from jalign.types import Completion, PyTree, Rollout, TokenBatch
 
@@ -66,7 +73,7 @@ class Scored(NamedTuple):
       rewards: float32 [B], as the judge gave them, weighted and summed.
       stopped: bool [B], ended by a stop token and not by the length limit.
       texts: the B completions as text.
-      reward_parts: name -> float32 [B], each reward before its weight.
+      reward_parts: name -> float32 [B], before its weight; NaN where not judged.
       values: float32 [B, T], of the policy's value head, by the pass of `logps`; None
         where there is no such head or no such pass.
     """
@@ -168,9 +175,8 @@ def judge(actors: Actors, samples: Samples) -> tuple[np.ndarray, dict[str, np.nd
     """(weighted sum of the rewards [B], each reward [B] by name)."""
     values = reward_of(actors.reward, samples)
     columns = np.asarray(values, np.float32).reshape(len(samples.completions), -1)
-    weights = np.array(list(actors.reward_weights.values()), np.float32)
     parts = dict(zip(actors.reward_weights, columns.T, strict=True))
-    return columns @ weights, parts
+    return add_up(columns, list(actors.reward_weights.values())), parts
 
 
 def shape_scores(
@@ -291,5 +297,6 @@ def rollout_metrics(
         "sampling/sampling_logp_difference/max": np.max(gaps, initial=0.0),
     }
     if len(scored.reward_parts) > 1:
-        means |= {f"rewards/{k}/mean": x.mean() for k, x in scored.reward_parts.items()}
+        for name, part in scored.reward_parts.items():
+            means[f"rewards/{name}/mean"] = mean_of_judged(part)
     return {name: float(value) for name, value in means.items()}

@@ -7,6 +7,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jalign.data import Source
 from jalign.train.optim import OptimConfig
 from jalign.train.rows import DataOptions
 
@@ -35,7 +36,7 @@ class RunConfig(DataOptions):
 
     model: str
     """Model to train: a directory in HF format or a hub id."""
-    data: str
+    data: Source
     """Training rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split."""
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
