@@ -6,7 +6,6 @@ turned into flags that stand before the user's own, so that the user's win.
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import os
 import signal
@@ -16,6 +15,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from jalign.settings import flags_of, nearest
 
 # command -> (module, config class, function taking the config, what it does)
 COMMANDS = {
@@ -118,7 +119,7 @@ def usage() -> str:
 
 def run(name: str, args: list[str]) -> int:
     """Parses the flags of a command, sets up jax, and calls its function."""
-    from jalign.cli_options import EXAMPLES, example, flags_of, parse
+    from jalign.cli_options import EXAMPLES, example, parse
 
     module_name, config_name, function_name, _ = COMMANDS[name]
     module = importlib.import_module(module_name)
@@ -219,12 +220,6 @@ def flag_of(name: str, value: Any, path: str) -> list[str]:
     if isinstance(value, list):
         return [flag, *map(str, value)]
     return [flag, str(value)]
-
-
-def nearest(name: str, known: Any) -> str:
-    """A hint at the nearest known name, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def is_user_error(error: Exception) -> bool:

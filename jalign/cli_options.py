@@ -68,12 +68,6 @@ class Group(NamedTuple):
     options: list[Option]
 
 
-def flags_of(config_class: type) -> dict[str, Any]:
-    """Flat field name -> type, nested config dataclasses opened."""
-    groups = groups_of(config_class, MAIN).values()
-    return {option.name: option.kind for group in groups for option in group.options}
-
-
 def groups_of(config_class: type, heading: str, made: Any = None) -> dict[str, Group]:
     """Heading -> its options.
 

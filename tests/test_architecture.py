@@ -18,6 +18,7 @@ ANY = frozenset({"*"})
 MAY_IMPORT = {
     "__init__": ANY,
     "types": set(),
+    "settings": set(),
     "losses": {"losses"},
     "sharding": {"sharding"},
     "models": {"types", "sharding", "models"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "report": {"figures"},
     "plan": {"types", "models", "sharding", "losses", "train", "plan"},
     "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
-    | {"rewards", "evaluate", "report", "pretrained"},
+    | {"rewards", "evaluate", "report", "pretrained", "settings"},
     "demo": ANY,
     "commands": ANY,
     "cli": ANY,

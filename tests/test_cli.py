@@ -13,6 +13,7 @@ import pytest
 
 from jalign import cli, cli_options
 from jalign.losses.registry import REGISTRY
+from jalign.settings import flags_of
 
 # tyro warns of defaults that are not of the type that it was told.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:tyro")
@@ -100,7 +101,7 @@ def test_missing_files_and_commands_are_one_line_and_exit_2(command, capsys):
     [
         (["--loss", "grop"], "did you mean 'grpo'"),
         (["--group-size", "1"], "group_size must be >= 2"),
-        (["--reward", "f.py:a + f.py:a"], "two terms are called 'a'"),
+        (["--reward", "f.py:a + f.py:a"], "'f.py:a' is given twice"),
         (["--batch-size", "3", "--num-minibatches", "5"], "= 24 must be a multiple"),
         (["--loss", "reinforce", "--num-epochs", "2"], "must be 1, got 2"),
     ],
@@ -147,7 +148,7 @@ def help_of(request):
 
 def test_help_is_complete_and_in_the_words_of_a_terminal(help_of):
     name, text = help_of
-    for field in (*cli_options.flags_of(config_of(name)), "coordinator"):
+    for field in (*flags_of(config_of(name)), "coordinator"):
         assert f"--{field.replace('_', '-')}" in text
     assert "--config FILE.yaml" in text and text.startswith(f"usage: jalign {name}")
     for word in ("None", "docs/", "(default: )", "'')", "True)", "False)"):

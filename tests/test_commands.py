@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jalign import data, models
+from jalign import cli, data, models
 from jalign.commands import EvalConfig, GenerateConfig, run_eval, run_generate
 from jalign.demo import ASSETS
 
@@ -57,7 +57,9 @@ def test_eval_of_completions_pairs_and_rewards(tmp_path):
     reward = tmp_path / "length.py"
     reward.write_text(
         "def words(prompts, completions, rows):\n"
-        "    return [float(len(c.split())) for c in completions]\n",
+        "    return [float(len(c.split())) for c in completions]\n"
+        "def longer(completions, prompts, **kwargs):\n"
+        "    return [1 + len(text.split()) for text in completions]\n",
         encoding="utf-8",
     )
     out = tmp_path / "result.json"
@@ -65,6 +67,15 @@ def test_eval_of_completions_pairs_and_rewards(tmp_path):
     config = EvalConfig(data=rows, reward=f"{reward}:words", out=str(out), **how)
     result = json.loads(run_eval(config))
     assert 0 < result["reward_mean"] <= 8
+    # The worst case of two, one of them written for TRL, by the command itself.
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in how.items()]
+    worst = f"0.5*min({reward}:words, {reward}:longer) + gsm8k_format"
+    both = out.with_name("both.json")
+    code = cli.main(
+        ["eval", "--data", rows, "--reward", worst, f"--out={both}", *flags]
+    )
+    half = json.loads(both.read_text("utf-8"))
+    assert code == 0 and half["reward_mean"] == pytest.approx(result["reward_mean"] / 2)
     assert json.loads(out.read_text("utf-8")) == result
     assert len(data.load_rows(rows, limit=8)) == 8
 

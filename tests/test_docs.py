@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jalign import cli
-from jalign.cli_options import flags_of
+from jalign.settings import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -57,3 +57,37 @@ def test_links_lead_to_files(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def run_blocks(page: str) -> None:
+    """jalign's Python blocks of a page, in turn; not the other library's."""
+    blocks = PYTHON.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    ours = [b for b in blocks if "ja." in b or "import jalign" in b]
+    assert len(ours) >= 7
+    names: dict = {}
+    for block in ours:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_what_users_of_trl_are_shown_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks("from_trl.md")
+    for name in ("sft", "reward", "dpo", "orpo", "grpo", "ppo"):
+        assert (tmp_path / "runs" / name / "model" / "config.json").exists()
+
+
+def test_what_users_of_tunix_are_shown_has_settings_that_run(monkeypatch):
+    """The same runs as on the other page: here they end where they would start."""
+    from jalign.train import offline, online
+    from jalign.train.rows import load_run_rows
+
+    kinds = []
+
+    def start(config, *_):
+        rows, _ = load_run_rows(config.data, config)
+        kinds.append((type(config).__name__, len(rows)))
+
+    monkeypatch.setattr(offline, "run_recipe", start)
+    monkeypatch.setattr(online, "_run", start)
+    run_blocks("from_tunix.md")
+    assert kinds == [(f"{k}Config", 8) for k in ("SFT", "DPO", "GRPO", "PPO")]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jalign import data, evaluate, rewards, sharding
+from jalign.data import Source
 from jalign.pretrained import (
     Opened,
     Pretrained,
@@ -16,6 +17,8 @@ from jalign.pretrained import (
     load_pretrained,
     open_pretrained,
 )
+from jalign.rewards.terms import Rewards
+from jalign.settings import as_text
 from jalign.train.online_config import check_reward_timeout
 from jalign.train.reference import reference_examples
 from jalign.train.run import make_run_mesh
@@ -33,7 +36,7 @@ class EvalConfig:
 
     model: str
     """HF checkpoint: a directory or a hub id."""
-    data: str
+    data: Source
     """Rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
     split: str | None = None
     """Which split; unset takes test or validation, never train, or what has none."""
@@ -43,7 +46,7 @@ class EvalConfig:
     """auto: preference if rows have chosen and rejected, reward with --reward."""
     ref_model: str | None = None
     """Reference checkpoint for implicit rewards and the KL."""
-    reward: str | None = None
+    reward: Rewards | None = None
     """A reward checkpoint, a Python function (path/to/file.py:function), a built-in
     check (gsm8k, gsm8k_format), or a sum of them as for `jalign grpo`."""
     reward_timeout: float = 600.0
@@ -96,7 +99,7 @@ def run_eval(config: EvalConfig) -> str:
     if opened.config.num_labels and task != "preference":
         raise ValueError(
             f"{config.model} is a reward model: it is measured on preference pairs "
-            f"(chosen and rejected), and {config.data} has none"
+            f"(chosen and rejected), and {as_text(config.data)} has none"
         )
     examples, counts = _examples(task, config, rows, opened)
     reward = None
@@ -119,8 +122,8 @@ def _check_finite(result: dict[str, Any], config: EvalConfig) -> None:
     bad = [k for k, v in result.items() if isinstance(v, float) and not np.isfinite(v)]
     if bad:
         raise ValueError(
-            f"{config.model}: {', '.join(bad)} on {config.data} is no finite number; "
-            "are its weights sound?"
+            f"{config.model}: {', '.join(bad)} on {as_text(config.data)} is no finite "
+            "number; are its weights sound?"
         )
 
 

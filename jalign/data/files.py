@@ -14,7 +14,7 @@ import json
 import lzma
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -194,6 +194,21 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
 
 
 def dataset_rows(data: Any, name: str) -> Iterator[Row]:
-    """The rows of a `datasets.Dataset`."""
+    """The rows of a `datasets.Dataset`, as plain values whatever `set_format` says."""
+    how = data.format
+    if how["type"] not in (None, "custom"):  # "custom" is a transform of the user's
+        kept = {"columns": how["columns"]}
+        data = data.with_format(None, **(kept if not how["output_all_columns"] else {}))
     for number, row in enumerate(data, 1):
         yield Row(row, f"{name} row {number}")
+
+
+def listed_rows(rows: Sequence[Any], name: str) -> Iterator[Row | BadRow]:
+    """The rows of a list of dicts; those of `load_rows` keep their origin."""
+    for number, row in enumerate(rows, 1):
+        origin = getattr(row, "origin", f"{name} row {number}")
+        if isinstance(row, dict) and not all(isinstance(key, str) for key in row):
+            yield BadRow(origin, "(row)", "has a key that is no string")
+        else:
+            yield _as_row(row, origin)
+    yield from getattr(rows, "bad", ())

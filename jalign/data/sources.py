@@ -1,15 +1,16 @@
-"""Rows from files, directories and the Hugging Face hub, by split."""
+"""Rows from files, directories, the Hugging Face hub and memory, by split."""
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from jalign.data.files import (
     KNOWN,
     dataset_rows,
     is_data_file,
+    listed_rows,
     read_file,
     uncompressed_name,
 )
@@ -21,6 +22,23 @@ logger = logging.getLogger("jalign.data")
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 _DESCRIPTIONS |= {"state.json", "_SUCCESS", "LICENSE", "LICENSE.txt", "NOTICE"}
 _ADVICE = "name one of them, by --split or --eval-split NAME or as SOURCE[NAME]"
+
+
+class Table(Protocol):
+    """A `datasets.Dataset`, or a DatasetDict of several."""
+
+    @property
+    def column_names(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+Given = Sequence[Mapping[str, Any]] | Table
+Source = str | Path | Given | Mapping[str, Given]
+"""Where rows come from: the name of a file, folder or hub data set; a list of dicts or
+a `datasets.Dataset`; or a mapping of splits of these, such as a DatasetDict."""
 
 
 class _Part(NamedTuple):
@@ -42,11 +60,12 @@ class _Asked(NamedTuple):
 
 
 def load_rows(
-    source: str | Path,
+    source: Source,
     *,
     split: str | Sequence[str] | None = None,
     limit: int | None = None,
     bad_rows: str = "error",
+    name: str = "data",
 ) -> Rows:
     """Reads a data set into memory as a list of `Row`s (dicts that know their origin).
 
@@ -55,12 +74,15 @@ def load_rows(
         a directory of such files, or one that `datasets.save_to_disk` wrote; a hub id
         ("owner/name", "owner/name:config"); or several of these with commas between
         them. A split may stand behind each: "owner/name:config[test]", "folder[test]".
+        Also rows in memory: a list of dicts, a `datasets.Dataset`, or a mapping from
+        the names of splits to these.
       split: which split of a hub data set, or of a directory whose file or folder names
         name splits: one name, or several in order of preference (`HELD_OUT`). None is
         "train". What has no splits is taken whole, and is an error if one was named.
       limit: keep the first `limit` rows.
       bad_rows: "error" raises on lines that cannot be read; "skip" drops them, and
         `Rows.bad` keeps what was wrong (the example makers count it).
+      name: what to call rows in memory: row 7 of them is "NAME row 7".
 
     Raises:
       FileNotFoundError: a local source does not exist.
@@ -69,8 +91,8 @@ def load_rows(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     rows, bad = [], []
-    for text in _parts(source):
-        part, before = _open(*_asked(text, split)), len(rows)
+    for text, part in _opened(source, split, name):
+        before = len(rows)
         for row in part.rows:
             (bad if isinstance(row, BadRow) else rows).append(row)
             if limit is not None and len(rows) >= limit:
@@ -80,9 +102,39 @@ def load_rows(
         if limit is not None and len(rows) >= limit:
             break
     if not rows and not bad:
-        raise ValueError(f"{source}: there are no rows in it")
+        raise ValueError(f"{text}: there are no rows in it")
     settle(bad, len(rows) + len(bad), bad_rows)
     return Rows(rows, bad)
+
+
+def _opened(source: Source, split: Any, name: str) -> Iterator[tuple[str, _Part]]:
+    """(what to call it, its rows), one after the other."""
+    if isinstance(source, str | Path):
+        for text in _parts(source):
+            yield text, _open(*_asked(text, split))
+    else:
+        yield name, _open_given(source, name, _asked("", split)[1])
+
+
+def _open_given(given: Any, name: str, asked: _Asked) -> _Part:
+    """Rows in memory."""
+    if isinstance(given, Mapping):
+        split = _choose(name, sorted(map(str, given)), asked)
+        part = _open_given(given[split], f"{name}[{split}]", _Asked(("train",), False))
+        return part._replace(split=split)
+    if isinstance(given, list | tuple):
+        _check_unsplit(name, set(), asked)
+        return _Part(None, listed_rows(given, name))
+    if hasattr(given, "column_names") and hasattr(given, "__len__"):
+        # Both halves of a train_test_split say "train": that alone is no warning.
+        said = asked.said and getattr(given, "split", None)
+        _check_unsplit(name, {str(said)} if said else set(), asked)
+        return _Part(None, dataset_rows(given, name))
+    raise ValueError(
+        f"{name} is a {type(given).__name__}: expected a file, a directory, a hub id, "
+        "a list of dicts, a datasets.Dataset or a mapping of splits of them (list(...) "
+        "of what is iterated over, .to_dict('records') of a data frame)"
+    )
 
 
 def _parts(source: str | Path) -> list[str]:
@@ -119,7 +171,7 @@ def _open(source: str, asked: _Asked) -> _Part:
     return _open_hub(source, asked)
 
 
-def _check_unsplit(path: Path, own: set[str], asked: _Asked) -> None:
+def _check_unsplit(path: Path | str, own: set[str], asked: _Asked) -> None:
     """Of what has no splits: refuses another split, warns of measuring on "train"."""
     split = asked.splits[0]
     if asked.said and canonical(split) not in (own or {"train"}):

@@ -116,6 +116,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             "out": str(out / name),
             "seed": config.seed,
             "max_length": MAX_LENGTH,
+            "compute": COMPUTE,
             "optim": optim,
         }
 
@@ -127,7 +128,6 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 model=str(ASSETS / "model"),
                 steps=config.sft_steps,
                 batch_size=32,
-                sft=train.SFTOptions(compute=COMPUTE),
                 **common("sft", "sft", 2e-3, schedule="cosine"),
             ),
         ),
@@ -137,7 +137,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 model=sft,
                 steps=config.reward_steps,
                 batch_size=32,
-                reward=train.RewardOptions(center_coef=0.01, compute=COMPUTE),
+                reward=train.RewardOptions(center_coef=0.01),
                 **pairs("reward", learning_rate=1e-3),
             ),
         ),
@@ -158,7 +158,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 model=sft,
                 steps=config.dpo_steps,
                 batch_size=16,
-                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 4*sft", compute=COMPUTE),
+                dpo=train.DPOOptions(loss="dpo:beta=0.1 + 4*sft"),
                 **pairs("dpo", learning_rate=2e-4),
             ),
         ),
@@ -175,7 +175,6 @@ def ppo_options() -> train.PPOOptions:
         kl=KLConfig(kl_coef=0.05),
         rewards=ScoreOptions(missing_eos_penalty=1.0),
         sampling=train.SampleConfig(max_new_tokens=REPLY_LENGTH),
-        compute=COMPUTE,
     )
 
 

@@ -1,14 +1,18 @@
 """Reward functions from a Python file of the user's, with their results checked.
 
 A reward function takes prompts, completions and the data rows they came from, each a
-list of B, and gives B numbers. Whatever it gives is checked here once, so that no
-string, NaN or missing row gets as far as the optimizer.
+list of B, or the columns of TRL's form (forms.py), and gives B numbers. Whatever it
+gives is checked here once, so that no string, NaN or missing row gets as far as the
+optimizer.
 """
 
+import asyncio
 import contextlib
 import copy
 import difflib
+import functools
 import importlib.util
+import inspect
 import numbers
 import threading
 import time
@@ -19,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from jalign.rewards.samples import RewardFn
+from jalign.rewards.forms import column_arguments, columns_batch, takes_columns
+from jalign.rewards.samples import RewardFn, Samples
 
 TIMEOUT = 600.0
 """Seconds that a call of a reward function may take, where nothing else is said."""
@@ -77,22 +82,36 @@ def checked(
     The function gets copies: what it does to its lists and rows stays its own.
 
     Args:
-      function: function of a batch -> B real numbers (list, tuple, NumPy or JAX
-        array); True and False are 1 and 0.
+      function: of jalign's form or TRL's (`forms.takes_columns` tells them apart by the
+        signature) -> B real numbers (list, tuple, NumPy or JAX array), or a coroutine
+        of them; True and False are 1 and 0. In TRL's form None says that the function
+        does not judge a row.
       name: what to call it in messages.
       timeout: seconds, or None.
 
-    Returns: a RewardFn that raises ValueError naming the row if a reward is not a
-      finite float32, if there are not B, or if the function raises (SystemExit, too);
-      TimeoutError if it takes too long.
+    Returns: a RewardFn, NaN where a function of TRL's form gave None. It raises
+      ValueError naming the row if a reward is not a finite float32, if there are not B,
+      or if the function raises (SystemExit, too); TimeoutError if it takes too long.
+    Raises: ValueError for a signature of neither form.
     """
     if timeout is not None and not 0 < timeout <= threading.TIMEOUT_MAX:
         raise ValueError(f"reward {name}: timeout must be > 0 seconds, got {timeout}")
+    by_columns = takes_columns(function, name)
 
-    def reward(prompts, completions, rows):
+    def of_columns(*batch):
+        return function(**column_arguments(function, name, *batch))
+
+    def reward(prompts, completions, rows, *, samples: Samples | None = None):
         batch = [list(prompts), list(completions), list(rows)]
         if len({len(part) for part in batch}) != 1:
             raise ValueError(f"reward {name}: lists of {[len(p) for p in batch]} rows")
+        if not by_columns:
+            return judged(function, batch)
+        batch = columns_batch(*batch, samples=samples)
+        column_arguments(function, name, *batch)  # a fault of the data's, said as such
+        return judged(of_columns, batch)
+
+    def judged(function, batch):
         try:
             values = _call(function, batch, timeout)
         except _Late:
@@ -106,7 +125,7 @@ def checked(
             raise ValueError(
                 f"reward {name} raised {type(error).__name__}: {error} {where}"
             ) from error
-        return _as_rewards(values, batch, name)
+        return _as_rewards(values, batch, name, may_pass=by_columns)
 
     return reward
 
@@ -128,10 +147,10 @@ def _call(function: Callable, batch: list[list], timeout: float | None) -> Any:
 
     Raises: _Late; _Raised. Without a timeout Ctrl-C is not the function's own.
     """
-    arguments = copy.deepcopy(batch)
+    ask = functools.partial(_settled, function, copy.deepcopy(batch))
     if timeout is None:
         try:
-            return function(*arguments)
+            return ask()
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -140,7 +159,7 @@ def _call(function: Callable, batch: list[list], timeout: float | None) -> Any:
 
     def run():
         try:
-            outcome.append((function(*arguments), None))
+            outcome.append((ask(), None))
         except BaseException as error:
             outcome.append((None, error))
 
@@ -154,6 +173,12 @@ def _call(function: Callable, batch: list[list], timeout: float | None) -> Any:
     if error is not None:
         raise _Raised(error)
     return value
+
+
+def _settled(function: Callable, arguments: list[list]) -> Any:
+    """function(*arguments), awaited where it is a coroutine."""
+    values = function(*arguments)
+    return asyncio.run(values) if inspect.iscoroutine(values) else values
 
 
 def _failing_row(function, batch, timeout) -> str:
@@ -175,8 +200,11 @@ def _excerpt(batch, row: int) -> str:
     return f"prompt …{prompt!r}, completion …{completion!r}"
 
 
-def _as_rewards(values: Any, batch, name: str) -> np.ndarray:
-    """B numbers of any kind -> float32 [B], or an error that names the row."""
+def _as_rewards(values: Any, batch, name: str, *, may_pass: bool) -> np.ndarray:
+    """B numbers of any kind -> float32 [B], or an error that names the row.
+
+    With may_pass None is NaN: a row that the function does not judge.
+    """
     size = len(batch[0])
     given = values
     if hasattr(values, "tolist"):  # NumPy, JAX and torch arrays, pandas
@@ -187,7 +215,15 @@ def _as_rewards(values: Any, batch, name: str) -> np.ndarray:
         )
     if len(values) != size:
         raise ValueError(f"reward {name} gave {len(values)} rewards for {size} rows")
-    return np.array([_as_reward(v, row, batch, name) for row, v in enumerate(values)])
+    return np.array(
+        [
+            np.float32(np.nan)
+            if may_pass and value is None
+            else _as_reward(value, row, batch, name)
+            for row, value in enumerate(values)
+        ],
+        np.float32,
+    )
 
 
 def _as_reward(value: Any, row: int, batch, name: str) -> np.float32:

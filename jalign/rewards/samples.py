@@ -12,8 +12,8 @@ from jalign.data.formats import Prompt
 Tokens = Sequence[int] | np.ndarray
 RewardFn = Callable[..., np.ndarray]
 """(prompts, completions, rows), each a list of B -> float32 [B]. One that names the
-keyword `samples`, as `model_reward`'s, is also given the whole `Samples`, token ids
-among them; a function of a FILE.py gets copies of texts and rows alone."""
+keyword `samples`, as those of `model_reward` and `checked`, is also given the whole
+`Samples`, token ids among them. NaN is a row that is not judged (`checked`)."""
 
 
 class Samples(NamedTuple):
@@ -71,7 +71,7 @@ def reward_of(function: RewardFn, samples: Samples) -> np.ndarray:
 
 
 def each_reward(functions: Sequence[RewardFn]) -> RewardFn:
-    """K reward functions as one that gives float32 [B, K]."""
+    """Reward functions as one that gives their rewards beside each other, [B, K]."""
 
     def stacked(prompts, completions, rows, *, samples: Samples | None = None):
         def ask(function):
@@ -79,6 +79,6 @@ def each_reward(functions: Sequence[RewardFn]) -> RewardFn:
                 return function(prompts, completions, rows)
             return reward_of(function, samples)
 
-        return np.stack([ask(function) for function in functions], axis=1)
+        return np.column_stack([ask(function) for function in functions])
 
     return stacked

@@ -18,11 +18,12 @@ import numpy as np
 from jalign import data, sharding
 from jalign.data.chat import join_turns, render
 from jalign.data.encoding import encode_prompts
-from jalign.data.formats import Prompt, parse_prompt
+from jalign.data.formats import Prompt
 from jalign.data.rows import RowError
 from jalign.data.special_tokens import split_turn
 from jalign.data.tokenizer import encode_pairs, encode_plain, turn_tail_ids
 from jalign.models import Model
+from jalign.rewards.forms import source_of
 from jalign.rewards.samples import RewardFn, Samples, Tokens
 from jalign.types import PyTree
 
@@ -54,7 +55,7 @@ def model_reward(
 
     def reward(prompts, completions, rows, *, samples: Samples | None = None):
         if samples is None:
-            sources = [_source(p, r) for p, r in zip(prompts, rows, strict=True)]
+            sources = [source_of(p, r) for p, r in zip(prompts, rows, strict=True)]
             samples = Samples(prompts, completions, rows, sources, (), (), None, ())
         sequences = judged_tokens(tokenizer, samples)
         long = sum(len(ids) > limit for ids in sequences)
@@ -155,15 +156,6 @@ def _closed(ids: list[int], tail: list[int], samples: Samples) -> np.ndarray:
     if before and ids[-before:] == tail[:before]:
         ids = ids[:-before]
     return np.array([*ids, *tail], np.int32)
-
-
-def _source(prompt: str, row: dict[str, Any]) -> Prompt:
-    """The conversation that a row asks with; else the prompt's text."""
-    try:
-        found = parse_prompt(row)
-    except RowError:
-        return Prompt(prompt, {})
-    return found if isinstance(found.prompt, list) else Prompt(prompt, {})
 
 
 def score_tokens(

@@ -1,89 +1,69 @@
-"""The language of `--reward`: "gsm8k + 0.5*style.py:polite" -> weighted functions."""
+"""Rewards, loaded and added up: the terms of `--reward` (terms.py) as one function."""
 
 import difflib
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jalign.pretrained import Opened, Pretrained, load_pretrained, open_pretrained
+from jalign.rewards.ensembles import column_weights, combine
 from jalign.rewards.functions import TIMEOUT, checked, load_function
 from jalign.rewards.samples import RewardFn, each_reward
 from jalign.rewards.scorer import model_reward
+from jalign.rewards.terms import (
+    Rewards,
+    RewardTerm,
+    Source,
+    function_name,
+    is_function,
+    parse_rewards,
+    single_sources,
+)
 from jalign.rewards.verifiers import VERIFIERS
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_TERM = re.compile(rf"(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<source>\S(?:.*\S)?)")
+_log = logging.getLogger("jalign.rewards")
 
 
-class RewardTerm(NamedTuple):
-    """One summand of a reward.
+class Loaded(NamedTuple):
+    """A reward that is ready to be asked.
 
     Attributes:
-      weight: its factor.
-      name: in the metrics, `rewards/NAME/mean`.
-      source: a built-in verifier, FILE.py:FUNCTION, or a reward checkpoint.
+      function: a RewardFn that gives float32 [B, K], a column for each name of weights.
+      weights: name -> weight in the sum: the terms', and 0 for what is only shown of an
+        ensemble: its members, and NAME/member_std, their deviation in each row.
+      judges: the checkpoint behind each of `single_sources`; None for a function.
     """
 
-    weight: float
-    name: str
-    source: str
-
-
-def parse_rewards(text: str) -> tuple[RewardTerm, ...]:
-    """The terms of a reward: [WEIGHT*]SOURCE, with " + " between them.
-
-    The plus stands between spaces, since a path may hold one.
-
-    Args:
-      text: for example "gsm8k + 0.5*style.py:polite".
-
-    Returns: the terms in their order, with different names.
-    Raises: ValueError that names the part it cannot use.
-    """
-    terms: dict[str, RewardTerm] = {}
-    for part in re.split(r"\s\+\s", f" {text} "):
-        match = _TERM.fullmatch(part.strip())
-        if match is None:
-            raise ValueError(
-                f"reward {text!r}: expected [WEIGHT*]SOURCE between the plus signs, as "
-                "in 'gsm8k + 0.5*style.py:polite'"
-            )
-        source = match["source"]
-        term = RewardTerm(float(match["weight"] or 1.0), _name(source), source)
-        if term.name in terms:
-            raise ValueError(
-                f"reward {text!r}: two terms are called {term.name!r} in the metrics; "
-                "add them up, or rename one"
-            )
-        terms[term.name] = term
-    return tuple(terms.values())
+    function: RewardFn
+    weights: dict[str, float]
+    judges: list[Pretrained | None]
 
 
 def load_reward(
-    source: str, *, timeout: float | None = TIMEOUT, **options: Any
+    source: Rewards, *, timeout: float | None = TIMEOUT, **options: Any
 ) -> RewardFn:
     """The function that a `--reward` names.
 
     Args:
-      source: a reward checkpoint, FILE.py:FUNCTION, the name of a built-in check, or a
-        weighted sum of them, as in "gsm8k + 0.5*style.py:polite".
+      source: a reward checkpoint, FILE.py:FUNCTION, the name of a built-in check, an
+        ensemble of these, or a weighted sum, as in "gsm8k + 0.5*min(runs/a/model,
+        runs/b/model)"; also a function, or a list (terms.parse_rewards).
       timeout: seconds for a call of a Python function.
       options: of load_pretrained, for a checkpoint.
 
+    Returns: a RewardFn of float32 [B], without NaN: see `add_up`.
     Raises: as parse_rewards and load_term.
     """
-    terms = parse_rewards(source)
-    functions = [f for f, _ in load_terms(terms, timeout=timeout, **options)]
-    if len(terms) == 1 and terms[0].weight == 1:
-        return functions[0]
-    return weighted_sum(functions, [term.weight for term in terms])
+    loaded = load_terms(parse_rewards(source), timeout=timeout, **options)
+    return _summed(loaded.function, list(loaded.weights.values()))
 
 
 def load_term(
-    source: str, *, timeout: float | None = TIMEOUT, **options: Any
+    source: Source, *, timeout: float | None = TIMEOUT, **options: Any
 ) -> tuple[RewardFn, Pretrained | None]:
     """The function of a term, and the model behind it where there is one.
 
@@ -95,6 +75,8 @@ def load_term(
     Raises: ValueError if there is nothing of this name; what load_function and
       load_pretrained raise.
     """
+    if not isinstance(source, str):
+        return checked(source, name=function_name(source), timeout=timeout), None
     if source in VERIFIERS:
         return checked(VERIFIERS[source], name=source), None
     if is_function(source):
@@ -112,6 +94,8 @@ def open_scorer(source: str) -> Opened:
     if not Path(source).expanduser().is_dir() and not is_hub_id:
         close = difflib.get_close_matches(source, VERIFIERS, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
+        if "(" in source:
+            hint += "; ensembles are mean(A, B, ...) and min(A, B, ...)"
         raise ValueError(
             f"reward {source!r} is not FILE.py:FUNCTION, no directory, no hub id "
             f"(OWNER/NAME), and not built in ({', '.join(VERIFIERS)}){hint}"
@@ -119,28 +103,48 @@ def open_scorer(source: str) -> Opened:
     return open_pretrained(source, head="scalar")
 
 
-def is_model(source: str) -> bool:
+def is_model(source: Source) -> bool:
     """Whether a source is neither built in nor a function."""
-    return source not in VERIFIERS and not is_function(source)
+    return not is_function(source) and source not in VERIFIERS
 
 
 def load_terms(
-    terms: Sequence[RewardTerm], *, timeout: float | None = TIMEOUT, **options: Any
-) -> list[tuple[RewardFn, Pretrained | None]]:
-    """`load_term` of each; what is quick to refuse (a file, a folder) comes first.
+    terms: Sequence[RewardTerm],
+    *,
+    timeout: float | None = TIMEOUT,
+    wrap: Callable[[RewardFn], RewardFn] = lambda function: function,
+    **options: Any,
+) -> Loaded:
+    """The functions and models of terms; what is quick to refuse comes first.
+
+    Args:
+      terms: of parse_rewards.
+      timeout: seconds for a call of a Python function.
+      wrap: what becomes of each Python function.
+      options: of load_pretrained, for a checkpoint.
 
     Raises: as load_term.
     """
-    sources = [term.source for term in terms]
-    loaded = {
-        source: load_term(source, timeout=timeout)
-        for source in sources
-        if not is_model(source)
+    leaves = single_sources(terms)
+    quick = {
+        leaf.name: load_term(leaf.source, timeout=timeout)
+        for leaf in leaves
+        if not is_model(leaf.source)
     }
-    for source in sources:
-        if is_model(source):
-            open_scorer(source)
-    return [loaded.get(source) or load_term(source, **options) for source in sources]
+    for leaf in leaves:
+        if leaf.name not in quick:
+            open_scorer(str(leaf.source))
+    loaded = [
+        quick.get(leaf.name) or load_term(leaf.source, **options) for leaf in leaves
+    ]
+    asked = each_reward([f if judge else wrap(f) for f, judge in loaded])
+    judges = [judge for _, judge in loaded]
+
+    def columns(prompts, completions, rows, *, samples=None):
+        values = asked(prompts, completions, rows, samples=samples)
+        return combine(terms, values)
+
+    return Loaded(columns, column_weights(terms), judges)
 
 
 def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> RewardFn:
@@ -150,32 +154,50 @@ def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> Rew
       functions: K reward functions.
       weights: K numbers.
 
-    Returns: a RewardFn that raises ValueError naming the row whose sum is not finite.
+    Returns: a RewardFn of float32 [B]; raises as `add_up`.
     """
+    return _summed(each_reward(functions), weights)
 
-    stacked, factors = each_reward(functions), np.asarray(weights, np.float32)
 
+def _summed(columns: RewardFn, weights: Sequence[float]) -> RewardFn:
     def total(prompts, completions, rows, *, samples=None):
-        parts = stacked(prompts, completions, rows, samples=samples)
-        with np.errstate(over="ignore", invalid="ignore"):
-            sums = parts @ factors
-        if not np.isfinite(sums).all():
-            row = int(np.argmin(np.isfinite(sums)))
-            raise ValueError(
-                f"reward: row {row} adds up {parts[row].tolist()} to {sums[row]}"
-            )
-        return sums
+        return add_up(columns(prompts, completions, rows, samples=samples), weights)
 
     return total
 
 
-def is_function(source: str) -> bool:
-    """Whether a source names `file.py:function` and not a checkpoint."""
-    return source.rpartition(":")[0].endswith(".py")
+def add_up(columns: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """The weighted sum of rewards.
+
+    A function that does not judge a row (NaN) adds nothing to it, as in TRL; a row that
+    none judges has the reward 0, and a warning counts them.
+
+    Args:
+      columns: float32 [B, K].
+      weights: K numbers.
+
+    Returns: float32 [B].
+    Raises: ValueError naming the row whose sum is not finite.
+    """
+    judged = ~np.isnan(columns)
+    if alone := int((~judged.any(axis=1)).sum()):
+        _log.warning(
+            "%d of %d completions were judged by no reward function (None) and count "
+            "as 0: leave their rows out of the data",
+            alone,
+            len(columns),
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.where(judged, columns, 0.0) @ np.asarray(weights, np.float32)
+    if not np.isfinite(sums).all():
+        row = int(np.argmin(np.isfinite(sums)))
+        raise ValueError(
+            f"reward: row {row} adds up {columns[row].tolist()} to {sums[row]}"
+        )
+    return sums
 
 
-def _name(source: str) -> str:
-    """`f` of a.py:f, the last part of a directory or hub id."""
-    if is_function(source):
-        return source.rpartition(":")[2]
-    return source.rstrip("/").rpartition("/")[2] or source
+def mean_of_judged(rewards: np.ndarray) -> float:
+    """The mean of the rewards [B] of rows that were judged (not NaN); 0 if none was."""
+    found = rewards[~np.isnan(rewards)]
+    return float(found.mean()) if found.size else 0.0

@@ -13,10 +13,10 @@ from jalign.train.config import (
     DPOOptions,
     RewardConfig,
     RewardOptions,
-    RunConfig,
     SFTConfig,
     SFTOptions,
 )
+from jalign.train.evaluations import Callbacks
 from jalign.train.forward import make_reference_fn
 from jalign.train.grpo_config import GRPOConfig, GRPOOptions
 from jalign.train.loop import Diverged, Preempted, fit
@@ -27,7 +27,7 @@ from jalign.train.objectives import (
     make_reward_objective,
     make_sft_objective,
 )
-from jalign.train.online_config import ComputeOptions, SampleConfig
+from jalign.train.online_config import SampleConfig
 from jalign.train.optim import OptimConfig, make_optimizer
 from jalign.train.policy_objectives import (
     make_grpo_objective,
@@ -35,6 +35,7 @@ from jalign.train.policy_objectives import (
     make_value_objective,
 )
 from jalign.train.ppo_config import PPOConfig, PPOOptions
+from jalign.train.run_config import ComputeOptions, RunConfig
 from jalign.train.step import abstract_state, init_state, make_train_step
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from jalign.train.online import run_grpo, run_ppo
 
 __all__ = [
+    "Callbacks",
     "Checkpointer",
     "ComputeOptions",
     "DPOConfig",

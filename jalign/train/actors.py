@@ -1,6 +1,7 @@
 """The models of an online run as the functions that a rollout asks for."""
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from jalign.train.online_config import OnlineConfig, SampleConfig
 from jalign.train.rollout import Actors
 from jalign.types import PyTree, TokenBatch
 
+GOLD = "--eval-reward"  # no term of a --reward is called so
+
 
 class Cast(NamedTuple):
     """Everybody in an online run. Parameters are those before the first update.
@@ -28,9 +31,11 @@ class Cast(NamedTuple):
         policy has a value head.
       critic_params: what the critic starts from.
       tokenizer: the policy's.
-      reward: (prompts, completions, rows) -> float32 [B], or [B, K] of several.
+      reward: (prompts, completions, rows) -> float32 [B] or [B, K]; NaN: not judged.
       reward_weights: name -> weight of each of the K rewards, in their order.
       inputs: digests of what is behind the rewards (inputs.py).
+      gold: what judges held-out completions beside the reward; None without.
+      gold_digest: of what is behind it.
     """
 
     policy: models.Model
@@ -41,6 +46,8 @@ class Cast(NamedTuple):
     reward: rewards.RewardFn
     reward_weights: Mapping[str, float] = {"reward": 1.0}
     inputs: Mapping[str, str] = {}
+    gold: rewards.RewardFn | None = None
+    gold_digest: str = ""
 
 
 def load_cast(
@@ -53,27 +60,28 @@ def load_cast(
 ) -> Cast:
     """Loads the policy and the rewards: Python functions, verifiers, checkpoints.
 
-    The critic starts from the first reward model of the policy's vocabulary, else from
-    the policy with a new scalar head. With value_head it is a new head of the policy.
+    The critic starts from the first reward model of the policy's vocabulary, be it a
+    member of an ensemble, else from the policy with a new scalar head. With value_head
+    it is a new head of the policy.
 
     Args:
       opened: the policy's checkpoint, where it is open already.
     """
-    compute = config.options.compute
+    compute = config.compute
     how = {"mesh": mesh, "dtype": compute.dtype, "remat": compute.remat}
     terms = rewards.parse_rewards(config.reward)
     seconds = config.options.reward_timeout
-    loaded = rewards.load_terms(terms, timeout=seconds, **how)
+    loaded = rewards.load_terms(terms, timeout=seconds, wrap=on_main_process, **how)
     policy, params, tokenizer = load_pretrained(
         opened or config.model, head="language", **how
     )
-    functions = [f if judge else on_main_process(f) for f, judge in loaded]
+    gold, gold_digest = load_gold(config, timeout=seconds, **how)
     critic, critic_params = None, None
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     if value_head:
         policy, params = models.add_value_head(policy, params, key=key)
     elif with_critic:
-        judges = (judge for _, judge in loaded if judge)
+        judges = (judge for judge in loaded.judges if judge)
         critic, critic_params = next(
             (
                 (judge.model, judge.params)
@@ -88,9 +96,36 @@ def load_cast(
         critic,
         critic_params,
         tokenizer,
-        functions[0] if len(functions) == 1 else rewards.each_reward(functions),
-        {term.name: term.weight for term in terms},
-        reward_inputs(terms, [judge for _, judge in loaded]),
+        loaded.function,
+        loaded.weights,
+        reward_inputs(terms, loaded.judges),
+        gold,
+        gold_digest,
+    )
+
+
+def load_gold(config: OnlineConfig, **how: Any) -> tuple[rewards.RewardFn | None, str]:
+    """(what --eval-reward names, a digest of what is behind it); (None, "") without."""
+    if config.eval_reward is None:
+        return None, ""
+    terms = rewards.parse_rewards(config.eval_reward)
+    loaded = rewards.load_terms(terms, wrap=on_main_process, **how)
+    weights = list(loaded.weights.values())
+
+    def gold(prompts, completions, rows, *, samples=None):
+        values = loaded.function(prompts, completions, rows, samples=samples)
+        return rewards.add_up(values, weights)
+
+    return gold, json.dumps(reward_inputs(terms, loaded.judges), sort_keys=True)
+
+
+def with_gold(actors: Actors, gold: rewards.RewardFn | None) -> Actors:
+    """The actors with one more reward, of weight 0: it is read, and not followed."""
+    if gold is None:
+        return actors
+    return actors._replace(
+        reward=rewards.each_reward([actors.reward, gold]),
+        reward_weights={**actors.reward_weights, GOLD: 0.0},
     )
 
 
@@ -102,19 +137,21 @@ def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
     if jax.process_count() == 1:
         return reward
 
-    def shared(prompts, completions, rows):
-        values, fault = np.full(len(prompts), np.nan, np.float32), None
+    def shared(prompts, completions, rows, *, samples: rewards.Samples | None = None):
+        values, fault = np.zeros(len(prompts), np.float32), None
         if sharding.is_main_process():
             try:
-                values = reward(prompts, completions, rows)
+                given = {} if samples is None else {"samples": samples}
+                values = reward(prompts, completions, rows, **given)
             except Exception as error:  # told to all, then raised here
                 fault = error
-        values = np.asarray(multihost_utils.broadcast_one_to_all(values))
+        told = values, np.array(fault is not None)
+        values, failed = multihost_utils.broadcast_one_to_all(told)
         if fault is not None:
             raise fault
-        if np.isnan(values).any():
+        if failed:
             raise ValueError("reward: failed on process 0, see its message")
-        return values
+        return np.asarray(values)
 
     return shared
 

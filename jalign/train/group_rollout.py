@@ -8,8 +8,9 @@ import numpy as np
 
 from jalign import losses
 from jalign.losses.group_advantages import EPS
+from jalign.rewards import mean_of_judged
 from jalign.train.grpo_config import GRPOOptions
-from jalign.train.rollout import Scored
+from jalign.train.rollout import ROLLOUT_KL, Scored, reference_kl
 from jalign.types import Rollout
 
 
@@ -72,7 +73,8 @@ def group_metrics(
 
     `reward` is the weighted sum before clipping and penalty; `reward_std` the mean of
     the groups' unbiased deviations; `frac_reward_zero_std` the share of groups whose
-    scores, after both, agree, and so teach nothing.
+    scores, after both, agree, and so teach nothing. `objective/kl`, where there is a
+    reference, is PPO's: nats a completion.
     """
     deviations = scored.rewards.reshape(-1, group_size).std(axis=1, ddof=1)
     groups = scores.reshape(-1, group_size)
@@ -83,8 +85,11 @@ def group_metrics(
         "frac_reward_zero_std": np.mean(ranges <= 1e-6 * np.abs(groups).max(axis=1)),
     }
     for name, values in scored.reward_parts.items():
-        means[f"rewards/{name}/mean"] = values.mean()
-        means[f"rewards/{name}/std"] = values.std(ddof=1)
+        judged = values[~np.isnan(values)]
+        means[f"rewards/{name}/mean"] = mean_of_judged(values)
+        means[f"rewards/{name}/std"] = judged.std(ddof=1) if judged.size > 1 else 0.0
+    if scored.ref_logps is not None:
+        means[ROLLOUT_KL] = reference_kl(scored).mean()
     means |= _length_metrics(scored)
     return {name: float(value) for name, value in means.items()}
 

@@ -6,12 +6,8 @@ from typing import Any, Literal
 
 from jalign.losses.registry import REGISTRY, Entry
 from jalign.train.loss_spec import Term, option_names, parse_losses
-from jalign.train.online_config import (
-    OnlineConfig,
-    OnlineOptions,
-    ScoreLimits,
-    check,
-)
+from jalign.train.online_config import OnlineConfig, OnlineOptions, ScoreLimits
+from jalign.train.run_config import check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,7 @@ class GRPOOptions(OnlineOptions):
         return reduction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GRPOConfig(OnlineConfig):
     """One GRPO run: prompts, several completions of each, and their rewards compared.
 
@@ -100,8 +96,8 @@ class GRPOConfig(OnlineConfig):
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss needs the frozen reference."""
-        return self.grpo.beta > 0
+        """Whether the loss or a limit needs the frozen reference."""
+        return self.grpo.beta > 0 or self.stop_kl is not None
 
 
 def _check_clip(name: str, term: Term) -> None:

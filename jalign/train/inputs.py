@@ -4,10 +4,12 @@ Each is digested once, stored with every checkpoint, and compared when the run g
 So a file may move, and may not change: contents count, not paths.
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from jalign import rewards, sharding
 from jalign.pretrained import Pretrained
-from jalign.rewards.sums import is_function
+from jalign.rewards.terms import is_function, single_sources
 from jalign.train.digest import tree_digest
 from jalign.train.optim import depends_on_length
 from jalign.types import PyTree
@@ -80,23 +82,51 @@ def tokenizer_inputs(tokenizer: Any, whose: str = "the model's") -> Inputs:
 def reward_inputs(
     terms: Sequence[rewards.RewardTerm], judges: Sequence[Pretrained | None]
 ) -> Inputs:
-    """The sum that a --reward stands for, and what is behind each of its terms.
+    """The sum that a --reward stands for, and what is behind each of its sources.
 
     Args:
       terms: of parse_rewards.
-      judges: the checkpoints among them; None for a function.
+      judges: the checkpoint of each of their single sources; None for a function.
     """
-    parts, found = [], {}
-    for number, (term, judge) in enumerate(zip(terms, judges, strict=True), 1):
+    found, told = {}, {}
+    leaves = zip(single_sources(terms), judges, strict=True)
+    for number, (leaf, judge) in enumerate(leaves, 1):
         whose = f"reward {number}'s"
-        parts.append(f"{term.weight:g}*{'checkpoint' if judge else term.name}")
+        told[leaf.name] = "checkpoint" if judge else leaf.name
         if judge:
             found[f"{whose} weights"] = params_digest(judge.params)
             found |= tokenizer_inputs(judge.tokenizer, whose)
-        elif is_function(term.source):
-            file = Path(term.source.rpartition(":")[0])
+        elif not isinstance(leaf.source, str):
+            found[f"{whose} function"] = function_digest(leaf.source)
+        elif is_function(leaf.source):
+            file = Path(leaf.source.rpartition(":")[0])
             found[f"{whose} file"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+    def text(term: rewards.RewardTerm) -> str:
+        if term.ensemble is None:
+            return told[term.name]
+        members = [m._replace(name=told[m.name]) for m in term.ensemble.members]
+        return f"({term.ensemble._replace(members=tuple(members))})"
+
+    parts = [f"{term.weight:g}*{text(term)}" for term in terms]
     return {REWARD: " + ".join(parts)} | found
+
+
+def function_digest(function: Callable) -> str:
+    """Of a Python function: its source where that can be had, else its full name.
+
+    What it closes over or calls does not count; the arguments of a partial do.
+    """
+    bound = []
+    while isinstance(function, functools.partial):
+        bound.append((function.args, function.keywords))
+        function = function.func
+    target: Any = function if inspect.isroutine(function) else type(function)
+    try:
+        text = inspect.getsource(target)
+    except (OSError, TypeError):  # typed at a prompt, or compiled
+        text = f"{target.__module__}.{target.__qualname__}"
+    return examples_digest([text, bound])
 
 
 def run_inputs(config: Any, params: PyTree, examples: list, steps: int) -> Inputs:

@@ -5,11 +5,11 @@ A contradiction raises ValueError here, naming the fields; nothing is rewritten.
 
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
 
+from jalign.data import Source
 from jalign.rewards import parse_rewards
-from jalign.train.optim import OptimConfig
-from jalign.train.rows import DataOptions
+from jalign.rewards.terms import Rewards
+from jalign.train.run_config import RunConfig, check
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,6 @@ class SampleConfig:
         check(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
 
 
-@dataclass(frozen=True)
-class ComputeOptions:
-    """Memory against time: none of these changes what is computed, but for bfloat16."""
-
-    microbatches: int = 1
-    """Parts each update is cut into; their gradients are added."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products; parameters and losses are float32 always."""
-    remat: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-
-    def __post_init__(self):
-        check(
-            self.microbatches >= 1,
-            f"microbatches must be >= 1, got {self.microbatches}",
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class OnlineOptions:
     """How a rollout is made and how often it is learned from."""
@@ -90,7 +72,6 @@ class OnlineOptions:
     reward_timeout: float = 600.0
     """Seconds after which a call of a Python reward function counts as hanging."""
     sampling: SampleConfig = field(default_factory=SampleConfig)
-    compute: ComputeOptions = field(default_factory=ComputeOptions)
 
     def __post_init__(self):
         check_reward_timeout(self.reward_timeout)
@@ -104,18 +85,21 @@ class OnlineOptions:
         return self.num_epochs * self.num_minibatches
 
 
-@dataclass(frozen=True)
-class OnlineConfig(DataOptions):
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(RunConfig):
     """The fields that all online runs share; a subclass adds its algorithm's own."""
 
     model: str
     """Policy to align, and the frozen reference: a directory or a hub id."""
-    data: str
+    data: Source
     """Prompts: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
-    out: str
-    """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
-    reward: str
+    reward: Rewards
     """`file.py:function`, a reward model, a check (gsm8k), or a sum with weights."""
+    eval_reward: Rewards | None = None
+    """As reward, and never trained on: judges the held-out completions beside it."""
+    stop_kl: float | None = None
+    """Nats a completion from the reference: beyond it a rollout's updates stop, and the
+    run ends with the rollout that is there already."""
     steps: int | None = None
     """Iterations, each a rollout batch and its updates; overrides epochs."""
     epochs: float = 1.0
@@ -124,28 +108,28 @@ class OnlineConfig(DataOptions):
     """Prompts in a rollout batch, over all devices."""
     max_length: int = 512
     """Longest prompt with its completion, in tokens."""
-    seed: int = 0
-    """Of the order of the prompts and of all sampling."""
-    mesh: str | None = None
-    """Such as "fsdp=8,tensor=2"; unset puts all devices on fsdp."""
     checkpoint_every: int = 10
     """Iterations between checkpoints; 0 saves only at the end."""
-    resume: bool = True
-    """Continue from the newest good checkpoint in OUT."""
-    reschedule: bool = False
-    """Continue with another number of steps, although the learning rate depends on it:
-    what is left of the run follows the new schedule."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self):
-        super().__post_init__()
         parse_rewards(self.reward)
-        pieces = self.options.num_minibatches * self.options.compute.microbatches
+        super().__post_init__()
+        if self.eval_reward is not None:
+            parse_rewards(self.eval_reward)
+            check(
+                self.eval_data is not None or self.eval_split is not None,
+                "eval_reward judges held-out prompts: set eval_data or eval_split, too",
+            )
+        check(
+            self.stop_kl is None or self.stop_kl > 0,
+            f"stop_kl must be > 0 nats, got {self.stop_kl}",
+        )
+        pieces = self.options.num_minibatches * self.compute.microbatches
         size = f"batch_size {self.batch_size}"
         if self.group_size > 1:
             size += f" x group_size {self.group_size} = {self.completions}"
         check(
-            self.batch_size >= 1 and self.completions % pieces == 0,
+            self.completions % pieces == 0,
             f"{size} must be a multiple of num_minibatches x microbatches = {pieces}",
         )
         new = self.options.sampling.max_new_tokens
@@ -154,15 +138,14 @@ class OnlineConfig(DataOptions):
             f"max_length {self.max_length} leaves no room for a prompt before "
             f"max_new_tokens {new}",
         )
-        check(
-            self.steps is None or self.steps >= 1,
-            f"steps must be >= 1, got {self.steps}",
-        )
-        check(self.epochs > 0, f"epochs must be > 0, got {self.epochs}")
-        check(
-            self.checkpoint_every >= 0,
-            f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
-        )
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What keep_best may name; a reward that is not trained on comes first."""
+        terms = parse_rewards(self.reward)
+        parts = [f"rewards/{term.name}" for term in terms] if len(terms) > 1 else []
+        gold = ["gold_reward"] if self.eval_reward else []
+        return *gold, "reward", *parts, "stopped"
 
     @property
     def options(self) -> OnlineOptions:
@@ -183,12 +166,6 @@ class OnlineConfig(DataOptions):
     def has_reference(self) -> bool:
         """Whether the loss or the rewards need the frozen reference."""
         return True
-
-
-def check(ok: bool, message: str) -> None:
-    """Raises ValueError with the message unless ok."""
-    if not ok:
-        raise ValueError(message)
 
 
 def check_reward_timeout(seconds: float) -> None:

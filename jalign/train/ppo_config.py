@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from jalign.train.online_config import (
-    OnlineConfig,
-    OnlineOptions,
-    ScoreLimits,
-    check,
-)
+from jalign.train.online_config import OnlineConfig, OnlineOptions, ScoreLimits
+from jalign.train.run_config import check
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class PPOOptions(OnlineOptions):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PPOConfig(OnlineConfig):
     """One PPO run: a policy, prompts, and something that scores completions."""
 

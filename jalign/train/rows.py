@@ -1,7 +1,9 @@
 """The rows of a run: the flags that say which, and how they are read."""
 
 import logging
+import operator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from jalign import data
@@ -15,7 +17,7 @@ class DataOptions:
 
     split: str | None = None
     """Split of `data` to train on; unset takes train, or what has no splits whole."""
-    eval_data: str | None = None
+    eval_data: data.Source | None = None
     """Held-out rows, measured before and after training."""
     eval_split: str | None = None
     """Their split, of `data` if `eval_data` is unset; unset takes test or validation,
@@ -32,7 +34,7 @@ class DataOptions:
 
 
 def load_run_rows(
-    source: str, options: DataOptions
+    source: data.Source, options: DataOptions
 ) -> tuple[data.Rows, data.Rows | None]:
     """(training rows, held-out rows or None); warns where both share rows.
 
@@ -42,13 +44,19 @@ def load_run_rows(
 
     Raises: as data.load_rows.
     """
-    skip = options.bad_rows
+    skip, other = options.bad_rows, options.eval_data
     rows = data.load_rows(source, split=options.split, bad_rows=skip)
-    if not (options.eval_data or options.eval_split):
+    if other is None and not options.eval_split:
         return rows, None
-    split = options.eval_split or data.HELD_OUT
-    held_out = data.load_rows(options.eval_data or source, split=split, bad_rows=skip)
-    shared = {row.origin for row in rows} & {row.origin for row in held_out}
+    split, name = options.eval_split or data.HELD_OUT, "eval_data"
+    if other is None:
+        other, name = source, "data"
+    held_out = data.load_rows(other, split=split, bad_rows=skip, name=name)
+    in_memory = not all(isinstance(given, str | Path) for given in (source, other))
+    # A row in memory has no place of its own: there equal rows are the same.
+    mark = repr if in_memory else operator.attrgetter("origin")
+    seen = set(map(mark, rows))
+    shared = [row.origin for row in held_out if mark(row) in seen]
     if shared:
         _log.warning(
             "%d of %d held-out rows are training rows (%s ...): give --eval-data or "

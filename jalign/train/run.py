@@ -2,7 +2,6 @@
 what it depends on, and its end."""
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -22,17 +21,21 @@ from jax.sharding import Mesh
 
 from jalign import sharding
 from jalign.data.clock import fixed_clock
+from jalign.settings import as_text
 from jalign.train import inputs as run_inputs
 from jalign.train.checkpoint import Checkpointer, Restored
+from jalign.train.evaluations import Evaluations
 from jalign.train.stop import StopSignal
 
 PyTree = Any
 _log = logging.getLogger("jalign.train")
 
-RECORD_VERSION = 2  # of what is stored with a checkpoint; 1 had no inputs
+# Of what is stored with a checkpoint; 1 had no inputs, 2 not `jalign reward`'s options.
+RECORD_VERSION = 3
 # Fields that a continued run may have changed: they do not change the steps taken.
 MAY_CHANGE = frozenset(
     {"out", "eval_data", "eval_split", "steps", "epochs", "checkpoint_every", "resume"}
+    | {"eval_every", "patience", "eval_reward"}
     | {"mesh", "remat", "save_critic", "reward_timeout", "reschedule"}
 )
 # Paths: what they hold is compared (inputs.py), and not where it lies.
@@ -118,7 +121,7 @@ def open_run(config: Any, kind: str) -> Iterator[Run]:
     record = {"kind": kind} | fixed_settings(config)
     if jax.process_count() > 1:
         sharding.agree("the code of jalign or jax", _code_digest())
-    everything = _kept(dataclasses.asdict(config), SOURCES | {"out", "eval_data"})
+    everything = _kept(as_text(config), SOURCES | {"out", "eval_data"})
     sharding.agree("settings", json.dumps([kind, everything], sort_keys=True))
     out.mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop, lock_directory(out):
@@ -171,14 +174,27 @@ def restore_state(run: Run, abstract: PyTree) -> Restored | None:
     return restored
 
 
+def kept_tree(
+    run: Run, evaluations: Evaluations, tree: PyTree, last: int
+) -> Restored | None:
+    """The checkpoint that keep_best chose, laid out as the tree; None for the last."""
+    kept = evaluations.kept
+    if kept is None or kept == last:
+        return None
+    _log.info("OUT/model is of step %d, the best of %d", kept, last)
+    return run.checkpointer.restore_step(kept, tree)
+
+
 def fixed_settings(config: Any) -> dict[str, Any]:
     """The settings of a config dataclass that a continued run must not change."""
-    return _kept(dataclasses.asdict(config), MAY_CHANGE | SOURCES)
+    return _kept(as_text(config), MAY_CHANGE | SOURCES)
 
 
 def _kept(value: Any, without: frozenset[str]) -> Any:
     if isinstance(value, dict):
-        return {k: _kept(v, without) for k, v in value.items() if k not in without}
+        # `reward` is a source, and of `jalign reward` a group of options.
+        chosen = {k: v for k, v in value.items() if k not in without or type(v) is dict}
+        return {k: _kept(v, without) for k, v in chosen.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -213,7 +229,7 @@ def _check_same_run(
     names = sorted(old.keys() | new.keys())
     if meta.get("version") != RECORD_VERSION:
         # Paths stand for what they hold there; fields may be called otherwise.
-        new |= {k: getattr(config, k) for k in SOURCES if hasattr(config, k)}
+        new |= {k: v for k, v in as_text(config).items() if k in SOURCES}
         names = sorted(old.keys() & new.keys())
     _refuse(
         out,

@@ -133,3 +133,74 @@ def test_hub_names_go_to_datasets(monkeypatch):
 def test_real_files(real_data):
     assert len(load_rows(real_data / "gsm8k_train.jsonl")) == 7473
     assert len(load_rows(real_data / "alpaca_eval_preferences_test.jsonl")) == 320
+
+
+ROWS = [{"text": "a"}, {"text": "b", "n": 1}]
+
+
+def test_rows_in_memory_are_rows_of_a_name():
+    import datasets
+
+    table = datasets.Dataset.from_list(
+        [{"text": "a", "x": [1]}, {"text": "b", "x": []}]
+    )
+    for given in (table, table.with_format("numpy"), table.with_format("arrow")):
+        assert load_rows(given) == [{"text": "a", "x": [1]}, {"text": "b", "x": []}]
+    assert load_rows(table.with_format("numpy", columns=["text"])) == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
+    shouted = table.with_transform(
+        lambda batch: {"text": [t * 2 for t in batch["text"]]}
+    )
+    assert load_rows(shouted) == [{"text": "aa"}, {"text": "bb"}]
+    rows = load_rows(ROWS, name="eval_data")
+    assert rows == ROWS and rows[1].origin == "eval_data row 2"
+    assert load_rows(tuple(ROWS), limit=1) == ROWS[:1]
+    # Rows that were read keep their place, and what could not be read is still known.
+    assert load_rows(rows[1:])[0].origin == "eval_data row 2"
+    bad = load_rows([*ROWS, "c", {1: "d"}], bad_rows="skip")
+    assert load_rows(bad, bad_rows="skip").bad == bad.bad
+
+
+def test_splits_in_memory(caplog):
+    import datasets
+
+    splits = {"train": ROWS[:1], "val": ROWS[1:]}
+    given = datasets.DatasetDict(
+        {k: datasets.Dataset.from_list(v) for k, v in splits.items()}
+    )
+    for source in (splits, given):
+        assert load_rows(source) == ROWS[:1]
+        held_out = load_rows(source, split=("test", "validation"))
+        assert held_out == ROWS[1:] and held_out[0].origin == "data[val] row 1"
+        with pytest.raises(
+            ValueError, match="data: no split 'x'; the splits are train, val"
+        ):
+            load_rows(source, split="x")
+    halves = datasets.Dataset.from_list(ROWS * 4, split="train").train_test_split(0.5)
+    assert len(load_rows(halves["test"], split=("test", "validation"))) == 4
+    assert not caplog.records
+    for source in (ROWS, halves["test"]):
+        with pytest.raises(ValueError, match="data: split 'test' is asked for"):
+            load_rows(source, split="test")
+
+
+class Frame:
+    columns = ["text"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "data: there are no rows"),
+        ([*ROWS, "c"], "data row 3, field '.row.': is str, not an object"),
+        ([*ROWS, {1: "c"}], "data row 3, field '.row.': has a key that is no string"),
+        (iter(ROWS), "data is a list_iterator: .*list.of dicts|list of dicts"),
+        (Frame(), "data is a Frame: .*to_dict"),
+        (None, "data is a NoneType"),
+    ],
+)
+def test_what_is_not_rows_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(given)

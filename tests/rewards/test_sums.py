@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jalign import models, rewards
-from jalign.rewards.sums import is_function, load_term, parse_rewards, weighted_sum
+from jalign.rewards.sums import load_term, parse_rewards, weighted_sum
 
 SOURCE = """
 def length(prompts, completions, rows):
@@ -13,30 +13,6 @@ def length(prompts, completions, rows):
 def row_number(prompts, completions, rows):
     return [row["n"] for row in rows]
 """
-
-
-def test_terms_have_weights_names_and_sources():
-    terms = parse_rewards(" gsm8k + -0.5 * a+b/style.py:polite + 1e-1*org/judge ")
-    assert terms == (
-        (1.0, "gsm8k", "gsm8k"),
-        (-0.5, "polite", "a+b/style.py:polite"),
-        (0.1, "judge", "org/judge"),
-    )
-    assert parse_rewards("runs/reward/model/")[0].name == "model"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "expected .*SOURCE"),
-        ("gsm8k + ", "expected .*SOURCE"),
-        ("a.py:f +  + b.py:f", "expected .*SOURCE"),
-        ("a.py:f + 2*b.py:f", "two terms are called 'f'"),
-    ],
-)
-def test_what_cannot_be_used_is_named(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_rewards(text)
 
 
 def test_functions_add_up(tmp_path):
@@ -57,11 +33,6 @@ def test_a_verifier_goes_by_its_name():
     for name, hint in (("gsm8", "did you mean 'gsm8k'"), ("length", "not built in")):
         with pytest.raises(ValueError, match=hint):
             load_term(name)
-
-
-def test_a_reward_is_a_function_or_a_checkpoint():
-    assert is_function("some/reward.py:score") and is_function("C:/reward.py:score")
-    assert not is_function("org/reward-model") and not is_function("out/model")
 
 
 def test_a_checkpoint_comes_with_its_model(tmp_path, key):
@@ -87,3 +58,22 @@ def test_what_is_quick_to_refuse_is_refused_before_a_checkpoint_is_read(
         rewards.load_terms(terms)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         rewards.load_terms(terms[:2])
+
+
+def odd(completions, **kwargs):
+    return [None if len(text) % 2 else 1.0 for text in completions]
+
+
+def test_a_row_that_is_not_judged_adds_nothing(caplog):
+    """As in TRL, whose rewards are summed by nansum, and the means by nanmean."""
+    batch = [""] * 3, ["ab", "c", "d"], [{}, {}, {}]
+    both = rewards.load_reward([odd, (0.5, lambda p, c, r: [4.0] * len(r))])
+    assert both(*batch).tolist() == [3.0, 2.0, 2.0] and not caplog.records
+    alone = rewards.load_reward(odd)(*batch)
+    assert alone.tolist() == [1.0, 0.0, 0.0]
+    assert "2 of 3 completions were judged by no reward function" in caplog.text
+    columns = rewards.load_terms(parse_rewards(odd)).function(*batch)
+    assert rewards.mean_of_judged(columns[:, 0]) == 1.0
+    assert rewards.mean_of_judged(columns[1:, 0]) == 0.0
+    with pytest.raises(ValueError, match="row 0 adds up"):
+        rewards.add_up(np.array([[3e38, np.nan]], np.float32), [10.0, 1.0])

@@ -110,7 +110,10 @@ def write_world(folder: Path) -> dict[str, str]:
         "    assert jax.process_index() == 0, 'process 0 alone is asked'\n"
         "    return [text.split().count('a') / 8 for text in completions]\n"
         "def words(prompts, completions, rows):\n"
-        "    return [len(text.split()) for text in completions]\n",
+        "    return [len(text.split()) for text in completions]\n"
+        "def tokens(completions, prompts, completion_ids, **kwargs):\n"  # TRL's form
+        "    assert jax.process_index() == 0, 'process 0 alone is asked'\n"
+        "    return [len(ids) for ids in completion_ids]\n",
         encoding="utf-8",
     )
     return {

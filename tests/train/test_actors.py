@@ -41,10 +41,14 @@ def test_the_critic_starts_from_the_reward_model(tmp_path):
         cast.policy, cast.policy_params, key=jax.random.key(7)
     )
     models.save(tmp_path / "judge", judge, params, cast.tokenizer)
-    fields["reward"] = str(tmp_path / "judge")
+    # Also where it is a member of an ensemble, behind a function.
+    fields["reward"] += f" + mean({tmp_path / 'judge'}, gsm8k_format)"
     cast = load_cast(make_config(tmp_path / "out", **fields), None)
     np.testing.assert_array_equal(
         cast.critic_params["score"]["kernel"], params["score"]["kernel"]
     )
     scores = cast.reward(["a b", "c"], ["a a", "d"], [{}, {}])
-    assert scores.shape == (2,) and np.isfinite(scores).all()
+    assert scores.shape == (2, 5) and np.isfinite(scores).all()
+    assert {"reward 2's weights", "reward 1's file"} <= cast.inputs.keys()
+    told = "1*share_of_a + 1*(mean(checkpoint, gsm8k_format))"
+    assert cast.inputs["the reward"] == told

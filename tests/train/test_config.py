@@ -1,12 +1,13 @@
 import pytest
 
 from jalign.train.config import (
+    DPOConfig,
     DPOOptions,
     SFTConfig,
     SFTOptions,
 )
-from jalign.train.online_config import ComputeOptions
 from jalign.train.optim import OptimConfig
+from jalign.train.run_config import ComputeOptions
 
 HERE = dict(model="m", data="d", out="o")
 
@@ -18,7 +19,7 @@ HERE = dict(model="m", data="d", out="o")
         (dict(steps=0), "steps must be >= 1"),
         (dict(steps=3, optim=OptimConfig(warmup_steps=3)), "warmup_steps 3 .* steps 3"),
         (
-            dict(batch_size=8, sft=SFTOptions(compute=ComputeOptions(microbatches=3))),
+            dict(batch_size=8, compute=ComputeOptions(microbatches=3)),
             "microbatches 3 does not divide batch_size 8",
         ),
     ],
@@ -52,4 +53,8 @@ def test_a_loss_of_the_whole_batch_takes_no_micro_batches(name):
     DPOOptions(loss=name)
     words = f"loss '{name}' compares .* microbatches must be 1, got 2"
     with pytest.raises(ValueError, match=words):
-        DPOOptions(loss=f"dpo + {name}", compute=ComputeOptions(microbatches=2))
+        DPOConfig(
+            **HERE,
+            dpo=DPOOptions(loss=f"dpo + {name}"),
+            compute=ComputeOptions(microbatches=2),
+        )

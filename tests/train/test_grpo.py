@@ -17,9 +17,9 @@ from jalign.train.grpo import (
     update,
     update_metrics,
 )
-from jalign.train.online_config import ComputeOptions
 from jalign.train.optim import OptimConfig
 from jalign.train.rollout import sample_and_score
+from jalign.train.run_config import ComputeOptions
 from jalign.train.updates import rollout_prompts
 from tests.train.grpo_world import make_group_cast, make_grpo_config
 from tests.train.ppo_world import make_prompts
@@ -28,9 +28,7 @@ from tests.train.ppo_world import make_prompts
 OPTIM = OptimConfig(learning_rate=3e-3, schedule="constant", eps=1e-2)
 ALL = {"loss": "grpo", "beta": 0.1, "entropy_coef": 0.01}
 FULL = make_grpo_config(grpo=ALL, optim=OPTIM)  # compiled once for most tests
-CUT = make_grpo_config(
-    grpo=ALL | {"compute": ComputeOptions(microbatches=4)}, optim=OPTIM
-)
+CUT = make_grpo_config(grpo=ALL, compute=ComputeOptions(microbatches=4), optim=OPTIM)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import pytest
 from jalign import losses
 from jalign.losses.registry import REGISTRY
 from jalign.train.grpo_config import GRPOConfig, GRPOOptions
-from jalign.train.online_config import ComputeOptions
+from jalign.train.run_config import ComputeOptions
 from tests.train.grpo_world import make_grpo_config
 from tests.train.test_ppo_config import leaves
 
@@ -31,7 +31,7 @@ from tests.train.test_ppo_config import leaves
             "batch_size 3 x group_size 4 = 12 must be a multiple",
         ),
         (
-            lambda: make_grpo_config(grpo={"compute": ComputeOptions(microbatches=3)}),
+            lambda: make_grpo_config(compute=ComputeOptions(microbatches=3)),
             "num_minibatches x microbatches = 3",
         ),
         (lambda: make_grpo_config(reward="a.py:f +"), "reward 'a.py:f \\+': expected"),

@@ -16,7 +16,7 @@ from jalign.train.ppo_config import CriticConfig, KLConfig
 from jalign.train.stop import Preempted
 from tests.sharding import processes
 from tests.train.grpo_world import make_grpo_config
-from tests.train.ppo_world import make_config, write_world
+from tests.train.ppo_world import make_config, share_of_a, write_world
 from tests.train.test_stop import stop_in
 
 
@@ -246,7 +246,8 @@ def test_a_run_with_one_trunk_is_saved_as_two_models_and_continues(
 
 def grpo_config_of(world, out, **changes):
     file = world["reward"].rpartition(":")[0]
-    reward = f"{world['reward']} + -0.01*{file}:words"
+    length = f"(mean({file}:words, {file}:tokens) - 0.5*std)"
+    reward = f"{world['reward']} + -0.01*{length}"
     return make_grpo_config(out, **(world | {"reward": reward} | changes))
 
 
@@ -260,12 +261,19 @@ def finished_groups(world, tmp_path_factory):
 def test_a_grpo_run_leaves_a_model_metrics_and_a_report(finished_groups):
     out, summary = finished_groups
     assert {"eval_reward", "iterations", "eval_rewards/words"} <= summary.keys()
+    assert {"eval_rewards/mean", "eval_rewards/mean/member_std"} <= summary.keys()
     assert not {"eval_kl", "kl_coef"} & summary.keys()
     found = rows(out)
     assert [row["step"] for row in found] == [1, 2, 3]
     assert found[0]["ratio_first"] == pytest.approx(1.0, abs=1e-5)
-    total = found[0]["rewards/share_of_a/mean"] - 0.01 * found[0]["rewards/words/mean"]
+    part = {k[8:-5]: x for k, x in found[0].items() if k.startswith("rewards/")}
+    total = part["share_of_a"] - 0.01 * part["mean"]
     assert found[0]["reward"] == pytest.approx(total, abs=1e-6)
+    # `tokens`, of TRL's form, counts the one that ends a completion, too.
+    assert part["words"] <= part["tokens"] == found[0]["completions/mean_length"]
+    less = 0.5 * part["mean/member_std"]
+    length = (part["words"] + part["tokens"]) / 2 - less
+    assert part["mean"] == pytest.approx(length, abs=1e-5)
     assert "GRPO" in (out / "report.html").read_text(encoding="utf-8")
     assert models.load(out / "model")[0].config.num_labels == 0
     assert not (out / "critic").exists()
@@ -292,6 +300,52 @@ def test_a_killed_grpo_run_continues_to_identical_weights(
         *(models.load(out / "model")[1] for out in (finished_groups[0], tmp_path)),
     )
     assert rows(finished_groups[0]) == rows(tmp_path)
+
+
+def test_rows_and_functions_in_memory_make_the_same_run(
+    finished_groups, world, tmp_path, caplog
+):
+    """What the files give, bit for bit, and by content the same to a checkpoint."""
+    file = world["reward"].rpartition(":")[0]
+    names = ("data", "eval_data")
+    given: dict = {
+        name: [json.loads(line) for line in Path(world[name]).read_text().splitlines()]
+        for name in names
+    }
+    length = f"(mean({file}:words, {file}:tokens) - 0.5*std)"
+    given |= dict(model=world["model"], out=str(tmp_path), mesh="fsdp=1", steps=3)
+    given |= dict(learning_rate=3e-3, schedule="constant", batch_size=4, max_length=16)
+    given |= dict(group_size=4, num_epochs=2, max_new_tokens=8)
+    given["reward"] = [share_of_a, (-0.01, length)]
+    summary = online.run_grpo(**given)
+    assert (
+        "10 of 10 held-out rows are training rows (eval_data row 1 ...)" in caplog.text
+    )
+    assert {**summary, "model": ""} == {**finished_groups[1], "model": ""}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(models.load(out / "model")[1] for out in (finished_groups[0], tmp_path)),
+    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "24 rows in memory" in page and "share_of_a (in Python)" in page
+    assert given["data"][-1]["prompt"] not in page
+    assert online.run_grpo(**given) == summary
+    changed = given | {
+        "reward": [lambda *batch: share_of_a(*batch), given["reward"][1]]
+    }
+    with pytest.raises(
+        ValueError, match="the reward was 1.share_of_a .* and is 1.lambda"
+    ):
+        online.run_grpo(**changed)
+
+    def share_of(prompts, completions, rows):
+        return [text.split().count("b") / 8 for text in completions]
+
+    share_of.__name__ = "share_of_a"
+    with pytest.raises(ValueError, match="reward 1's function changed"):
+        online.run_grpo(**(given | {"reward": [share_of, given["reward"][1]]}))
+    with pytest.raises(ValueError, match="the training rows changed"):
+        online.run_grpo(**(given | {"data": given["data"][:-1]}))
 
 
 def test_grpo_does_not_continue_a_ppo_run(finished, world):

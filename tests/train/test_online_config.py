@@ -3,11 +3,11 @@
 import pytest
 
 from jalign.train.online_config import (
-    ComputeOptions,
     OnlineOptions,
     SampleConfig,
     ScoreLimits,
 )
+from jalign.train.run_config import ComputeOptions
 from tests.train.grpo_world import make_grpo_config
 from tests.train.ppo_world import make_config
 
@@ -33,7 +33,7 @@ def test_what_both_algorithms_refuse_names_the_field(make, message):
     ("changes", "message"),
     [
         ({"max_length": 9}, "leaves no room"),
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"epochs": 0}, "epochs"),
         ({"checkpoint_every": -1}, "checkpoint_every"),
         ({"reward": ""}, "reward ''"),

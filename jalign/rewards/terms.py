@@ -1,0 +1,264 @@
+"""The language of `--reward`: "gsm8k + 0.5*min(runs/a/model, runs/b/model)" -> terms.
+
+    reward   = term { " + " term }
+    term     = [NUMBER "*"] (SOURCE | ensemble | "(" ensemble ")")
+    ensemble = "min(" SOURCE { "," SOURCE } ")"
+             | "mean(" SOURCE { "," SOURCE } ")" [" - " [NUMBER "*"] ("std" | "var")]
+
+Ensembles of reward models are Coste et al.'s (2023, arXiv:2310.02743) against
+over-optimization: the mean, the worst case `min`, and the uncertainty-weighted mean,
+which is `mean(...) - C*var` in the paper; `std` has the unit of the reward.
+"""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+Source = str | Callable[..., Any]
+Rewards = Source | Sequence[Any]
+"""What `reward` may be: the text of a sum, a function, or a list of those, each one
+also with its weight, as in ["gsm8k", (0.5, polite)]."""
+
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_WEIGHT = rf"(?:(?P<weight>[+-]?{_NUMBER})\s*\*\s*)?"
+_TERM = re.compile(rf"{_WEIGHT}(?P<source>\S(?:.*\S)?)", re.S)
+_ENSEMBLE = re.compile(rf"\s*{_WEIGHT}(?P<open>\(\s*)?(?P<how>mean|min)\s*\(")
+_PENALTY = re.compile(rf"\s*-\s*(?:(?P<factor>{_NUMBER})\s*\*\s*)?(?P<of>std|var)\s*")
+_PLUS = re.compile(r"\s\+\s")
+
+
+class Ensemble(NamedTuple):
+    """Several rewards as one.
+
+    Attributes:
+      how: "mean" or "min", over the members.
+      members: terms of weight 1, each with a source.
+      penalty: what is subtracted from a mean is so many times
+      spread: "std" or "var" over the members, the population's; "" for none.
+    """
+
+    how: str
+    members: tuple["RewardTerm", ...]
+    penalty: float = 0.0
+    spread: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.how}({', '.join(member.name for member in self.members)})"
+        return f"{text} - {self.penalty:g}*{self.spread}" if self.spread else text
+
+
+class RewardTerm(NamedTuple):
+    """One summand of a reward.
+
+    Attributes:
+      weight: its factor.
+      name: in the metrics, `rewards/NAME/mean`.
+      source: a built-in verifier, FILE.py:FUNCTION, a reward checkpoint, or a function;
+        of an ensemble its text.
+      ensemble: None for a single source.
+    """
+
+    weight: float
+    name: str
+    source: Source
+    ensemble: Ensemble | None = None
+
+
+def parse_rewards(reward: Rewards) -> tuple[RewardTerm, ...]:
+    """The terms of a reward: [WEIGHT*]SOURCE, with " + " between them.
+
+    The plus stands between spaces, since a path may hold one. A member of an ensemble
+    may hold spaces, and parentheses that are closed again, but no comma.
+
+    Args:
+      reward: for example "gsm8k + 0.5*style.py:polite", or "mean(A, B, C) - 0.5*std";
+        or a function; or a list of these and of (weight, one of these).
+
+    Returns: the terms in their order. Each name is the last part of its path, or as
+      many parts as tell it from the others, as in "a/model" and "b/model".
+    Raises: ValueError that names the part it cannot use.
+    """
+    parts = list(reward) if isinstance(reward, list | tuple) else [reward]
+    if isinstance(reward, tuple) and len(parts) == 2 and _is_number(parts[0]):
+        parts = [reward]  # one term with its weight
+    terms = [term for part in parts for term in _terms_of(part)]
+    if not terms:
+        raise ValueError("reward: the list is empty")
+    return _named(terms)
+
+
+def single_sources(terms: Iterable[RewardTerm]) -> list[RewardTerm]:
+    """The terms with each ensemble's members in its place."""
+    return [
+        leaf for t in terms for leaf in (t.ensemble.members if t.ensemble else (t,))
+    ]
+
+
+def is_function(source: Source) -> bool:
+    """Whether a source is a function, or names `file.py:function`, and is no model."""
+    return not isinstance(source, str) or source.rpartition(":")[0].endswith(".py")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _terms_of(part: Any) -> Iterator[RewardTerm]:
+    """The terms of one part of a list, not named yet."""
+    if isinstance(part, str):
+        yield from (_parse(text, part) for text in _summands(part))
+    elif callable(part):
+        yield RewardTerm(1.0, "", part)
+    elif isinstance(part, tuple) and len(part) == 2 and _is_number(part[0]):
+        for term in _terms_of(part[1]):
+            yield term._replace(weight=float(part[0]) * term.weight)
+    else:
+        raise ValueError(
+            f"reward {part!r} is a {type(part).__name__}: expected the text of a "
+            "--reward, a function, or (weight, one of these)"
+        )
+
+
+def _summands(text: str) -> Iterator[str]:
+    """The parts between the plus signs that stand outside of ensembles."""
+    padded, start = f" {text} ", 0
+    while True:
+        head = _ENSEMBLE.match(padded, start)
+        plus = _PLUS.search(
+            padded, _closed(padded, head.end(), text) if head else start
+        )
+        yield padded[start : plus.start() if plus else None].strip()
+        if plus is None:
+            return
+        start = plus.end() - 1  # one blank may stand between two of them
+
+
+def _closed(text: str, start: int, whole: str) -> int:
+    """Where the parenthesis that stands open at `start` is closed."""
+    depth = 1
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if not depth:
+            return at
+    raise ValueError(f"reward {whole!r}: a parenthesis is not closed")
+
+
+def _parse(part: str, whole: str) -> RewardTerm:
+    """One summand, not named yet."""
+    if head := _ENSEMBLE.match(part):
+        return _parse_ensemble(part, head)
+    match = _TERM.fullmatch(part)
+    if match is None:
+        raise ValueError(
+            f"reward {whole!r}: expected [WEIGHT*]SOURCE between the plus signs, as "
+            "in 'gsm8k + 0.5*style.py:polite'"
+        )
+    return RewardTerm(float(match["weight"] or 1.0), "", match["source"])
+
+
+def _parse_ensemble(part: str, head: re.Match[str]) -> RewardTerm:
+    end, where = _closed(part, head.end(), part), f"reward {part!r}:"
+    sources = [text.strip() for text in _split(part[head.end() : end])]
+    for source in sources:
+        if (
+            not source
+            or _ENSEMBLE.match(source)
+            or re.match(rf"{_NUMBER}\s*\*", source)
+        ):
+            raise ValueError(
+                f"{where} {source!r} is no member of an ensemble: a checkpoint, "
+                "FILE.py:FUNCTION or a built-in check, without a weight"
+            )
+    if len(set(sources)) < max(2, len(sources)):
+        raise ValueError(
+            f"{where} an ensemble needs two members or more, all different"
+        )
+    tail = part[end + 1 :]
+    if head["open"]:
+        if not tail.rstrip().endswith(")"):
+            raise ValueError(f"{where} a parenthesis is not closed")
+        tail = tail.rstrip()[:-1]
+    penalty = _PENALTY.fullmatch(tail) if head["how"] == "mean" else None
+    if tail.strip() and not penalty:
+        more = " - C*std, - C*var or" if head["how"] == "mean" else ""
+        rest = tail.strip()
+        raise ValueError(
+            f"{where} behind {head['how']}(...) comes{more} nothing, not {rest!r}"
+        )
+    if penalty and head["weight"] and not head["open"]:
+        raise ValueError(f"{where} say what is weighted: W*(mean(...) - C*std)")
+    members = tuple(RewardTerm(1.0, "", source) for source in sources)
+    less = (float(penalty["factor"] or 1.0), penalty["of"]) if penalty else (0.0, "")
+    ensemble = Ensemble(head["how"], members, *less)
+    return RewardTerm(float(head["weight"] or 1.0), "", part, ensemble)
+
+
+def _split(text: str) -> Iterator[str]:
+    """The members: what stands between the commas, but for those in parentheses."""
+    depth, start = 0, 0
+    for at, sign in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(sign, 0)
+        if sign == "," and not depth:
+            yield text[start:at]
+            start = at + 1
+    yield text[start:]
+
+
+def _named(terms: Sequence[RewardTerm]) -> tuple[RewardTerm, ...]:
+    leaves = single_sources(terms)
+    texts = [leaf.source for leaf in leaves if isinstance(leaf.source, str)]
+    if twice := [text for text, count in Counter(texts).items() if count > 1]:
+        raise ValueError(f"reward: {twice[0]!r} is given twice; add the weights up")
+    names = _path_names(texts)
+    taken = set(names.values())
+
+    def free(name: str) -> str:
+        """`min`, `min2`, ... for what has no path."""
+        numbered = (f"{name}{n}" if n > 1 else name for n in range(1, 1 << 30))
+        found = next(x for x in numbered if x not in taken)
+        taken.add(found)
+        return found
+
+    def name(term: RewardTerm) -> RewardTerm:
+        if isinstance(term.source, str):
+            return term._replace(name=names[term.source])
+        return term._replace(name=free(function_name(term.source)))
+
+    def named(term: RewardTerm) -> RewardTerm:
+        if not term.ensemble:
+            return name(term)
+        members = tuple(map(name, term.ensemble.members))
+        ensemble = term.ensemble._replace(members=members)
+        return term._replace(name=free(ensemble.how), ensemble=ensemble)
+
+    return tuple(map(named, terms))
+
+
+def _path_names(sources: Sequence[str]) -> dict[str, str]:
+    """Source -> the shortest end of its path that no other one ends in."""
+    ends = {source: _ends(source) for source in sources}
+
+    def name(source: str) -> str:
+        others = {end for s in sources if s != source for end in ends[s]}
+        return next((end for end in ends[source] if end not in others), source)
+
+    return {source: name(source) for source in sources}
+
+
+def _ends(source: str) -> list[str]:
+    """ "model", "a/model", ... of a/model; "f", "a.py:f", ... of dir/a.py:f."""
+    path, _, name = source.rpartition(":") if is_function(source) else (source, "", "")
+    parts = PurePath(path).parts
+    ends = [str(PurePath(*parts[i:])) for i in reversed(range(len(parts)))]
+    return [name, *(f"{end}:{name}" for end in ends)] if name else ends
+
+
+def function_name(function: Callable) -> str:
+    """A function's own name; a lambda's is "lambda", an object's that of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", type(function).__name__)
+    return "lambda" if name == "<lambda>" else name
