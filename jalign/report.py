@@ -5,6 +5,7 @@ The page holds no script, and the template escapes text from models and data.
 
 import json
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
@@ -74,13 +75,14 @@ def write_report(
         for name, rows in by_phase("metrics_rows", metrics_rows, metrics_rows).items()
     }
     tiles = {
-        f"step kept, {name}" if name else "step kept": step
+        f"kept_step, {name}" if name else "kept_step": step
         for name, step in kept.items()
         if step is not None
     }
     source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"number": format_value, "duration": format_seconds}
+    page.filters["breakable"] = breakable
     text = page.from_string(source).render(
         title=title,
         note=note,
@@ -187,6 +189,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def breakable(name: str) -> Any:
+    """A name as HTML that a narrow column cuts behind _ and /, and not in a word."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(name))))
 
 
 def format_value(value: Any) -> str:

@@ -89,7 +89,7 @@ def test_everything_is_on_the_page(page):
 def test_held_out_measurements_the_kept_step_and_warnings_are_shown(page):
     # One point a step: the evaluation's 0.25 and not the row's 0.5.
     assert re.search(r"<b>loss</b><data>0.025 · 0.25</data>", page)
-    assert "<b>0</b><span>step kept</span>" in page and "kept: 0<" in page
+    assert "<b>0</b><span>kept_<wbr>step</span>" in page and "kept: 0<" in page
     assert '<ul class="warnings"' in page and '<td class="bad">9.9%</td>' in page
     assert "Did not change: beta 0.1." in page
     assert "What the optimizer minimizes" in page
@@ -112,7 +112,7 @@ def test_phases_have_their_own_sections_and_links_to_them(tmp_path):
     section = text.partition(f'<section id="{anchor}">')[2]
     assert "<h2>PPO</h2>" in section and "held-out" in section
     assert "Reward model" not in section and ">base</a>" not in text
-    assert "<b>2</b><span>step kept, PPO</span>" in text
+    assert "<b>2</b><span>kept_<wbr>step, PPO</span>" in text
 
 
 @pytest.mark.parametrize(
