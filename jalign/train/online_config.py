@@ -6,7 +6,7 @@ A contradiction raises ValueError here, naming the fields; nothing is rewritten.
 import threading
 from dataclasses import dataclass, field
 
-from jalign.data import Source
+from jalign.data.sources import Source
 from jalign.rewards import parse_rewards
 from jalign.rewards.terms import Rewards
 from jalign.train.run_config import RunConfig, check
@@ -91,7 +91,8 @@ class OnlineConfig(RunConfig):
     data: Source
     """Prompts: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
     reward: Rewards
-    """`file.py:function`, a reward model, a check (gsm8k), or a sum with weights."""
+    """`file.py:function`, a reward model, a check (gsm8k), an ensemble such as "min(A,
+    B)" or "mean(A, B) - 0.5*std", or a sum with weights."""
     steps: int | None = None
     """Iterations, each a rollout batch and its updates; overrides epochs."""
     epochs: float = 1.0
