@@ -83,17 +83,19 @@ def preference_accuracy(
       beta: scale of the implicit reward.
 
     Returns: `accuracy` (ties count one half), `margin` (mean reward of chosen minus
-      rejected), `num_pairs`.
+      rejected), `log_loss` (nats, mean of -log sigmoid(margin): how likely a
+      Bradley-Terry judge would be to choose so), `num_pairs`.
     Raises: ValueError if there is no pair.
     """
-    sums = np.zeros(3)
+    sums = np.zeros(4)
     for batch in batches:
         placed = sharding.put_batch(batch, model.mesh)
         sums += _host(_margin_sums(params, placed, beta, model=model))
-    right, margin, count = sums.tolist()
+    right, margin, log_loss, count = sums.tolist()
     if count == 0:
         raise ValueError("the evaluation data has no pairs")
-    return {"accuracy": right / count, "margin": margin / count, "num_pairs": count}
+    means = {"accuracy": right, "margin": margin, "log_loss": log_loss}
+    return {name: x / count for name, x in means.items()} | {"num_pairs": count}
 
 
 @partial(jax.jit, static_argnames="model")
@@ -107,7 +109,8 @@ def _margin_sums(params, batch: PreferenceBatch, beta, *, model):
     valid = forward.valid_pairs(batch)
     margin = jnp.where(valid, chosen - rejected, 0.0)
     right = jnp.where(valid, (margin > 0) + 0.5 * (margin == 0), 0.0)
-    return jnp.stack([right.sum(), margin.sum(), valid.sum()])
+    log_loss = jnp.where(valid, jax.nn.softplus(-margin), 0.0)
+    return jnp.stack([x.sum() for x in (right, margin, log_loss, valid)])
 
 
 def kl_to_reference(

@@ -61,6 +61,9 @@ def write_report(
     timings: Mapping[str, float] | None = None,
     table: Rows = (),
     note: str = "",
+    evaluations: Rows = (),
+    kept_step: int | None = None,
+    warnings: Sequence[str] = (),
 ) -> Path:
     """Writes OUT/report.html, which refers to no other file, and returns its path.
 

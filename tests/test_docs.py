@@ -78,17 +78,18 @@ def test_what_newcomers_are_shown_runs(page, in_full, kinds, tmp_path, monkeypat
     those of one offline and one online recipe go to their end.
     """
     monkeypatch.chdir(tmp_path)
-    seen = []
-    for module in (offline, online):
+    seen, originals = [], {}
+    for module, name in ((offline, "run_recipe"), (online, "_run")):
+        originals[module] = getattr(module, name)
 
-        def start(config, recipe, run=module._run):
+        def start(config, *rest, module=module):
             rows, _ = load_run_rows(config.data, config)
             seen.append(type(config).__name__.removesuffix("Config"))
             assert len(rows) == 8
             if seen[-1] in in_full:
-                run(config, recipe)
+                originals[module](config, *rest)
 
-        monkeypatch.setattr(module, "_run", start)
+        monkeypatch.setattr(module, name, start)
     blocks = PYTHON.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
     names: dict = {}
     for block in blocks:

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from jalign import cli
-from jalign.train import offline, online
+from jalign.train import online, recipe
 from tests.train.ppo_world import write_world
 
 QA = [{"question": "a b", "answer": "c d", "id": i} for i in range(4)]
@@ -57,8 +57,8 @@ def only_rows(monkeypatch):
         raise KeyboardInterrupt
 
     for module, name in (
-        (offline, "measure"),
-        (offline, "reference_examples"),
+        (recipe, "measure"),
+        (recipe, "reference_examples"),
         (online, "make_actors"),
     ):
         monkeypatch.setattr(module, name, stop)

@@ -71,7 +71,7 @@ def reward_of(function: RewardFn, samples: Samples) -> np.ndarray:
 
 
 def each_reward(functions: Sequence[RewardFn]) -> RewardFn:
-    """K reward functions as one that gives float32 [B, K]."""
+    """Reward functions as one that gives their rewards beside each other, [B, K]."""
 
     def stacked(prompts, completions, rows, *, samples: Samples | None = None):
         def ask(function):
@@ -79,6 +79,6 @@ def each_reward(functions: Sequence[RewardFn]) -> RewardFn:
                 return function(prompts, completions, rows)
             return reward_of(function, samples)
 
-        return np.stack([ask(function) for function in functions], axis=1)
+        return np.column_stack([ask(function) for function in functions])
 
     return stacked

@@ -16,6 +16,7 @@ from jalign.train.config import (
     SFTConfig,
     SFTOptions,
 )
+from jalign.train.evaluations import Callbacks
 from jalign.train.forward import make_reference_fn
 from jalign.train.grpo_config import GRPOConfig, GRPOOptions
 from jalign.train.loop import Diverged, Preempted, fit
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from jalign.train.online import run_grpo, run_ppo
 
 __all__ = [
+    "Callbacks",
     "Checkpointer",
     "ComputeOptions",
     "DPOConfig",

@@ -1,6 +1,7 @@
 """The models of an online run as the functions that a rollout asks for."""
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from jalign.train.online_config import OnlineConfig, SampleConfig
 from jalign.train.rollout import Actors
 from jalign.types import PyTree, TokenBatch
 
+GOLD = "--eval-reward"  # no term of a --reward is called so
+
 
 class Cast(NamedTuple):
     """Everybody in an online run. Parameters are those before the first update.
@@ -31,6 +34,8 @@ class Cast(NamedTuple):
       reward: (prompts, completions, rows) -> float32 [B] or [B, K]; NaN: not judged.
       reward_weights: name -> weight of each of the K rewards, in their order.
       inputs: digests of what is behind the rewards (inputs.py).
+      gold: what judges held-out completions beside the reward; None without.
+      gold_digest: of what is behind it.
     """
 
     policy: models.Model
@@ -41,6 +46,8 @@ class Cast(NamedTuple):
     reward: rewards.RewardFn
     reward_weights: Mapping[str, float] = {"reward": 1.0}
     inputs: Mapping[str, str] = {}
+    gold: rewards.RewardFn | None = None
+    gold_digest: str = ""
 
 
 def load_cast(
@@ -68,6 +75,7 @@ def load_cast(
     policy, params, tokenizer = load_pretrained(
         opened or config.model, head="language", **how
     )
+    gold, gold_digest = load_gold(config, timeout=seconds, **how)
     critic, critic_params = None, None
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     if value_head:
@@ -91,6 +99,33 @@ def load_cast(
         loaded.function,
         loaded.weights,
         reward_inputs(terms, loaded.judges),
+        gold,
+        gold_digest,
+    )
+
+
+def load_gold(config: OnlineConfig, **how: Any) -> tuple[rewards.RewardFn | None, str]:
+    """(what --eval-reward names, a digest of what is behind it); (None, "") without."""
+    if config.eval_reward is None:
+        return None, ""
+    terms = rewards.parse_rewards(config.eval_reward)
+    loaded = rewards.load_terms(terms, wrap=on_main_process, **how)
+    weights = list(loaded.weights.values())
+
+    def gold(prompts, completions, rows, *, samples=None):
+        values = loaded.function(prompts, completions, rows, samples=samples)
+        return rewards.add_up(values, weights)
+
+    return gold, json.dumps(reward_inputs(terms, loaded.judges), sort_keys=True)
+
+
+def with_gold(actors: Actors, gold: rewards.RewardFn | None) -> Actors:
+    """The actors with one more reward, of weight 0: it is read, and not followed."""
+    if gold is None:
+        return actors
+    return actors._replace(
+        reward=rewards.each_reward([actors.reward, gold]),
+        reward_weights={**actors.reward_weights, GOLD: 0.0},
     )
 
 

@@ -65,6 +65,7 @@ class Checkpointer:
         self._failure: Exception | None = None
         self._writing: int | None = None
         self._closed = False
+        self.protected: int | None = None  # a step that stays, however old
         if sharding.is_main_process():
             self.directory.mkdir(parents=True, exist_ok=True)
             for pattern in _LEFTOVERS:
@@ -136,7 +137,8 @@ class Checkpointer:
             self._failure = self._writing = None
         if sharding.is_main_process():
             for step in self.steps()[: -self.keep]:
-                _remove(self.directory / str(step))
+                if step != self.protected:
+                    _remove(self.directory / str(step))
 
     def _failed(self, error: Exception) -> None:
         self._failure, self._writing = error, None
@@ -158,6 +160,17 @@ class Checkpointer:
             raise OSError(
                 f"checkpoint not written to {self.directory}: {self._failure}"
             )
+
+    def restore_step(self, step: int, abstract: PyTree) -> Restored:
+        """A certain step, such as the best one.
+
+        Raises: ValueError if it is damaged, or gone; as `restore`.
+        """
+        path = self.directory / str(step)
+        try:
+            return self._read(path, abstract)
+        except Damaged as error:
+            raise ValueError(f"checkpoint {path} is damaged ({error})") from error
 
     def restore(self, abstract: PyTree) -> Restored | None:
         """The newest step that is as it was written; None if there never was one.

@@ -109,6 +109,11 @@ class SFTConfig(OfflineConfig):
 
     sft: SFTOptions = field(default_factory=SFTOptions)
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What keep_best may name."""
+        return "loss", "perplexity"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(OfflineConfig):
@@ -116,12 +121,22 @@ class RewardConfig(OfflineConfig):
 
     reward: RewardOptions = field(default_factory=RewardOptions)
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What keep_best may name."""
+        return "accuracy", "log_loss", "margin"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(OfflineConfig):
     """Direct preference optimization; the model itself is the reference."""
 
     dpo: DPOOptions = field(default_factory=DPOOptions)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What keep_best may name."""
+        return "accuracy", "log_loss", "margin"
 
     def __post_init__(self):
         super().__post_init__()

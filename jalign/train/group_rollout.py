@@ -10,7 +10,7 @@ from jalign import losses
 from jalign.losses.group_advantages import EPS
 from jalign.rewards import mean_of_judged
 from jalign.train.grpo_config import GRPOOptions
-from jalign.train.rollout import Scored
+from jalign.train.rollout import ROLLOUT_KL, Scored, reference_kl
 from jalign.types import Rollout
 
 
@@ -73,7 +73,8 @@ def group_metrics(
 
     `reward` is the weighted sum before clipping and penalty; `reward_std` the mean of
     the groups' unbiased deviations; `frac_reward_zero_std` the share of groups whose
-    scores, after both, agree, and so teach nothing.
+    scores, after both, agree, and so teach nothing. `objective/kl`, where there is a
+    reference, is PPO's: nats a completion.
     """
     deviations = scored.rewards.reshape(-1, group_size).std(axis=1, ddof=1)
     groups = scores.reshape(-1, group_size)
@@ -87,6 +88,8 @@ def group_metrics(
         judged = values[~np.isnan(values)]
         means[f"rewards/{name}/mean"] = mean_of_judged(values)
         means[f"rewards/{name}/std"] = judged.std(ddof=1) if judged.size > 1 else 0.0
+    if scored.ref_logps is not None:
+        means[ROLLOUT_KL] = reference_kl(scored).mean()
     means |= _length_metrics(scored)
     return {name: float(value) for name, value in means.items()}
 

@@ -8,7 +8,7 @@ advantages are divided by, and in how tokens are averaged (`losses.registry`).
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,16 +21,21 @@ from jalign.train.group_rollout import group_metrics, make_group_rollout
 from jalign.train.grpo_config import GRPOConfig, GRPOOptions
 from jalign.train.optim import OptimConfig
 from jalign.train.policy_objectives import make_grpo_objective
-from jalign.train.rollout import Actors, sample_and_score, shape_scores
+from jalign.train.rollout import (
+    ROLLOUT_KL,
+    Actors,
+    sample_and_score,
+    shape_scores,
+)
 from jalign.train.updates import (
     Learner,
     columns,
     first_state,
     loop_metrics,
     make_trainer,
-    minibatches,
     num_updates,
     rollout_prompts,
+    take_updates,
 )
 from jalign.types import Rollout, TrainState
 
@@ -121,8 +126,10 @@ def iterate(
     scores = shape_scores(scored.rewards, scored.stopped, grpo.rewards)
     rollout = make_group_rollout(scored, scores, grpo)
     sampled = time.perf_counter()
-    policy, metrics = update(state, rollout, learner=learner, config=config, mesh=mesh)
-    metrics |= group_metrics(scored, scores, grpo.group_size)
+    metrics = group_metrics(scored, scores, grpo.group_size)
+    how: dict[str, Any] = {"learner": learner, "config": config, "mesh": mesh}
+    policy, more = update(state, rollout, kl=metrics.get(ROLLOUT_KL), **how)
+    metrics = more | metrics
     metrics |= loop_metrics(rollout, config, number, began, sampled)
     return GRPOState(policy, number + 1), metrics
 
@@ -134,20 +141,27 @@ def update(
     learner: Learner,
     config: GRPOConfig,
     mesh: Mesh | None,
+    kl: float | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
 
     Returns: the policy's state, and the metrics' means over the updates.
     """
-    policy, rows = state.policy, []
-    for part in minibatches(rollout, config, state.iteration):
-        policy, row = learner["policy"].step(policy, local_rows(part, mesh))
-        rows.append(row)
-    return policy, update_metrics(jax.device_get(rows))
+    policy = state.policy
+
+    def one(part: Rollout) -> Mapping[str, Any]:
+        nonlocal policy
+        policy, metrics = learner["policy"].step(policy, local_rows(part, mesh))
+        return metrics
+
+    rows = take_updates(one, rollout, config, state.iteration, kl)
+    return policy, update_metrics(rows)
 
 
 def update_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
     """Means over the updates of an iteration; of some their extremes."""
+    if not rows:
+        return {}
     found = columns(rows)
     extremes = sampling_extremes(
         found.pop("min_sampler_gap").min(), found.pop("max_sampler_gap").max()

@@ -96,8 +96,8 @@ class GRPOConfig(OnlineConfig):
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss needs the frozen reference."""
-        return self.grpo.beta > 0
+        """Whether the loss or a limit needs the frozen reference."""
+        return self.grpo.beta > 0 or self.stop_kl is not None
 
 
 def _check_clip(name: str, term: Term) -> None:

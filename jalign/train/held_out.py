@@ -11,6 +11,8 @@ from jalign import data, evaluate, report, sharding
 from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
 from jalign.settings import as_text
+from jalign.train.evaluations import Evaluations
+from jalign.train.run_config import RunConfig
 
 PyTree = Any
 _log = logging.getLogger("jalign.train")
@@ -83,8 +85,9 @@ def sample_texts(
     )
 
 
-def before_and_after(before: dict, after: dict) -> dict[str, float]:
-    """eval_* figures after training, and those that it changed, before it."""
+def before_and_after(evaluations: Evaluations, step: int) -> dict[str, float]:
+    """eval_* figures of a step, and those that training has changed, before it."""
+    before, after = evaluations.at(0).figures, evaluations.at(step).figures
     summary = {}
     for name, value in after.items():
         if before[name] != value:
@@ -94,24 +97,30 @@ def before_and_after(before: dict, after: dict) -> dict[str, float]:
 
 
 def write_report(
-    config: Any,
+    config: RunConfig,
     kind: str,
     summary: Mapping[str, Any],
     seconds: Mapping[str, float],
     prompts: Sequence[data.PromptExample],
-    before: Sequence[str],
-    after: Sequence[str],
+    evaluations: Evaluations,
+    step: int,
 ) -> None:
-    """OUT/report.html of a run, by process 0.
+    """OUT/report.html of a run, by process 0; what is wrong is said on the screen, too.
 
     Args:
       config: the run's.
       kind: of the recipe.
       summary, seconds: what came of it, and where the time went.
-      prompts, before, after: sample texts; the first ones of each belong together.
+      prompts: of the sample texts; the first ones of each belong together.
+      evaluations: of the run.
+      step: whose parameters OUT/model has.
     """
+    before, after = evaluations.at(0), evaluations.at(step)
+    warnings = evaluations.warnings(step)
+    for warning in warnings:
+        _log.warning("%s", warning)
     if sharding.is_main_process():
-        texts = zip(prompts, before, after, strict=False)
+        texts = zip(prompts, before.texts, after.texts, strict=False)
         report.write_report(
             config.out,
             title=f"{kind.upper()} of {Path(config.model).name}",
@@ -119,4 +128,7 @@ def write_report(
             samples=[dict(prompt=p.text, before=b, after=a) for p, b, a in texts],
             summary=summary,
             timings=seconds,
+            evaluations=evaluations.metrics_rows(),
+            kept_step=step if config.keep_best else None,
+            warnings=warnings,
         )

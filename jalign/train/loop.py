@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jalign import sharding
 from jalign.data import PackedRow, batch_indices
 from jalign.train.checkpoint import Checkpointer
+from jalign.train.evaluations import Evaluations
 from jalign.train.metrics import MetricsWriter
 from jalign.train.step import TrainStep
 from jalign.train.stop import Preempted, StopSignal
@@ -145,6 +146,7 @@ def fit(
     on_step: Callable[[int, TrainState], None] | None = None,
     stop: StopSignal | None = None,
     guard: SkipGuard | None = None,
+    evaluations: Evaluations | None = None,
 ) -> TrainState:
     """Trains until `steps` steps have been taken, from wherever the state stands.
 
@@ -162,13 +164,17 @@ def fit(
       on_step: called with (steps taken, state) after each step.
       stop: of the run; None watches the signals in here alone.
       guard: of the run, which knows the steps skipped before and the rows.
+      evaluations: held-out measurements, at the end and in between where they are due;
+        the best checkpoint stays, and training ends where they say so.
 
-    Returns: the state after `steps` steps.
+    Returns: the last state.
     Raises: Preempted after a SIGTERM or SIGINT, once the state is saved; Diverged.
     """
     step, shapes = int(state.step), set()
     guard, stop = guard or SkipGuard(), stop or StopSignal()
     saved = step
+    if checkpointer is not None and evaluations is not None:
+        checkpointer.protected = evaluations.kept
 
     def save() -> None:
         nonlocal saved
@@ -176,29 +182,49 @@ def fit(
         if checkpointer is not None and saved != step:
             record = dict(meta or {}) | {"skipped": guard.skipped}
             record |= {"num_tokens": writer.num_tokens}
+            if evaluations is not None:
+                record |= evaluations.record()
+                checkpointer.protected = evaluations.kept
             checkpointer.save(step, {"state": state}, record)
             saved = step
         writer.restart_clock()
 
+    def over() -> bool:
+        reason = evaluations.over if evaluations is not None else None
+        if reason and step < steps:
+            _log.info("training ends after step %d of %d: %s", step, steps, reason)
+        return step >= steps or reason is not None
+
+    def evaluate() -> None:
+        if evaluations is not None:
+            guard.check(writer.flush())
+            writer.add(step, evaluations.measure(step, state.params))
+
     source = iter(batches)
-    with stop, stop.deferred():
-        while step < steps:
-            if stop.requested(step):
-                save()
-                raise_preempted(step, checkpointer)
-            batch = next(source)
-            _log_new_shape(batch, shapes)
-            state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
-            step += 1
-            guard.check(writer.log(step, metrics))
-            if on_step is not None:
-                on_step(step, state)
-            if checkpoint_every and step % checkpoint_every == 0 and step < steps:
-                save()
-        save()
-        if checkpointer is not None:
-            checkpointer.wait()
-    guard.finish(steps)
+    with stop:
+        with stop.deferred():
+            while not over():
+                if stop.requested(step):
+                    save()
+                    raise_preempted(step, checkpointer)
+                batch = next(source)
+                _log_new_shape(batch, shapes)
+                state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
+                step += 1
+                guard.check(writer.log(step, metrics))
+                if on_step is not None:
+                    on_step(step, state)
+                periodic = bool(checkpoint_every) and step % checkpoint_every == 0
+                if evaluations is not None and evaluations.due(step):
+                    evaluate()
+                    periodic |= evaluations.kept == step
+                if periodic and step < steps:
+                    save()
+            save()
+            if checkpointer is not None:
+                checkpointer.wait()
+            guard.finish(step)
+        evaluate()  # nothing is lost where it is stopped here
     return state
 
 

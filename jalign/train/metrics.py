@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,9 @@ def training_flops_per_token(params: Any) -> float:
     )
 
 
+OnStep = Callable[[int, dict[str, Any]], None]
+
+
 class MetricsWriter:
     """Writes a row for every step of a run.
 
@@ -81,6 +84,7 @@ class MetricsWriter:
       num_tokens: tokens already seen, likewise.
       flops_per_token: reports `mfu` where the device's peak is known; 0 does not.
       title: what the progress bar is called.
+      on_step: called with (step, row) for each row, once it is known.
     """
 
     def __init__(
@@ -92,7 +96,9 @@ class MetricsWriter:
         num_tokens: float = 0.0,
         flops_per_token: float = 0.0,
         title: str = "train",
+        on_step: OnStep | None = None,
     ):
+        self._on_step = on_step
         self.num_tokens = num_tokens
         self._flops = flops_per_token
         self._peak = peak_flops() if flops_per_token else None
@@ -137,6 +143,15 @@ class MetricsWriter:
             before = (step, metrics, max(seconds, time.perf_counter() - start))
         return self._write(before)
 
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """Writes held-out figures of a step as a row of their own; none, no row.
+
+        Call it after flush, so that rows stand in their order.
+        """
+        if figures:
+            self._record({"step": step} | dict(figures))
+        self.restart_clock()
+
     def restart_clock(self) -> None:
         """Leaves the time since the last row (an evaluation) out of the next one."""
         self._last_time = time.perf_counter()
@@ -160,6 +175,15 @@ class MetricsWriter:
         step, metrics, seconds = pending
         values = {name: float(x) for name, x in jax.device_get(dict(metrics)).items()}
         row = self._row(step, values, seconds)
+        self._record(row)
+        if self._bar is not None:
+            self._bar.update(row)
+        if self._on_step is not None:
+            self._on_step(step, dict(row))
+        return row
+
+    def _record(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl, and its points of the curves."""
         if self._file is not None:
             # Not finite is null: NaN is no JSON, and 0 would be a lie.
             clean = {k: v if math.isfinite(v) else None for k, v in row.items()}
@@ -167,10 +191,7 @@ class MetricsWriter:
         if self._board is not None and _is_alive(self._board):
             for name, value in row.items():
                 if name != "step":
-                    self._board.add_scalar(name, value, step)
-        if self._bar is not None:
-            self._bar.update(row)
-        return row
+                    self._board.add_scalar(name, value, row["step"])
 
     def _append(self, line: str) -> None:
         """Writes to metrics.jsonl; what a full disk does not take waits in memory."""

@@ -1,9 +1,8 @@
 """The online loop: `jalign ppo` and `jalign grpo`, from prompts and a reward to an
 aligned checkpoint."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ from jalign import data, models
 from jalign.pretrained import open_pretrained
 from jalign.settings import settings_or
 from jalign.train import grpo, ppo
-from jalign.train.actors import Cast, load_cast, make_actors
-from jalign.train.checkpoint import Checkpointer
+from jalign.train.actors import Cast, load_cast, make_actors, with_gold
+from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluations
 from jalign.train.folder import whole_folder
 from jalign.train.grpo_config import GRPOConfig
 from jalign.train.held_out import before_and_after, write_report
@@ -21,21 +20,22 @@ from jalign.train.inputs import (
     run_inputs,
     tokenizer_inputs,
 )
-from jalign.train.loop import SkipGuard, raise_preempted, row_namer
-from jalign.train.metrics import MetricsWriter
+from jalign.train.loop import SkipGuard, row_namer
 from jalign.train.online_config import OnlineConfig
-from jalign.train.online_eval import Evaluation, evaluate_prompts
+from jalign.train.online_eval import evaluate_prompts
+from jalign.train.online_loop import State, divide, fit
 from jalign.train.ppo_config import PPOConfig
 from jalign.train.rows import load_run_rows
-from jalign.train.run import Clock, Run, identify, open_run, restore_state
+from jalign.train.run import (
+    Clock,
+    Run,
+    identify,
+    kept_tree,
+    open_run,
+    restore_state,
+)
 from jalign.train.step import abstract_state
-from jalign.train.stop import StopSignal
 from jalign.train.updates import Learner
-from jalign.types import TrainState
-
-State = Any
-"""A NamedTuple: a TrainState for each model of the learner, by its name, `iteration`,
-and numbers."""
 
 
 class Method(NamedTuple):
@@ -76,7 +76,12 @@ GRPO = Method(
 )
 
 
-def run_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, Any]:
+def run_ppo(
+    config: PPOConfig | None = None,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+    **settings: Any,
+) -> dict[str, Any]:
     """Trains; writes OUT/model, OUT/checkpoints, OUT/metrics.jsonl and OUT/report.html.
 
     The same command again continues from the last checkpoint, exactly.
@@ -90,21 +95,24 @@ def run_ppo(config: PPOConfig | None = None, **settings: Any) -> dict[str, Any]:
     Raises: ValueError for settings or data that do not fit; Preempted after a SIGTERM,
       when the state is saved; Diverged.
     """
-    config = settings_or(PPOConfig, config, settings)
-    return _run(config, PPO)
+    return _run(settings_or(PPOConfig, config, settings), PPO, callbacks)
 
 
-def run_grpo(config: GRPOConfig | None = None, **settings: Any) -> dict[str, Any]:
+def run_grpo(
+    config: GRPOConfig | None = None,
+    *,
+    callbacks: Callbacks = NO_CALLBACKS,
+    **settings: Any,
+) -> dict[str, Any]:
     """As run_ppo, without a critic: the completions of a prompt judge each other.
 
     Returns: as run_ppo; eval_kl where beta > 0, no kl_coef.
     Raises: as run_ppo.
     """
-    config = settings_or(GRPOConfig, config, settings)
-    return _run(config, GRPO)
+    return _run(settings_or(GRPOConfig, config, settings), GRPO, callbacks)
 
 
-def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
+def _run(config: OnlineConfig, method: Method, callbacks: Callbacks) -> dict[str, Any]:
     with open_run(config, method.name) as run:
         clock = Clock()
         # Rows are cheap to refuse: everything about them is known before a model.
@@ -122,23 +130,28 @@ def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
         cast = method.load_cast(config, run.mesh, opened)
         inputs |= run_inputs(config, cast.policy_params, prompts, total)
         inputs |= cast.inputs
-        shown = examples_digest(held_out)
+        shown = examples_digest(held_out) + cast.gold_digest
         run = identify(run, inputs, shown, reschedule=config.reschedule)
         actors, judges = (
             make_actors(cast, config, group_size=n) for n in (config.group_size, 1)
         )
+        judges = with_gold(judges, cast.gold)
+        evaluations = Evaluations(
+            lambda params: evaluate_prompts(judges, params, held_out, config),
+            config,
+            digest=shown,
+            record=run.previous,
+            on_eval=callbacks.on_eval,
+        )
         learner = method.make_learner(cast, config, total)
         clock.lap("load")
         state, meta = restore(run, cast, learner, method)
-        if meta.get("held_out") != shown:  # of the first start, or of other prompts
-            before = evaluate_prompts(judges, cast.policy_params, held_out, config)
-            meta |= {"before": list(before), "held_out": shown}
-            clock.lap("evaluate before")
+        evaluations.measure(0, cast.policy_params)
+        clock.lap("evaluate before")
         if state is None:
             state = method.start_state(cast, learner, config)
         if not config.has_reference:
             cast = cast._replace(policy_params=None)  # the state has its own
-        before = Evaluation(*meta["before"])
         names = row_namer([prompt.row for prompt in prompts], prompts, config)
         guard = SkipGuard(meta.get("skipped", ()), names=names)
         state = fit(
@@ -158,94 +171,23 @@ def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
             title=method.name,
             stop=run.stop,
             guard=guard,
+            evaluations=evaluations,
+            on_step=callbacks.on_step,
         )
         clock.lap("train")
-        after = evaluate_prompts(judges, state.policy.params, held_out, config)
-        clock.lap("evaluate after")
+        last, (tree, numbers) = state.iteration, divide(state)
+        best = kept_tree(run, evaluations, tree, last)
+        kept = last
+        if best is not None:
+            state, kept = state._replace(**best.tree), best.step
         save_models(state, cast, config)
         clock.lap("save model")
-        summary = before_and_after(before.figures, after.figures)
-        summary |= {"iterations": state.iteration} | _divide(state)[1]
-        summary |= guard.summary()
-        texts = held_out, before.texts, after.texts
-        write_report(config, method.name, summary, clock.seconds, *texts)
+        summary = before_and_after(evaluations, kept)
+        summary |= {"iterations": last} | numbers | guard.summary()
+        summary |= evaluations.summary(last)
+        given = held_out, evaluations, kept
+        write_report(config, method.name, summary, clock.seconds, *given)
         return summary | {"model": str(run.out / "model")}
-
-
-def fit(
-    state: State,
-    advance: Callable[[State], tuple[State, dict[str, float]]],
-    *,
-    config: OnlineConfig,
-    iterations: int,
-    checkpointer: Checkpointer | None = None,
-    meta: Mapping[str, Any] | None = None,
-    title: str = "online",
-    stop: StopSignal | None = None,
-    guard: SkipGuard | None = None,
-) -> State:
-    """Iterates until `iterations` rollouts have been learned from.
-
-    Models, controllers and position are saved in one step, between iterations only: a
-    kill at any time goes back to a boundary, with all of them.
-
-    Args:
-      state: from where; donated.
-      advance: state -> (next state, metrics), one iteration.
-      config: for OUT and how often to save.
-      iterations: of the whole run.
-      checkpointer: None saves nothing.
-      meta: JSON values stored with each checkpoint.
-      title: of the progress bar.
-      stop, guard: of the run, as in loop.fit.
-
-    Raises: Preempted, once the state is saved; Diverged.
-    """
-    meta = dict(meta or {})
-    guard, stop = guard or SkipGuard(), stop or StopSignal()
-    writer = MetricsWriter(
-        config.out,
-        total_steps=iterations,
-        start_step=state.iteration,
-        num_tokens=meta.get("num_tokens", 0.0),
-        title=title,
-    )
-
-    def save() -> None:
-        if checkpointer is not None:
-            tree, numbers = _divide(state)
-            record = meta | numbers | {"skipped": guard.skipped}
-            record |= {"num_tokens": writer.num_tokens}
-            checkpointer.save(state.iteration, tree, record)
-        writer.restart_clock()
-
-    every, saved = config.checkpoint_every, state.iteration
-    with contextlib.closing(writer), stop, stop.deferred():
-        while state.iteration < iterations:
-            if stop.requested(state.iteration):
-                if saved != state.iteration:
-                    save()
-                raise_preempted(state.iteration, checkpointer)
-            state, metrics = advance(state)
-            number = state.iteration
-            # The metrics are on the host already: written now, with their own time.
-            writer.log(number, metrics)
-            guard.check(writer.flush())
-            if number == iterations or (every and number % every == 0):
-                save()
-                saved = number
-        if checkpointer is not None:
-            checkpointer.wait()
-    guard.finish(iterations)
-    return state
-
-
-def _divide(state: State) -> tuple[dict[str, TrainState], dict[str, float]]:
-    """A state's models and its numbers, by name; the iteration is neither."""
-    fields = state._asdict()
-    fields.pop("iteration")
-    trees = {k: v for k, v in fields.items() if isinstance(v, TrainState)}
-    return trees, {k: v for k, v in fields.items() if isinstance(v, float)}
 
 
 def make_prompts(

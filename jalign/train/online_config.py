@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from jalign.data.sources import Source
 from jalign.rewards import parse_rewards
+from jalign.rewards.ensembles import column_weights
 from jalign.rewards.terms import Rewards
 from jalign.train.run_config import RunConfig, check
 
@@ -93,6 +94,11 @@ class OnlineConfig(RunConfig):
     reward: Rewards
     """`file.py:function`, a reward model, a check (gsm8k), an ensemble such as "min(A,
     B)" or "mean(A, B) - 0.5*std", or a sum with weights."""
+    eval_reward: Rewards | None = None
+    """As reward, and never trained on: judges the held-out completions beside it."""
+    stop_kl: float | None = None
+    """Nats a completion from the reference: beyond it a rollout's updates stop, and the
+    run ends with the rollout that is there already."""
     steps: int | None = None
     """Iterations, each a rollout batch and its updates; overrides epochs."""
     epochs: float = 1.0
@@ -105,8 +111,18 @@ class OnlineConfig(RunConfig):
     """Iterations between checkpoints; 0 saves only at the end."""
 
     def __post_init__(self):
-        super().__post_init__()
         parse_rewards(self.reward)
+        super().__post_init__()
+        if self.eval_reward is not None:
+            parse_rewards(self.eval_reward)
+            check(
+                self.eval_data is not None or self.eval_split is not None,
+                "eval_reward judges held-out prompts: set eval_data or eval_split, too",
+            )
+        check(
+            self.stop_kl is None or self.stop_kl > 0,
+            f"stop_kl must be > 0 nats, got {self.stop_kl}",
+        )
         pieces = self.options.num_minibatches * self.compute.microbatches
         size = f"batch_size {self.batch_size}"
         if self.group_size > 1:
@@ -121,6 +137,14 @@ class OnlineConfig(RunConfig):
             f"max_length {self.max_length} leaves no room for a prompt before "
             f"max_new_tokens {new}",
         )
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """What keep_best may name; a reward that is not trained on comes first."""
+        names = column_weights(parse_rewards(self.reward))
+        parts = [f"rewards/{name}" for name in names] if len(names) > 1 else []
+        gold = ["gold_reward"] if self.eval_reward else []
+        return *gold, "reward", *parts, "stopped"
 
     @property
     def options(self) -> OnlineOptions:

@@ -1,33 +1,20 @@
 """What a policy does on held-out prompts, before and after an online run."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from jalign import data
 from jalign.rewards import mean_of_judged
+from jalign.train.actors import GOLD
+from jalign.train.evaluations import Evaluation
 from jalign.train.online_config import OnlineConfig
 from jalign.train.rollout import Actors, reference_kl, sample_and_score
 from jalign.types import PyTree
 
 _EVAL_STREAM = 2**31 - 1  # no iteration gets as far, so no rollout uses its key
 _SAMPLES = 8  # completions kept for the report
-
-
-class Evaluation(NamedTuple):
-    """What a policy does on held-out prompts.
-
-    Attributes:
-      figures: name -> mean over the prompts: reward, each of several rewards, kl (to
-        the reference where there is one, nats a completion), completion_length
-        (tokens), stopped (share).
-      texts: its first completions.
-    """
-
-    figures: dict[str, float]
-    texts: list[str]
 
 
 def evaluate_prompts(
@@ -37,6 +24,10 @@ def evaluate_prompts(
     config: OnlineConfig,
 ) -> Evaluation:
     """Samples one completion for each prompt, with the same draw every time.
+
+    The figures are means over the prompts: reward, gold_reward where there is an
+    eval_reward, each of several rewards, kl (to the reference where there is one, nats
+    a completion), completion_length (tokens), stopped (share).
 
     Args:
       actors: of make_actors, with groups of one.
@@ -61,8 +52,12 @@ def evaluate_prompts(
         return float(np.concatenate([of(part) for part in parts]).mean())
 
     figures = {"reward": mean(lambda x: x.rewards)}
-    if len(actors.reward_weights) > 1:
-        for name in actors.reward_weights:
+    names = list(actors.reward_weights)
+    if GOLD in names:
+        names.remove(GOLD)
+        figures["gold_reward"] = mean(lambda x: x.reward_parts[GOLD])
+    if len(names) > 1:
+        for name in names:
             column = np.concatenate([part.reward_parts[name] for part in parts])
             figures[f"rewards/{name}"] = mean_of_judged(column)
     if actors.reference:

@@ -11,6 +11,8 @@ from jalign.train.forward import token_stats, token_values
 from jalign.train.objectives import Objective, PyTree, Terms, sum_terms
 from jalign.types import Array, Loss, Rollout
 
+UPDATE_KL = "objective/kl_update"
+
 
 def make_ppo_objective(
     model: Model,
@@ -52,6 +54,7 @@ def make_ppo_objective(
             "policy/entropy_avg": losses.token_mean(stats.entropy, mask),
             "val/ratio": losses.token_mean(ratio, mask),
         }
+        metrics |= _kl_now(*args, batch)
         if stats.values is not None:
             value, more = _value_loss(stats.values, batch, value_clip_eps)
             loss, metrics = loss + value_coef * value, metrics | more
@@ -97,6 +100,7 @@ def make_grpo_objective(
         }
         policy, parts = sum_terms(terms, inputs)
         loss, metrics = policy, {"entropy": losses.token_mean(stats.entropy, mask)}
+        metrics |= _kl_now(stats.logps, old, batch)
         if beta:
             kl = losses.kl_k3(stats.logps, batch.ref_logps)
             loss = loss + beta * kl
@@ -123,6 +127,22 @@ def old_logps(batch: Rollout, logps: jax.Array) -> jax.Array:
     """The rollout's, else the objective's own [B, T], without their gradient."""
     chosen = logps if batch.old_logps is None else batch.old_logps
     return jax.lax.stop_gradient(jnp.asarray(chosen))
+
+
+def _kl_now(
+    logps: jax.Array, old: jax.Array, batch: Rollout
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """KL of the policy as it is to the reference, nats a completion, (sum, count).
+
+    kl_k1 on the rollout's tokens, each weighted by its ratio to the policy that sampled
+    it: before the first update it is the rollout's own.
+    """
+    if batch.ref_logps is None:
+        return {}
+    logps, mask = jax.lax.stop_gradient(logps), batch.completion_mask
+    kl = jnp.exp(logps - old) * losses.kl_k1(logps, batch.ref_logps)
+    completions = jnp.sum(jnp.any(mask, axis=1), dtype=jnp.float32)
+    return {UPDATE_KL: (jnp.sum(kl, where=mask), completions)}
 
 
 def sampler_gaps(

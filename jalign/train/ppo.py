@@ -22,6 +22,7 @@ from jalign.train.optim import OptimConfig
 from jalign.train.policy_objectives import make_ppo_objective, make_value_objective
 from jalign.train.ppo_config import PPOConfig, PPOOptions
 from jalign.train.rollout import (
+    ROLLOUT_KL,
     Actors,
     make_rollout,
     rollout_metrics,
@@ -34,9 +35,9 @@ from jalign.train.updates import (
     first_state,
     loop_metrics,
     make_trainer,
-    minibatches,
     num_updates,
     rollout_prompts,
+    take_updates,
 )
 from jalign.types import Rollout, TrainState
 
@@ -148,12 +149,12 @@ def iterate(
         whiten_advantages=ppo.whiten_advantages,
     )
     sampled = time.perf_counter()
-    policy, critic, update_metrics = update(
-        state, rollout, learner=learner, config=config, mesh=mesh
-    )
-    metrics = update_metrics | rollout_metrics(scored, scores, kl_coef=state.kl_coef)
+    metrics = rollout_metrics(scored, scores, kl_coef=state.kl_coef)
+    how: dict[str, Any] = {"learner": learner, "config": config, "mesh": mesh}
+    policy, critic, more = update(state, rollout, kl=metrics[ROLLOUT_KL], **how)
+    metrics = more | metrics
     metrics |= loop_metrics(rollout, config, number, began, sampled)
-    kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
+    kl_coef = next_kl_coef(state.kl_coef, metrics[ROLLOUT_KL], config)
     return PPOState(policy, kl_coef, number + 1, critic), metrics
 
 
@@ -179,33 +180,40 @@ def update(
     learner: Learner,
     config: PPOConfig,
     mesh: Mesh | None,
+    kl: float | None = None,
 ) -> tuple[TrainState, TrainState | None, dict[str, float]]:
     """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
 
     Returns: policy and critic states, and the metrics' means over the updates.
     """
-    policy, critic, rows = state.policy, state.critic, []
-    for part in minibatches(rollout, config, state.iteration):
+    policy, critic = state.policy, state.critic
+
+    def one(part: Rollout) -> dict[str, Any]:
+        nonlocal policy, critic
         batch = local_rows(part, mesh)
-        policy, policy_metrics = learner["policy"].step(policy, batch)
-        critic_metrics = {}
-        if critic is not None:
-            critic, critic_metrics = learner["critic"].step(critic, batch)
-        rows.append((policy_metrics, critic_metrics))
-    return policy, critic, update_metrics(jax.device_get(rows))
+        policy, metrics = learner["policy"].step(policy, batch)
+        if critic is None:
+            return metrics
+        critic, own = learner["critic"].step(critic, batch)
+        return {f"critic/{k}" if k in metrics else k: x for k, x in own.items()} | (
+            metrics
+        )
+
+    rows = take_updates(one, rollout, config, state.iteration, kl)
+    return policy, critic, update_metrics(rows)
 
 
-def update_metrics(rows: Sequence[tuple[Mapping, Mapping]]) -> dict[str, float]:
+def update_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over the updates of an iteration; the critic's own are `critic/...`."""
-    shared = {"loss", "grad_norm", "learning_rate", "skipped"}
-    policy, critic = (columns(side) for side in zip(*rows, strict=True))
-    critic = {f"critic/{k}" if k in shared else k: x for k, x in critic.items()}
-    ratios = policy["val/ratio"]
-    skipped = policy["skipped"].sum() + critic.get("critic/skipped", np.zeros(1)).sum()
-    return {name: float(x.mean()) for name, x in (critic | policy).items()} | {
+    if not rows:
+        return {}
+    found = columns(rows)
+    ratios, rates = found["val/ratio"], found["learning_rate"]
+    skipped = found["skipped"].sum() + found.get("critic/skipped", np.zeros(1)).sum()
+    return {name: float(x.mean()) for name, x in found.items()} | {
         "skipped": float(skipped),
-        "lr": float(policy["learning_rate"][-1]),
-        "learning_rate": float(policy["learning_rate"][-1]),
+        "lr": float(rates[-1]),
+        "learning_rate": float(rates[-1]),
         "val/ratio_var": float(ratios.var(ddof=1)) if len(ratios) > 1 else 0.0,
         # 1 up to rounding, or sampling and training do not share one model.
         "val/ratio_first": float(ratios[0]),

@@ -15,16 +15,12 @@ import numpy as np
 
 from jalign import data, losses
 from jalign.generate import continuations
-from jalign.rewards import (
-    RewardFn,
-    Samples,
-    add_up,
-    mean_of_judged,
-    reward_of,
-    samples_of,
-)
+from jalign.rewards.samples import RewardFn, Samples, reward_of, samples_of
+from jalign.rewards.sums import add_up, mean_of_judged
 from jalign.train.online_config import ScoreLimits
 from jalign.types import Completion, PyTree, Rollout, TokenBatch
+
+ROLLOUT_KL = "objective/kl"
 
 
 class Actors(NamedTuple):
@@ -71,8 +67,7 @@ class Scored(NamedTuple):
       rewards: float32 [B], as the judge gave them, weighted and summed.
       stopped: bool [B], ended by a stop token and not by the length limit.
       texts: the B completions as text.
-      reward_parts: name -> float32 [B], each reward before its weight; NaN where its
-        function does not judge the row.
+      reward_parts: name -> float32 [B], before its weight; NaN where not judged.
       values: float32 [B, T], of the policy's value head, by the pass of `logps`; None
         where there is no such head or no such pass.
     """
@@ -261,8 +256,9 @@ def make_rollout(
 def reference_kl(scored: Scored) -> np.ndarray:
     """float32 [B], nats: the sum of kl_k1 to the reference over each completion."""
     assert scored.ref_logps is not None, "there is no reference"
-    assert scored.logps is not None, "the policy's pass was left out"
-    k1 = np.asarray(losses.kl_k1(scored.logps, scored.ref_logps))
+    # Without the policy's own pass the sampler's numbers stand in.
+    logps = scored.sampler_logps if scored.logps is None else scored.logps
+    k1 = np.asarray(losses.kl_k1(logps, scored.ref_logps))
     return np.where(scored.batch.completion_mask, k1, 0.0).sum(axis=1)
 
 
@@ -276,12 +272,12 @@ def rollout_metrics(
     clipping and penalty; `objective/scores` is after them.
     """
     mask, kl = scored.batch.completion_mask, reference_kl(scored)
-    assert scored.logps is not None  # reference_kl has read them
+    assert scored.logps is not None, "the policy's pass was left out"
     gaps = np.abs(scored.logps - scored.sampler_logps)[mask]
     lengths = mask.sum(axis=1)
     penalty = -kl_coef * kl.mean()
     means = {
-        "objective/kl": kl.mean(),
+        ROLLOUT_KL: kl.mean(),
         "objective/entropy": -np.where(mask, scored.logps, 0.0).sum(axis=1).mean(),
         "objective/non_score_reward": penalty,
         "objective/rlhf_reward": penalty + scores.mean(),
@@ -295,6 +291,6 @@ def rollout_metrics(
         "sampling/sampling_logp_difference/max": np.max(gaps, initial=0.0),
     }
     if len(scored.reward_parts) > 1:
-        parts = scored.reward_parts.items()
-        means |= {f"rewards/{k}/mean": mean_of_judged(x) for k, x in parts}
+        for name, part in scored.reward_parts.items():
+            means[f"rewards/{name}/mean"] = mean_of_judged(part)
     return {name: float(value) for name, value in means.items()}

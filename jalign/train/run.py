@@ -24,6 +24,7 @@ from jalign.data.clock import fixed_clock
 from jalign.settings import as_text
 from jalign.train import inputs as run_inputs
 from jalign.train.checkpoint import Checkpointer, Restored
+from jalign.train.evaluations import Evaluations
 from jalign.train.stop import StopSignal
 
 PyTree = Any
@@ -34,6 +35,7 @@ RECORD_VERSION = 3
 # Fields that a continued run may have changed: they do not change the steps taken.
 MAY_CHANGE = frozenset(
     {"out", "eval_data", "eval_split", "steps", "epochs", "checkpoint_every", "resume"}
+    | {"eval_every", "patience", "eval_reward"}
     | {"mesh", "remat", "save_critic", "reward_timeout", "reschedule"}
 )
 # Paths: what they hold is compared (inputs.py), and not where it lies.
@@ -170,6 +172,17 @@ def restore_state(run: Run, abstract: PyTree) -> Restored | None:
     if restored is not None:
         _log.info("continuing from step %d of %s", restored.step, run.out)
     return restored
+
+
+def kept_tree(
+    run: Run, evaluations: Evaluations, tree: PyTree, last: int
+) -> Restored | None:
+    """The checkpoint that keep_best chose, laid out as the tree; None for the last."""
+    kept = evaluations.kept
+    if kept is None or kept == last:
+        return None
+    _log.info("OUT/model is of step %d, the best of %d", kept, last)
+    return run.checkpointer.restore_step(kept, tree)
 
 
 def fixed_settings(config: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A contradiction raises ValueError here, naming the fields; nothing is rewritten.
 """
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,6 +52,13 @@ class RunConfig(DataOptions):
     """Of the order of the rows, fresh parameters and sampling."""
     mesh: str | None = None
     """Such as "fsdp=8,tensor=2"; unset puts all devices on fsdp."""
+    eval_every: int | None = None
+    """Steps between held-out measurements; unset measures before and after only."""
+    keep_best: str | None = None
+    """A held-out figure, such as loss, accuracy or reward: OUT/model is then the
+    checkpoint that was best by it, of those measured."""
+    patience: int | None = None
+    """The run ends after so many measurements without a better one of keep_best."""
     checkpoint_every: int = 100
     """Steps between checkpoints; 0 saves only at the end."""
     resume: bool = True
@@ -73,6 +81,43 @@ class RunConfig(DataOptions):
             self.checkpoint_every >= 0,
             f"checkpoint_every must be >= 0, got {self.checkpoint_every}",
         )
+        self._check_guards()
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Held-out figures that keep_best may name; the first is watched anyway."""
+        raise NotImplementedError
+
+    @property
+    def watched(self) -> str:
+        """The held-out figure by which the model is judged."""
+        return self.keep_best or self.figures[0]
+
+    def _check_guards(self) -> None:
+        for name in ("eval_every", "patience"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"{name} must be >= 1, got {value}")
+        measured = self.eval_data is not None or self.eval_split is not None
+        check(
+            measured or self.eval_every is None,
+            "eval_every needs held-out rows: eval_data or eval_split",
+        )
+        check(
+            self.keep_best is None or self.eval_every is not None,
+            "keep_best chooses among measurements: set eval_every, too",
+        )
+        check(
+            self.patience is None or self.keep_best is not None,
+            "patience waits for a better keep_best: set it, too",
+        )
+        if self.keep_best is not None and self.keep_best not in self.figures:
+            close = difflib.get_close_matches(self.keep_best, self.figures, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            check(
+                False,
+                f"keep_best {self.keep_best!r} is not one of "
+                f"{', '.join(self.figures)}{hint}",
+            )
 
 
 def check(ok: bool, message: str) -> None:

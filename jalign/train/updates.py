@@ -1,7 +1,7 @@
 """What the updates of PPO and GRPO share: steps, minibatches, and their metrics."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,8 @@ from jalign.models import Model
 from jalign.train.objectives import Objective
 from jalign.train.online_config import OnlineConfig
 from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.policy_objectives import UPDATE_KL
+from jalign.train.rollout import ROLLOUT_KL
 from jalign.train.step import TrainStep, abstract_state, init_state, make_train_step
 from jalign.types import PyTree, Rollout, TrainState
 
@@ -99,6 +101,42 @@ def minibatches(
         order = random.permutation(config.completions)
         for part in np.split(order, config.options.num_minibatches):
             yield jax.tree.map(lambda x, part=part: x[part], rollout)
+
+
+def beyond_stop_kl(config: OnlineConfig, metrics: Mapping[str, Any]) -> str | None:
+    """Why a run ends after this rollout, where its KL is beyond stop_kl."""
+    limit, kl = config.stop_kl, float(metrics.get(ROLLOUT_KL, 0.0))
+    if limit is None or kl <= limit:
+        return None
+    return f"the policy is {kl:.4g} nats from the reference, beyond stop_kl {limit:g}"
+
+
+def take_updates(
+    update: Callable[[Rollout], Mapping[str, Any]],
+    rollout: Rollout,
+    config: OnlineConfig,
+    iteration: int,
+    kl: float | None,
+) -> list[Mapping[str, Any]]:
+    """Updates on the minibatches of a rollout, up to stop_kl where there is one.
+
+    Args:
+      update: takes a minibatch, gives its metrics; UPDATE_KL among them is the KL from
+        the reference, nats a completion, before the update.
+      rollout, config, iteration: as in minibatches.
+      kl: the rollout's own, of the policy that sampled it; None without a reference.
+
+    Returns: the metrics of each update, on the host; none where kl is beyond.
+    """
+    limit, rows = config.stop_kl, []
+    if limit is not None and kl is not None and kl > limit:
+        return rows
+    for part in minibatches(rollout, config, iteration):
+        rows.append(update(part))
+        # Without a limit the host does not wait for the device in between.
+        if limit is not None and float(rows[-1][UPDATE_KL]) > limit:
+            break
+    return jax.device_get(rows)
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

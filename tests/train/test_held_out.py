@@ -1,5 +1,7 @@
 from jalign import data
 from jalign.train import held_out
+from jalign.train.config import SFTConfig
+from jalign.train.evaluations import Evaluation, Evaluations
 from tests.train import tiny
 
 
@@ -15,7 +17,12 @@ def test_every_example_is_measured_once():
 
 
 def test_before_is_shown_where_it_differs():
-    shown = held_out.before_and_after({"loss": 2.0, "n": 5}, {"loss": 1.0, "n": 5})
+    found = iter([{"loss": 2.0, "n": 5.0}, {"loss": 1.0, "n": 5.0}])
+    config = SFTConfig(model="m", data="d", out="o")
+    evaluations = Evaluations(lambda _: Evaluation(next(found), []), config)
+    evaluations.measure(0, {})
+    evaluations.measure(3, {})
+    shown = held_out.before_and_after(evaluations, 3)
     assert shown == {"eval_loss_before": 2.0, "eval_loss": 1.0, "eval_n": 5}
 
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from jalign.train import loop, offline
+from jalign.train import loop, recipe
 from jalign.train.stop import Preempted, StopSignal
 from tests.train import world
 
@@ -24,15 +24,15 @@ def stop_in(monkeypatch, module, name, number=1, how=signal.SIGTERM):
 
 
 PHASES = [
-    (offline.data, "load_rows", 1),
-    (offline, "_load", 1),
-    (offline, "reference_examples", 1),
-    (offline, "measure", 1),
+    (recipe.data, "load_rows", 1),
+    (recipe, "_load", 1),
+    (recipe, "reference_examples", 1),
+    (recipe, "measure", 1),
     (loop, "_log_new_shape", 1),  # in the first step
     (loop, "_log_new_shape", 1),  # in the last step
-    (offline, "measure", 2),
-    (offline.models, "save", 1),
-    (offline, "write_report", 1),
+    (recipe, "measure", 2),
+    (recipe.models, "save", 1),
+    (recipe, "write_report", 1),
 ]
 
 
