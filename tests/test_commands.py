@@ -44,6 +44,10 @@ def test_conflicts_are_errors():
         EvalConfig(model=MODEL, data="x", task="reward")
 
 
+def words(completions):
+    return [float(len(text.split())) for text in completions]
+
+
 def test_eval_of_completions_pairs_and_rewards(tmp_path):
     how = dict(model=MODEL, limit=8, mesh=MESH, max_length=64, max_new_tokens=8)
     rows = str(ASSETS / "sft_heldout.jsonl")
@@ -67,6 +71,12 @@ def test_eval_of_completions_pairs_and_rewards(tmp_path):
     config = EvalConfig(data=rows, reward=f"{reward}:words", out=str(out), **how)
     result = json.loads(run_eval(config))
     assert 0 < result["reward_mean"] <= 8
+    # In Python rows and a function do as well, and this one is of TRL's form.
+    given = data.load_rows(rows, limit=8)
+    counted = EvalConfig(
+        data=given, reward=lambda completions: words(completions), **how
+    )
+    assert json.loads(run_eval(counted))["reward_mean"] == result["reward_mean"]
     # The worst case of two, one of them written for TRL, by the command itself.
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in how.items()]
     worst = f"0.5*min({reward}:words, {reward}:longer) + gsm8k_format"

@@ -10,6 +10,8 @@ import pytest
 
 from jalign import cli
 from jalign.settings import flags_of
+from jalign.train import offline, online
+from jalign.train.rows import load_run_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
@@ -59,35 +61,41 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def run_blocks(page: str) -> None:
-    """jalign's Python blocks of a page, in turn; not the other library's."""
-    blocks = PYTHON.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
-    ours = [b for b in blocks if "ja." in b or "import jalign" in b]
-    assert len(ours) >= 7
-    names: dict = {}
-    for block in ours:
-        exec(compile(block, page, "exec"), names)
+@pytest.mark.parametrize(
+    ("page", "in_full", "kinds"),
+    [
+        (
+            "from_trl.md",
+            ["SFT", "GRPO"],
+            ["SFT", "Reward", "DPO", "DPO", "GRPO", "PPO"],
+        ),
+        ("from_tunix.md", [], ["SFT", "DPO", "GRPO", "PPO"]),
+    ],
+)
+def test_what_newcomers_are_shown_runs(page, in_full, kinds, tmp_path, monkeypatch):
+    """jalign's Python blocks of a page, one after the other, and no others.
 
-
-def test_what_users_of_trl_are_shown_runs(tmp_path, monkeypatch):
+    Each compilation is slow: of every run the settings are made and its rows read, and
+    those of one offline and one online recipe go to their end.
+    """
     monkeypatch.chdir(tmp_path)
-    run_blocks("from_trl.md")
-    for name in ("sft", "reward", "dpo", "orpo", "grpo", "ppo"):
-        assert (tmp_path / "runs" / name / "model" / "config.json").exists()
+    seen, originals = [], {}
+    for module, name in ((offline, "run_recipe"), (online, "_run")):
+        originals[module] = getattr(module, name)
 
+        def start(config, *rest, module=module):
+            rows, _ = load_run_rows(config.data, config)
+            seen.append(type(config).__name__.removesuffix("Config"))
+            assert len(rows) == 8
+            if seen[-1] in in_full:
+                originals[module](config, *rest)
 
-def test_what_users_of_tunix_are_shown_has_settings_that_run(monkeypatch):
-    """The same runs as on the other page: here they end where they would start."""
-    from jalign.train import offline, online
-    from jalign.train.rows import load_run_rows
-
-    kinds = []
-
-    def start(config, *_):
-        rows, _ = load_run_rows(config.data, config)
-        kinds.append((type(config).__name__, len(rows)))
-
-    monkeypatch.setattr(offline, "run_recipe", start)
-    monkeypatch.setattr(online, "_run", start)
-    run_blocks("from_tunix.md")
-    assert kinds == [(f"{k}Config", 8) for k in ("SFT", "DPO", "GRPO", "PPO")]
+        monkeypatch.setattr(module, name, start)
+    blocks = PYTHON.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    names: dict = {}
+    for block in blocks:
+        if "ja." in block or "import jalign" in block:
+            exec(compile(block, page, "exec"), names)
+    assert seen == kinds
+    for kind in in_full:
+        assert (tmp_path / "runs" / kind.lower() / "model" / "config.json").exists()

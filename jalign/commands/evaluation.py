@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jalign import data, evaluate, rewards, sharding
-from jalign.data import Source
+from jalign.data.sources import Source
 from jalign.pretrained import (
     Opened,
     Pretrained,

@@ -29,7 +29,7 @@ from jalign.data.loader import (
 )
 from jalign.data.packing import PackedPairs, PackedRow, pack
 from jalign.data.rows import BadRow, Row, Rows
-from jalign.data.sources import Source, load_rows
+from jalign.data.sources import load_rows
 from jalign.data.special_tokens import end_template_at_turn, stop_tokens
 from jalign.data.splits import HELD_OUT
 from jalign.data.tokenizer import check_vocab, load_tokenizer
@@ -45,7 +45,6 @@ __all__ = [
     "PromptExample",
     "Row",
     "Rows",
-    "Source",
     "are_pairs",
     "batch_indices",
     "bucket_length",

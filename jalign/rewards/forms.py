@@ -17,7 +17,7 @@ from jalign.rewards.samples import Samples
 BOTH = (
     "a reward function is f(prompts, completions, rows), or TRL's: "
     "f(completions, **kwargs) or f(prompts, completions, COLUMN, **kwargs), which has "
-    "a parameter `completions` and none called `rows`"
+    "a parameter `completions` or `**kwargs`, and none called `rows`"
 )
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # Columns that are not passed on: what was asked and sampled stands for them.
@@ -27,8 +27,8 @@ _REPLACED = {"prompt", "completion", "completion_ids"}
 def takes_columns(function: Callable, name: str) -> bool:
     """Whether a function is of TRL's form; False for jalign's own.
 
-    TRL's has a parameter `completions` and none called `rows`, or `**kwargs` alone. Any
-    other that can be called with three lists is jalign's, whatever their names; but not
+    TRL's has a parameter `completions` or `**kwargs`, and none called `rows`. Any other
+    that can be called with three lists is jalign's, whatever their names; but not
     `(*args, **kwargs)`, which fits both and hides what is behind it.
 
     Raises: ValueError with both forms for a signature that is neither.
@@ -37,21 +37,22 @@ def takes_columns(function: Callable, name: str) -> bool:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         raise ValueError(f"reward {name}: its signature is not known; {BOTH}") from None
-    given = signature.parameters.values()
-    kinds = {p.kind for p in given}
-    named = {p.name for p in given if p.kind in _NAMED}
-    only_keywords = kinds == {inspect.Parameter.VAR_KEYWORD}
-    if only_keywords or ("completions" in named and "rows" not in named):
-        return True
+    kinds = {p.kind for p in signature.parameters.values()}
+    any_keyword = inspect.Parameter.VAR_KEYWORD in kinds
+    of_both = any_keyword and inspect.Parameter.VAR_POSITIONAL in kinds
+    named = {p.name for p in signature.parameters.values() if p.kind in _NAMED}
+    if "rows" not in named:
+        if "completions" in named or (any_keyword and not of_both):
+            return True
+        if of_both:
+            raise ValueError(
+                f"reward {name}{signature} may be of either form; a wrapper says of "
+                f"which by functools.wraps: {BOTH}"
+            )
     try:
         signature.bind([], [], [])
     except TypeError:
         raise ValueError(f"reward {name}{signature} is neither form: {BOTH}") from None
-    if kinds >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        raise ValueError(
-            f"reward {name}{signature} may be of either form; a wrapper says of which "
-            f"by functools.wraps: {BOTH}"
-        )
     return False
 
 

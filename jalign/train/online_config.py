@@ -6,8 +6,9 @@ A contradiction raises ValueError here, naming the fields; nothing is rewritten.
 import threading
 from dataclasses import dataclass, field
 
-from jalign.data import Source
+from jalign.data.sources import Source
 from jalign.rewards import parse_rewards
+from jalign.rewards.ensembles import column_weights
 from jalign.rewards.terms import Rewards
 from jalign.train.run_config import RunConfig, check
 
@@ -94,7 +95,8 @@ class OnlineConfig(RunConfig):
     data: Source
     """Prompts: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
     reward: Rewards
-    """`file.py:function`, a reward model, a check (gsm8k), or a sum with weights."""
+    """`file.py:function`, a reward model, a check (gsm8k), an ensemble such as "min(A,
+    B)" or "mean(A, B) - 0.5*std", or a sum with weights."""
     eval_reward: Rewards | None = None
     """As reward, and never trained on: judges the held-out completions beside it."""
     stop_kl: float | None = None
@@ -142,8 +144,8 @@ class OnlineConfig(RunConfig):
     @property
     def figures(self) -> tuple[str, ...]:
         """What keep_best may name; a reward that is not trained on comes first."""
-        terms = parse_rewards(self.reward)
-        parts = [f"rewards/{term.name}" for term in terms] if len(terms) > 1 else []
+        names = column_weights(parse_rewards(self.reward))
+        parts = [f"rewards/{name}" for name in names] if len(names) > 1 else []
         gold = ["gold_reward"] if self.eval_reward else []
         return *gold, "reward", *parts, "stopped"
 

@@ -15,14 +15,8 @@ import numpy as np
 
 from jalign import data, losses
 from jalign.generate import continuations
-from jalign.rewards import (
-    RewardFn,
-    Samples,
-    add_up,
-    mean_of_judged,
-    reward_of,
-    samples_of,
-)
+from jalign.rewards.samples import RewardFn, Samples, reward_of, samples_of
+from jalign.rewards.sums import add_up, mean_of_judged
 from jalign.train.online_config import ScoreLimits
 from jalign.types import Completion, PyTree, Rollout, TokenBatch
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from jalign import data
+from jalign.data.sources import Source
 
 _log = logging.getLogger("jalign.train")
 
@@ -17,7 +18,7 @@ class DataOptions:
 
     split: str | None = None
     """Split of `data` to train on; unset takes train, or what has no splits whole."""
-    eval_data: data.Source | None = None
+    eval_data: Source | None = None
     """Held-out rows, measured before and after training."""
     eval_split: str | None = None
     """Their split, of `data` if `eval_data` is unset; unset takes test or validation,
@@ -34,7 +35,7 @@ class DataOptions:
 
 
 def load_run_rows(
-    source: data.Source, options: DataOptions
+    source: Source, options: DataOptions
 ) -> tuple[data.Rows, data.Rows | None]:
     """(training rows, held-out rows or None); warns where both share rows.
 

@@ -7,7 +7,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jalign.data import Source
+from jalign.data.sources import Source
 from jalign.train.optim import OptimConfig
 from jalign.train.rows import DataOptions
 

@@ -1,13 +1,14 @@
 """A run goes on with what it was started with, wherever that lies now, and no other."""
 
+import functools
 import json
 import shutil
 
 import numpy as np
 import pytest
 
-from jalign import data
-from jalign.train.inputs import examples_digest
+from jalign import data, train
+from jalign.train.inputs import examples_digest, function_digest
 from tests.train import tiny, world
 
 # The microseconds of the clock as words: no other moment gives the same tokens.
@@ -53,6 +54,41 @@ def test_equal_files_elsewhere_and_later_are_the_same_run(begun, again):
     assert code == 0 and "continuing from step 2" in text
     after = world.weights(folder / "out")
     assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_rows_in_memory_go_on_where_their_file_was(begun, again, caplog):
+    import datasets
+
+    folder, _ = again
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    rows = datasets.Dataset.from_list([json.loads(line) for line in lines])
+    given = dict(model=str(folder / "model"), out=str(folder / "out"), steps=2)
+    given |= dict(batch_size=4, max_length=16, mesh="fsdp=1")
+    with caplog.at_level("INFO"):
+        train.run_sft(data=datasets.DatasetDict(train=rows, test=rows), **given)
+    assert "continuing from step 2" in caplog.text
+    assert "data: split 'train', 12 rows" in caplog.text
+    before, after = world.weights(begun / "out"), world.weights(folder / "out")
+    assert all((before[name] == after[name]).all() for name in before)
+    with pytest.raises(ValueError, match="the training rows changed"):
+        train.run_sft(data=rows.select([1, 0, *range(2, 12)]), **given)
+    with pytest.raises(ValueError, match="data row 2, field 'messages': .*not a list"):
+        train.run_sft(data=[rows[0], {"messages": "x"}], **given)
+
+
+def test_what_counts_of_a_function():
+    def scale(prompts, completions, rows):
+        return [1.0]
+
+    same = function_digest(scale)
+    assert same == function_digest(scale) != function_digest(lambda *batch: [1.0])
+    halves = [
+        function_digest(functools.partial(scale, rows=n)) for n in ([1], [2], [1])
+    ]
+    assert halves[0] == halves[2] and len({same, *halves}) == 3
+    typed: dict = {}
+    exec("def typed(completions, **kwargs): ...", typed)  # has no source
+    assert len(function_digest(typed["typed"])) == 16
 
 
 def change_rows(folder):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from jalign.data.clock import with_clock
-from jalign.train.config import SFTConfig
+from jalign.train.config import RewardConfig, SFTConfig
+from jalign.train.grpo_config import GRPOConfig
 from jalign.train.inputs import STEPS
 from jalign.train.optim import OptimConfig
 from jalign.train.run import (
@@ -69,6 +70,14 @@ def test_inputs_are_compared_by_content_and_named(tmp_path):
         identify(run, longer, "")
     with open_run(config(tmp_path / "b"), "sft") as run:
         assert identify(run, longer, "", reschedule=True).meta["inputs"] == longer
+
+
+def test_the_options_of_a_reward_model_may_not_change():
+    """They are called `reward`, as the source of an online run's rewards is."""
+    given = dict(model="m", data="d", out="o")
+    kept = fixed_settings(RewardConfig(**given))
+    assert kept["reward"]["center_coef"] == 0.0 and "data" not in kept
+    assert "reward" not in fixed_settings(GRPOConfig(reward="gsm8k", **given))
 
 
 def test_a_checkpoint_without_inputs_goes_on_with_a_warning(tmp_path, caplog):
