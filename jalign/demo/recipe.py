@@ -55,10 +55,10 @@ class DemoConfig:
     """Directory for sft/, reward/, ppo/, dpo/, table.json and report.html."""
     seed: int = 0
     sft_steps: int = 160
-    reward_steps: int = 280
-    ppo_steps: int = 54
+    reward_steps: int = 240
+    ppo_steps: int = 44
     """Iterations: 64 completions and the updates on them."""
-    dpo_steps: int = 280
+    dpo_steps: int = 240
     eval_prompts: int = 256
     """Held-out prompts that every model answers twice; at most 256."""
 
@@ -120,6 +120,10 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             "optim": optim,
         }
 
+    def watched(steps: int, metric: str) -> dict[str, Any]:
+        """Four measurements of a stage; the best one is kept, by held-out rows."""
+        return {"steps": steps, "eval_every": -(-steps // 4), "keep_best": metric}
+
     pairs = partial(common, files="preferences", schedule="cosine")
     return {
         "SFT": (
@@ -135,8 +139,8 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.run_reward,
             train.RewardConfig(
                 model=sft,
-                steps=config.reward_steps,
                 batch_size=32,
+                **watched(config.reward_steps, "log_loss"),
                 reward=train.RewardOptions(center_coef=0.01),
                 **pairs("reward", learning_rate=1e-3),
             ),
@@ -146,8 +150,9 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.PPOConfig(
                 model=sft,
                 reward=str(out / "reward" / "model"),
-                steps=config.ppo_steps,
+                stop_kl=8.0,
                 batch_size=64,
+                **watched(config.ppo_steps, "reward"),
                 ppo=ppo_options(),
                 **common("ppo", "prompts", 3e-4, **PPO_DECAY),
             ),
@@ -156,8 +161,8 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.run_dpo,
             train.DPOConfig(
                 model=sft,
-                steps=config.dpo_steps,
                 batch_size=16,
+                **watched(config.dpo_steps, "log_loss"),
                 dpo=train.DPOOptions(loss="dpo:beta=0.1 + 4*sft"),
                 **pairs("dpo", learning_rate=2e-4),
             ),
@@ -172,7 +177,7 @@ def ppo_options() -> train.PPOOptions:
         num_minibatches=4,
         gae_lambda=0.95,
         critic=CriticConfig(critic_learning_rate=1e-3),
-        kl=KLConfig(kl_coef=0.05),
+        kl=KLConfig(kl_coef=0.1),
         rewards=ScoreOptions(missing_eos_penalty=1.0),
         sampling=train.SampleConfig(max_new_tokens=REPLY_LENGTH),
     )
