@@ -117,7 +117,8 @@ def iterate(
     scores = shape_scores(scored.rewards, scored.stopped, grpo.rewards)
     rollout = make_group_rollout(scored, scores, grpo)
     sampled = time.perf_counter()
-    policy, metrics = update(state, rollout, learner=learner, config=config, mesh=mesh)
+    how = {"config": config, "mesh": mesh, "row_lengths": actors.row_lengths}
+    policy, metrics = update(state, rollout, learner=learner, **how)
     metrics |= group_metrics(scored, scores, grpo.group_size)
     metrics |= loop_metrics(rollout, config, number, began, sampled)
     return GRPOState(policy, number + 1), metrics
@@ -130,13 +131,14 @@ def update(
     learner: Learner,
     config: GRPOConfig,
     mesh: Mesh | None,
+    row_lengths: Sequence[int] = (),
 ) -> tuple[TrainState, dict[str, float]]:
     """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
 
     Returns: the policy's state, and the metrics' means over the updates.
     """
     policy, rows = state.policy, []
-    for part in minibatches(rollout, config, state.iteration):
+    for part in minibatches(rollout, config, state.iteration, row_lengths):
         policy, row = learner["policy"].step(policy, local_rows(part, mesh))
         rows.append(row)
     return policy, update_metrics(jax.device_get(rows))

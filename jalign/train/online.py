@@ -27,6 +27,7 @@ from jalign.train.online_eval import Evaluation, evaluate_prompts
 from jalign.train.ppo_config import PPOConfig
 from jalign.train.rows import load_run_rows
 from jalign.train.run import Clock, Run, identify, open_run, restore_state
+from jalign.train.shapes import choose_shapes
 from jalign.train.step import abstract_state
 from jalign.train.stop import StopSignal
 from jalign.train.updates import Learner
@@ -117,9 +118,9 @@ def _run(config: OnlineConfig, method: Method) -> dict[str, Any]:
         inputs |= cast.inputs
         shown = examples_digest(held_out)
         run = identify(run, inputs, shown, reschedule=config.reschedule)
-        actors, judges = (
-            make_actors(cast, config, group_size=n) for n in (config.group_size, 1)
-        )
+        shapes = choose_shapes(prompts, held_out, config)
+        actors = make_actors(cast, config, shapes, group_size=config.group_size)
+        judges = make_actors(cast, config, shapes, held_out=len(held_out))
         learner = method.make_learner(cast, config, total)
         clock.lap("load")
         state, meta = restore(run, cast, learner, method)

@@ -87,10 +87,11 @@ def _learner(
         value_coef=ppo.critic.value_coef or 0.1,
         value_clip_eps=ppo.critic.value_clip_eps,
     )
-    how = {"updates": updates, "microbatches": ppo.compute.microbatches}
+    how: dict[str, Any] = {"updates": updates, "microbatches": ppo.compute.microbatches}
     learner = {"policy": make_trainer(policy_objective, policy, optim, **how)}
     if critic is not None:
         objective = make_value_objective(critic, clip_eps=ppo.critic.value_clip_eps)
+        how |= {"name": "the critic's training step"}
         learner["critic"] = make_trainer(objective, critic, critic_optim, **how)
     return learner
 
@@ -146,9 +147,8 @@ def iterate(
         whiten_advantages=ppo.whiten_advantages,
     )
     sampled = time.perf_counter()
-    policy, critic, update_metrics = update(
-        state, rollout, learner=learner, config=config, mesh=mesh
-    )
+    how = {"config": config, "mesh": mesh, "row_lengths": actors.row_lengths}
+    policy, critic, update_metrics = update(state, rollout, learner=learner, **how)
     metrics = update_metrics | rollout_metrics(scored, scores, kl_coef=state.kl_coef)
     metrics |= loop_metrics(rollout, config, number, began, sampled)
     kl_coef = next_kl_coef(state.kl_coef, metrics["objective/kl"], config)
@@ -177,13 +177,14 @@ def update(
     learner: Learner,
     config: PPOConfig,
     mesh: Mesh | None,
+    row_lengths: Sequence[int] = (),
 ) -> tuple[TrainState, TrainState | None, dict[str, float]]:
     """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
 
     Returns: policy and critic states, and the metrics' means over the updates.
     """
     policy, critic, rows = state.policy, state.critic, []
-    for part in minibatches(rollout, config, state.iteration):
+    for part in minibatches(rollout, config, state.iteration, row_lengths):
         batch = local_rows(part, mesh)
         policy, policy_metrics = learner["policy"].step(policy, batch)
         critic_metrics = {}

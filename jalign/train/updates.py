@@ -14,6 +14,7 @@ from jalign.models import Model
 from jalign.train.objectives import Objective
 from jalign.train.online_config import OnlineConfig
 from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.shapes import cut
 from jalign.train.step import TrainStep, abstract_state, init_state, make_train_step
 from jalign.types import PyTree, Rollout, TrainState
 
@@ -41,10 +42,11 @@ def make_trainer(
     *,
     updates: int,
     microbatches: int,
+    name: str = "the training step",
 ) -> Trainer:
     """The optimizer and the compiled step of a model; the schedule runs over `updates`.
 
-    The new state is pinned to the layout of the old one.
+    The new state is pinned to the layout of the old one. `name` is the step's.
     """
     tx, schedule = make_optimizer(optim, updates)
     shapes = abstract_state(model.param_shapes(), tx, mesh=model.mesh)
@@ -57,6 +59,7 @@ def make_trainer(
         microbatches=microbatches,
         state_shardings=shardings,
         schedule=schedule,
+        name=name,
     )
     return Trainer(step, tx)
 
@@ -91,14 +94,19 @@ def rollout_prompts(
 
 
 def minibatches(
-    rollout: Rollout, config: OnlineConfig, iteration: int
+    rollout: Rollout,
+    config: OnlineConfig,
+    iteration: int,
+    row_lengths: Sequence[int] = (),
 ) -> Iterator[Rollout]:
-    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled."""
+    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled, each
+    cut to the first of the row lengths that holds it."""
+    lengths = row_lengths or rollout.tokens.shape[1:]
     for epoch in range(config.options.num_epochs):
         random = np.random.default_rng([config.seed, iteration, epoch])
         order = random.permutation(config.completions)
         for part in np.split(order, config.options.num_minibatches):
-            yield jax.tree.map(lambda x, part=part: x[part], rollout)
+            yield cut(jax.tree.map(lambda x, part=part: x[part], rollout), lengths)
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
