@@ -56,7 +56,17 @@ def eval_loss(
     return {"loss": loss, "perplexity": perplexity, "num_tokens": count}
 
 
-@partial(jax.jit, static_argnames="model")
+def _words(name: str, number: int):
+    """What is compiled, of the batch that is the argument of this number."""
+    return lambda *args, **_: sharding.batch_words(name, args[number])
+
+
+_evaluation = partial(
+    sharding.announced, words=_words("the evaluation", 1), static_argnames="model"
+)
+
+
+@_evaluation
 def _loss_sums(params, batch, *, model):
     logps = forward.token_logps(model, params, batch)
     total, count = losses.token_mean(-logps, batch.completion_mask)
@@ -98,7 +108,7 @@ def preference_accuracy(
     return {name: x / count for name, x in means.items()} | {"num_pairs": count}
 
 
-@partial(jax.jit, static_argnames="model")
+@_evaluation
 def _margin_sums(params, batch: PreferenceBatch, beta, *, model):
     if model.config.num_labels:
         chosen, rejected = forward.pair_rewards(model, params, batch)
@@ -187,7 +197,7 @@ def _teacher_forced(prompts, completions, batch_size: int) -> Iterable[TokenBatc
         yield data.collate_tokens(part + [empty] * (batch_size - len(part)), length)
 
 
-@partial(jax.jit, static_argnames="models")
+@partial(sharding.announced, words=_words("the KL's pass", 2), static_argnames="models")
 def _kl_sums(params, ref_params, batch: TokenBatch, temperature, *, models):
     # Every process has all rows here, so they are cut over the mesh inside.
     batch = jax.tree.map(

@@ -19,6 +19,7 @@ from jalign.pretrained import (
 )
 from jalign.rewards.terms import Rewards
 from jalign.settings import as_text
+from jalign.train.batches import measured_batches
 from jalign.train.online_config import check_reward_timeout
 from jalign.train.reference import reference_examples
 from jalign.train.run import make_run_mesh
@@ -148,15 +149,8 @@ def _examples(task: str, config: EvalConfig, rows: data.Rows, opened: Opened):
 
 
 def _loader(config: EvalConfig, model, examples, collate):
-    index, count = sharding.process_slice(model.mesh)
-    return data.make_eval_loader(
-        examples,
-        batch_size=config.batch_size,
-        collate=collate,
-        max_length=config.max_length,
-        shard_index=index,
-        shard_count=count,
-    )
+    how = {"batch_size": config.batch_size, "max_length": config.max_length}
+    return measured_batches(model.mesh, examples, collate=collate, **how)[1]
 
 
 def _eval_sft(config, loaded: Pretrained, examples, reference, _) -> dict[str, Any]:

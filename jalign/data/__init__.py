@@ -21,6 +21,7 @@ from jalign.data.examples import (
     prompt_examples,
     sft_examples,
 )
+from jalign.data.layout import balanced_order
 from jalign.data.loader import (
     batch_indices,
     make_eval_loader,
@@ -46,6 +47,7 @@ __all__ = [
     "Row",
     "Rows",
     "are_pairs",
+    "balanced_order",
     "batch_indices",
     "bucket_length",
     "check_vocab",

@@ -13,7 +13,6 @@ import numpy as np
 
 from jalign.data.examples import filler
 from jalign.data.layout import (
-    SAMPLE,
     Layout,
     assemble,
     choose_layout,
@@ -70,8 +69,9 @@ def make_loader(
       batch_size: rows of the global batch.
       seed: of the order.
       collate: (examples, length) -> batch, e.g. `collate_tokens`.
-      max_length: longest padded length. The length of a batch is the bucket of the
-        longest example of the *global* batch, so that all hosts agree on it.
+      max_length: longest padded length. Batches have one of two shapes at most, chosen
+        from the lengths of all examples and the batch size, so that all hosts, and a
+        run that goes on, agree on them (`layout.choose_layout`).
       pack_rows: if not 0, put the examples of a batch behind each other in as few rows
         as hold them, where that saves work; rows of `pack` stay as they are. The number
         of parts that devices and micro-batches cut a global batch into: rows are a
@@ -90,9 +90,8 @@ def make_loader(
         places = range(step * batch_size, (step + 1) * batch_size)
         return np.array([order[place] for place in places])
 
-    sample = [indices(step) for step in range(SAMPLE if pack_rows else 0)]
     how = max_length, pack_rows, shard_count
-    layout = choose_layout(examples, batch_size, *how, sample)
+    layout = choose_layout(examples, batch_size, *how)
     make_batch = _batch_maker(examples, batch_size, collate, layout, mine)
     if steps is None and epochs is not None:
         steps = num_steps(len(examples), batch_size, epochs)
@@ -124,9 +123,9 @@ def make_eval_loader(
 ) -> Iterator[Batch]:
     """Yields this host's rows of every example once, in order.
 
-    The last batch is filled up with rows without any segment, which count nothing, so
-    that every batch has the same number of rows; a packed one may have fewer.
-    Arguments as in `make_loader`.
+    All batches have one shape. The last one is filled up with rows without any segment,
+    which count nothing. Arguments as in `make_loader`; examples in `balanced_order`
+    need the fewest packed rows.
     """
     mine = _host_rows(len(examples), batch_size, shard_index, shard_count)
     starts = range(0, len(examples), batch_size)
@@ -138,7 +137,6 @@ def make_eval_loader(
 
 def _batch_maker(examples, batch_size, collate, layout: Layout, mine: slice):
     """A function from the indices of a global batch's examples to this host's rows."""
-    seen: set[tuple[int, int]] = set()
 
     def make_batch(indices: np.ndarray):
         length = length_of(indices, layout)
@@ -146,13 +144,10 @@ def _batch_maker(examples, batch_size, collate, layout: Layout, mine: slice):
             host = mine.start // (mine.stop - mine.start)
             parts = packed_parts(indices, layout)[host]
             batch = assemble(parts, examples)
-            rows = sum(len(part.rows) for part in parts)
         else:
             batch = [examples[i] for i in indices]
             batch += [filler(batch[0])] * (batch_size - len(batch))
             batch = batch[mine]
-            rows = len(batch) * layout.lengths.shape[1]
-        _log_new_shape((rows, length), seen)
         return collate(batch, length)
 
     return make_batch
@@ -178,9 +173,3 @@ def _host_rows(n: int, batch_size: int, index: int, count: int) -> slice:
         raise ValueError(f"shard_index={index} is not in [0, {count})")
     share = batch_size // count
     return slice(index * share, (index + 1) * share)
-
-
-def _log_new_shape(shape: tuple[int, int], seen: set[tuple[int, int]]) -> None:
-    if shape not in seen:
-        seen.add(shape)
-        logger.info("batches of %d rows of length %d: one more compilation", *shape)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jalign.generate.engine import completion_lists, generate
 from jalign.generate.inputs import Tokens, check_prompts, row_keys
@@ -39,20 +38,22 @@ def generate_lists(
     keys = row_keys(key, len(prompts), len(prompts))
     impl = jax.random.key_impl(key)
     size = min(batch_size, len(prompts))
+    # One shape for all parts: one compilation.
+    pad_to = size, max(map(len, prompts))
     completions: list[list[int]] = []
     for start in range(0, len(prompts), size):
-        # The last part repeats prompts up to the same size: one compilation less.
-        rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)
+        rows = slice(start, start + size)
         part = generate(
             model,
             params,
-            [prompts[row] for row in rows],
+            prompts[rows],
             key=jax.random.wrap_key_data(jnp.asarray(keys[rows]), impl=impl),
             max_new_tokens=max_new_tokens,
+            pad_to=pad_to,
             **settings,
         )
         completions += completion_lists(part)
-    return completions[: len(prompts)]
+    return completions
 
 
 def continuations(

@@ -4,7 +4,6 @@ Prompts are padded on the right; a prompt goes through the model once, however m
 completions are asked of it.
 """
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,8 +20,6 @@ from jalign.models import Model
 from jalign.models.attention import platform_of
 from jalign.types import Completion, PyTree
 
-logger = logging.getLogger("jalign.generate")
-
 _GROW_FROM = 64  # new tokens; for fewer, two more loops to compile are not worth it
 
 
@@ -33,6 +30,7 @@ class SamplingParams(NamedTuple):
     top_k: Any  # int32 []
     top_p: Any  # float32 []
     stop_tokens: Any  # int32 [K]
+    asked: Any  # int32 [], rows that count; those behind fill up
 
 
 def generate(
@@ -44,6 +42,7 @@ def generate(
     max_new_tokens: int,
     group_size: int = 1,
     batch_size: int | None = None,
+    pad_to: tuple[int, int] = (1, 1),
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -67,6 +66,8 @@ def generate(
       batch_size: rows decoded at once; a row that stops makes room for the next one.
         None decodes all of them at once. On a mesh that cuts rows, all is best:
         a new row may have to come from another device.
+      pad_to: so many prompts, and tokens of the longest one, are computed with at
+        least, so that calls with fewer or shorter ones share a compilation.
       temperature: divides the logits; 0 means greedy.
       top_k: sample among the k likeliest tokens only; 0 for all.
       top_p: sample among the likeliest tokens that reach this probability only.
@@ -90,17 +91,18 @@ def generate(
     )
     inputs.check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
     inputs.check_prompts(prompts, model.config, max_new_tokens)
-    sharding.give_back_compiler_memory()
-    rows = len(prompts) * group_size
-    total = inputs.padded_rows(len(prompts), model.mesh)
+    asked = len(prompts) * group_size
+    rows = max(pad_to[0] * group_size, asked)
+    total = inputs.padded_rows(rows // group_size, model.mesh)
     seats = min(inputs.padded_rows(batch_size or rows, model.mesh), total * group_size)
-    tokens, lengths = inputs.pad_prompts(prompts, total)
-    keys = inputs.row_keys(key, rows, total * group_size)
+    tokens, lengths = inputs.pad_prompts(prompts, total, pad_to[1])
+    keys = inputs.row_keys(key, asked, total * group_size)
     settings = SamplingParams(
         np.float32(temperature if temperature > 0 else 1.0),
         np.int32(top_k),
         np.float32(top_p),
         np.asarray(stop_tokens, np.int32).reshape(-1),
+        np.int32(asked),
     )
     completion, bad = _generate(
         params,
@@ -119,8 +121,10 @@ def generate(
         raise FloatingPointError(
             "the model's logits are NaN or infinite while sampling, in row(s) "
             f"{', '.join(map(str, bad[:8]))}{' …' if bad.size > 8 else ''} of "
-            f"{rows}: look at the parameters it was given"
+            f"{asked}: look at the parameters it was given"
         )
+    if asked < rows:
+        completion = jax.tree.map(lambda x: x[:asked], completion)
     return completion
 
 
@@ -137,8 +141,17 @@ def completion_lists(completion: Completion) -> list[list[int]]:
     ]
 
 
+def _words(params, batch, settings, *, rows, max_new_tokens, **_) -> str:
+    prompts, length = batch[0].shape
+    return (
+        f"sampling for {prompts} x {length} tokens of prompts, {rows} completions of "
+        f"{max_new_tokens}"
+    )
+
+
 @partial(
-    jax.jit,
+    sharding.announced,
+    words=_words,
     static_argnames=(
         "model",
         "key_impl",
@@ -154,11 +167,6 @@ def _generate(
 ):
     """Tokens [P', W], lengths, key data -> (Completion [rows, N], bad [rows])."""
     tokens, lengths, key_data = batch
-    logger.info(
-        "compiling generate: %d rows, %d at once, prompts up to %d tokens, "
-        "%d new tokens",
-        *(rows, seats, tokens.shape[1], max_new_tokens),
-    )
     params = model.for_decoding(params)
     unembed = model.unembed(params)
     random = _random(jax.random.wrap_key_data(key_data, impl=key_impl), max_new_tokens)
@@ -174,7 +182,7 @@ def _generate(
     first = _first_tokens(
         hidden, unembed, prompt, random[:, 0], seats, choose, model.mesh
     )
-    ignored = jnp.arange(len(random)) >= rows
+    ignored = jnp.arange(len(random)) >= settings.asked
     queue = Queue(
         prompts=prompts,
         prompt=prompt,
@@ -199,7 +207,7 @@ def _generate(
 
 def _chooser(settings: SamplingParams, *, greedy: bool, filtered: bool):
     """The sampler of (logits [S, V], random [S, 2]), with its stop tokens."""
-    temperature, top_k, top_p, stop_tokens = settings
+    temperature, top_k, top_p, stop_tokens, _ = settings
 
     def choose(logits, random):
         if greedy:

@@ -82,14 +82,18 @@ def padded_rows(rows: int, mesh) -> int:
     return -(-rows // ways) * ways
 
 
-def pad_prompts(prompts: Sequence[Tokens], total: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(
+    prompts: Sequence[Tokens], total: int, longest: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompts on the left of int32 [total, P], and lengths int32 [total].
 
-    Filler rows behind them hold one token.
+    P is the bucket of the longest one, or of `longest` if that is more. Filler rows
+    behind them hold one token.
     """
     lengths = np.ones(total, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    tokens = np.zeros((total, bucket_length(int(lengths.max()))), np.int32)
+    width = bucket_length(max(longest, int(lengths.max())))
+    tokens = np.zeros((total, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     return tokens, lengths

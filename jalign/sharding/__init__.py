@@ -4,6 +4,7 @@ The only room that says PartitionSpec or names a mesh axis: others speak of logi
 axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp, tensor.
 """
 
+from jalign.sharding.compiling import announced, batch_words
 from jalign.sharding.host import give_back_compiler_memory
 from jalign.sharding.machines import Machine, machine, topology_devices
 from jalign.sharding.mesh import abstract_mesh, make_mesh, parse_mesh
@@ -31,9 +32,11 @@ __all__ = [
     "Machine",
     "abstract_mesh",
     "agree",
+    "announced",
     "barrier",
     "batch_parts",
     "batch_sharding",
+    "batch_words",
     "constrain",
     "gather",
     "give_back_compiler_memory",

@@ -15,7 +15,8 @@ from jalign.pretrained import Opened, load_pretrained
 from jalign.train import forward
 from jalign.train.inputs import reward_inputs
 from jalign.train.online_config import OnlineConfig, SampleConfig
-from jalign.train.rollout import Actors
+from jalign.train.rollout import Actors, in_groups
+from jalign.train.shapes import Shapes, longest_shapes
 from jalign.types import PyTree, TokenBatch
 
 GOLD = "--eval-reward"  # no term of a --reward is called so
@@ -156,25 +157,45 @@ def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
     return shared
 
 
-def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Actors:
+def make_actors(
+    cast: Cast,
+    config: OnlineConfig,
+    shapes: Shapes | None = None,
+    *,
+    group_size: int = 1,
+    held_out: int = 0,
+) -> Actors:
     """The compiled functions of a run, from host arrays to host arrays.
 
     Args:
       cast: who plays; without a critic there is no critic's function.
       config: the run's; it says whether there is a reference.
+      shapes: of the run; None takes the longest that the config lets in.
       group_size: completions of each prompt.
+      held_out: number of prompts, where they are for held-out ones.
     """
+    shapes = shapes or longest_shapes(config)
     sampling, policy, mesh = config.options.sampling, cast.policy, cast.policy.mesh
     rows = config.completions // config.options.num_minibatches
     stops = stop_tokens(cast, sampling)
 
     def sample(params, prompts, key):
+        *shorter, length = shapes.prompt_lengths
+        size, pad_to = group_size, (min(config.completions, held_out), length)
+        if shorter and not held_out and max(map(len, prompts)) <= shorter[0]:
+            pad_to = (1, shorter[0])
+        elif shorter:
+            # One shape for rollouts with a rare long prompt and for held-out ones: all
+            # rows by themselves, which changes no draw.
+            prompts, size = in_groups(prompts, group_size), 1
+            pad_to = (config.completions, length)
         completion = generate.generate(
             policy,
             params,
             prompts,
             key=key,
-            group_size=group_size,
+            group_size=size,
+            pad_to=pad_to,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -202,17 +223,24 @@ def make_actors(cast: Cast, config: OnlineConfig, *, group_size: int = 1) -> Act
         reward=cast.reward,
         tokenizer=cast.tokenizer,
         stop_tokens=stops,
-        max_length=config.max_length,
+        row_lengths=shapes.row_lengths,
         reward_weights=cast.reward_weights,
         group_size=group_size,
     )
 
 
 # At module level, so that a second run in one process compiles nothing anew.
-_static = {"static_argnums": 0, "static_argnames": "temperature"}
-_logps = jax.jit(forward.token_logps, **_static)
-_logps_and_values = jax.jit(forward.logps_and_values, **_static)
-_values = jax.jit(forward.token_values, static_argnums=0)
+def _pass(function: Callable[..., Any], whose: str) -> Callable[..., Any]:
+    def words(model, params, batch, **_):
+        return sharding.batch_words(f"the {whose} pass", batch)
+
+    static = "temperature" if function is not forward.token_values else None
+    return sharding.announced(function, words, static_argnums=0, static_argnames=static)
+
+
+_logps = _pass(forward.token_logps, "reference's")
+_logps_and_values = _pass(forward.logps_and_values, "policy's")
+_values = _pass(forward.token_values, "critic's")
 
 
 def stop_tokens(cast: Cast, sampling: SampleConfig) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from jalign.train.updates import (
     first_state,
     loop_metrics,
     make_trainer,
+    minibatches,
     num_updates,
     rollout_prompts,
     take_updates,
@@ -128,7 +129,8 @@ def iterate(
     sampled = time.perf_counter()
     metrics = group_metrics(scored, scores, grpo.group_size)
     how: dict[str, Any] = {"learner": learner, "config": config, "mesh": mesh}
-    policy, more = update(state, rollout, kl=metrics.get(ROLLOUT_KL), **how)
+    how |= {"row_lengths": actors.row_lengths, "kl": metrics.get(ROLLOUT_KL)}
+    policy, more = update(state, rollout, **how)
     metrics = more | metrics
     metrics |= loop_metrics(rollout, config, number, began, sampled)
     return GRPOState(policy, number + 1), metrics
@@ -141,9 +143,12 @@ def update(
     learner: Learner,
     config: GRPOConfig,
     mesh: Mesh | None,
+    row_lengths: Sequence[int] = (),
     kl: float | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
+
+    With stop_kl they end where the policy is beyond it; kl is where it began.
 
     Returns: the policy's state, and the metrics' means over the updates.
     """
@@ -154,7 +159,8 @@ def update(
         policy, metrics = learner["policy"].step(policy, local_rows(part, mesh))
         return metrics
 
-    rows = take_updates(one, rollout, config, state.iteration, kl)
+    parts = minibatches(rollout, config, state.iteration, row_lengths)
+    rows = take_updates(one, parts, kl=kl, stop_kl=config.stop_kl)
     return policy, update_metrics(rows)
 
 

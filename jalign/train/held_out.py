@@ -11,6 +11,7 @@ from jalign import data, evaluate, report, sharding
 from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
 from jalign.settings import as_text
+from jalign.train.batches import measured_batches
 from jalign.train.evaluations import Evaluations
 from jalign.train.run_config import RunConfig
 
@@ -43,15 +44,8 @@ def measure(
     """
     if not examples:
         return {}
-    index, count = sharding.process_slice(model.mesh)
-    batches = data.make_eval_loader(
-        examples,
-        batch_size=batch_size,
-        collate=collate,
-        max_length=max_length,
-        shard_index=index,
-        shard_count=count,
-    )
+    how = {"collate": collate, "batch_size": batch_size, "max_length": max_length}
+    _, batches = measured_batches(model.mesh, examples, **how)
     return fn(model, params, batches)
 
 

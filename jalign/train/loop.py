@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jalign import sharding
@@ -170,7 +168,7 @@ def fit(
     Returns: the last state.
     Raises: Preempted after a SIGTERM or SIGINT, once the state is saved; Diverged.
     """
-    step, shapes = int(state.step), set()
+    step = int(state.step)
     guard, stop = guard or SkipGuard(), stop or StopSignal()
     saved = step
     if checkpointer is not None and evaluations is not None:
@@ -208,7 +206,6 @@ def fit(
                     save()
                     raise_preempted(step, checkpointer)
                 batch = next(source)
-                _log_new_shape(batch, shapes)
                 state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
                 step += 1
                 guard.check(writer.log(step, metrics))
@@ -238,13 +235,3 @@ def raise_preempted(step: int, checkpointer: Checkpointer | None) -> None:
         f"stopped at step {step}, saved in {checkpointer.directory}; the same command "
         "continues from there"
     )
-
-
-def _log_new_shape(batch, shapes: set) -> None:
-    """Says when a step will be compiled: each length bucket is, once."""
-    shape = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
-    if shape not in shapes:
-        shapes.add(shape)
-        _log.info(
-            "compiling the step for batches of %s", " x ".join(map(str, shape[0]))
-        )

@@ -34,6 +34,7 @@ from jalign.train.run import (
     open_run,
     restore_state,
 )
+from jalign.train.shapes import choose_shapes
 from jalign.train.step import abstract_state
 from jalign.train.updates import Learner
 
@@ -132,9 +133,9 @@ def _run(config: OnlineConfig, method: Method, callbacks: Callbacks) -> dict[str
         inputs |= cast.inputs
         shown = examples_digest(held_out) + cast.gold_digest
         run = identify(run, inputs, shown, reschedule=config.reschedule)
-        actors, judges = (
-            make_actors(cast, config, group_size=n) for n in (config.group_size, 1)
-        )
+        shapes = choose_shapes(prompts, held_out, config)
+        actors = make_actors(cast, config, shapes, group_size=config.group_size)
+        judges = make_actors(cast, config, shapes, held_out=len(held_out))
         judges = with_gold(judges, cast.gold)
         evaluations = Evaluations(
             lambda params: evaluate_prompts(judges, params, held_out, config),

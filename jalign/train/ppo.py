@@ -35,6 +35,7 @@ from jalign.train.updates import (
     first_state,
     loop_metrics,
     make_trainer,
+    minibatches,
     num_updates,
     rollout_prompts,
     take_updates,
@@ -90,10 +91,11 @@ def _learner(
         value_coef=ppo.critic.value_coef or 0.1,
         value_clip_eps=ppo.critic.value_clip_eps,
     )
-    how = {"updates": updates, "microbatches": microbatches}
+    how: dict[str, Any] = {"updates": updates, "microbatches": microbatches}
     learner = {"policy": make_trainer(policy_objective, policy, optim, **how)}
     if critic is not None:
         objective = make_value_objective(critic, clip_eps=ppo.critic.value_clip_eps)
+        how |= {"name": "the critic's training step"}
         learner["critic"] = make_trainer(objective, critic, critic_optim, **how)
     return learner
 
@@ -151,7 +153,8 @@ def iterate(
     sampled = time.perf_counter()
     metrics = rollout_metrics(scored, scores, kl_coef=state.kl_coef)
     how: dict[str, Any] = {"learner": learner, "config": config, "mesh": mesh}
-    policy, critic, more = update(state, rollout, kl=metrics[ROLLOUT_KL], **how)
+    how |= {"row_lengths": actors.row_lengths, "kl": metrics[ROLLOUT_KL]}
+    policy, critic, more = update(state, rollout, **how)
     metrics = more | metrics
     metrics |= loop_metrics(rollout, config, number, began, sampled)
     kl_coef = next_kl_coef(state.kl_coef, metrics[ROLLOUT_KL], config)
@@ -180,9 +183,12 @@ def update(
     learner: Learner,
     config: PPOConfig,
     mesh: Mesh | None,
+    row_lengths: Sequence[int] = (),
     kl: float | None = None,
 ) -> tuple[TrainState, TrainState | None, dict[str, float]]:
     """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
+
+    With stop_kl they end where the policy is beyond it; kl is where it began.
 
     Returns: policy and critic states, and the metrics' means over the updates.
     """
@@ -199,7 +205,8 @@ def update(
             metrics
         )
 
-    rows = take_updates(one, rollout, config, state.iteration, kl)
+    parts = minibatches(rollout, config, state.iteration, row_lengths)
+    rows = take_updates(one, parts, kl=kl, stop_kl=config.stop_kl)
     return policy, critic, update_metrics(rows)
 
 

@@ -1,5 +1,6 @@
 """Reference log-probabilities, computed once before DPO and kept in OUT."""
 
+import functools
 import json
 import logging
 import os
@@ -13,7 +14,8 @@ import numpy as np
 from jalign import data, sharding
 from jalign.data import PreferenceExample
 from jalign.models import Model
-from jalign.train.forward import make_reference_fn
+from jalign.train import forward
+from jalign.train.batches import measured_batches
 from jalign.train.inputs import examples_digest, params_digest
 
 PyTree = Any
@@ -47,12 +49,12 @@ def reference_examples(
     logps = _read(cache, mark) if cache else None
     if logps is None:
         _log.info("reference log-probs of %d pairs", sum(map(len, sets.values())))
-        logps = {
-            name: reference_logps(
-                model, params, pairs, batch_size=batch_size, max_length=max_length
-            )
-            for name, pairs in sets.items()
-        }
+        # All sets at once, so that their batches have one shape.
+        pairs = [pair for found in sets.values() for pair in found]
+        how = {"batch_size": batch_size, "max_length": max_length}
+        ends = np.cumsum([len(found) for found in sets.values()])
+        both = np.split(reference_logps(model, params, pairs, **how), ends[:-1])
+        logps = dict(zip(sets, both, strict=True))
         if cache:
             _write(cache, mark, logps)
     return {
@@ -73,26 +75,28 @@ def reference_logps(
     max_length: int,
 ) -> np.ndarray:
     """float32 [len(pairs), 2], nats: log p of chosen and rejected completion."""
-    index, count = sharding.process_slice(model.mesh)
-    # By length, so that few rows are padded far; the order is undone below.
-    order = sorted(range(len(pairs)), key=lambda i: data.example_length(pairs[i]))
-    batches = data.make_eval_loader(
-        [pairs[i] for i in order],
-        batch_size=batch_size,
-        collate=data.collate_preferences,
-        max_length=max_length,
-        shard_index=index,
-        shard_count=count,
-    )
-    reference = make_reference_fn(model)
-    found = [
-        sharding.gather(reference(params, sharding.put_batch(batch, model.mesh)))
-        for batch in batches
-    ]
+    how = {"batch_size": batch_size, "max_length": max_length}
+    collate = data.collate_preferences
+    order, batches = measured_batches(model.mesh, pairs, collate=collate, **how)
     result = np.empty((len(pairs), 2), np.float32)
-    # Of each batch (chosen, rejected), both [batch_size, 1].
-    result[order] = np.concatenate([np.hstack(both) for both in found])[: len(pairs)]
+    found = []
+    for batch in batches:
+        placed = sharding.put_batch(batch, model.mesh)
+        *both, valid = sharding.gather(_reference_pass(params, placed, model=model))
+        found.append(np.stack(both, axis=-1)[valid])  # [B, P, 2] without its filler
+    result[order] = np.concatenate(found)
     return result
+
+
+def _words(params, batch, *, model) -> str:
+    return sharding.batch_words("the reference's pass", batch)
+
+
+@functools.partial(sharding.announced, words=_words, static_argnames="model")
+def _reference_pass(params, batch, *, model):
+    """(chosen, rejected) float32 [B, P], nats, and which are no filler, bool [B, P]."""
+    logps = forward.pair_logps(model, params, batch)
+    return *logps, forward.valid_pairs(batch)
 
 
 def _mark(params: PyTree, sets: Mapping[str, Sequence[PreferenceExample]]) -> str:

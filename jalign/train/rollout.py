@@ -38,7 +38,8 @@ class Actors(NamedTuple):
         number.
       tokenizer: the policy's.
       stop_tokens: ids that end a completion.
-      max_length: no row is longer.
+      row_lengths: padded lengths of rows; all of a rollout have the last one, and
+        those of a step the first that holds them.
       reward_weights: name -> weight of each of the K rewards, in their order.
       group_size: completions of each prompt.
     """
@@ -50,7 +51,7 @@ class Actors(NamedTuple):
     reward: RewardFn
     tokenizer: Any
     stop_tokens: tuple[int, ...]
-    max_length: int
+    row_lengths: tuple[int, ...]
     reward_weights: Mapping[str, float] = {"reward": 1.0}
     group_size: int = 1
 
@@ -134,8 +135,7 @@ def sample_and_score(
     completion = actors.sample(policy_params, prompts, key)
     examples = in_groups(examples, actors.group_size)
     prompts = in_groups(prompts, actors.group_size)
-    longest = max(map(len, prompts)) + completion.tokens.shape[1]
-    batch = join(prompts, completion, data.bucket_length(longest, actors.max_length))
+    batch = join(prompts, completion, actors.row_lengths[-1])
     rows = zip(completion.tokens, completion.mask, strict=True)
     ids = [tokens[mask].tolist() for tokens, mask in rows]
     known = actors.tokenizer, actors.stop_tokens

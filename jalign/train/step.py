@@ -78,6 +78,7 @@ def make_train_step(
     microbatches: int = 1,
     state_shardings: PyTree | None = None,
     schedule: optax.Schedule | None = None,
+    name: str = "the training step",
 ) -> TrainStep:
     """A jitted step(state, batch) -> (state, metrics), donating the state.
 
@@ -94,6 +95,7 @@ def make_train_step(
       state_shardings: TrainState of shardings to pin the new state to (None: jax's
         choice). `sharding.state_shardings(mesh, state)` makes it.
       schedule: reports `learning_rate` if given.
+      name: what it is called where its compilation is logged.
 
     Returns: step; its metrics are float32 []: loss, grad_norm (before clipping),
       skipped, num_tokens, learning_rate, and the objective's own as sum / count.
@@ -120,10 +122,14 @@ def make_train_step(
             step=state.step + 1, params=params, opt_state=opt_state
         ), metrics
 
-    sharding.give_back_compiler_memory()
-    if state_shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if state_shardings is not None:
+        options["out_shardings"] = (state_shardings, None)
+
+    def words(state, batch):
+        return sharding.batch_words(name, batch)
+
+    return sharding.announced(step, words, **options)
 
 
 def guarded_update(

@@ -1,7 +1,7 @@
 """What the updates of PPO and GRPO share: steps, minibatches, and their metrics."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jalign.train.online_config import OnlineConfig
 from jalign.train.optim import OptimConfig, make_optimizer
 from jalign.train.policy_objectives import UPDATE_KL
 from jalign.train.rollout import ROLLOUT_KL
+from jalign.train.shapes import cut
 from jalign.train.step import TrainStep, abstract_state, init_state, make_train_step
 from jalign.types import PyTree, Rollout, TrainState
 
@@ -43,10 +44,11 @@ def make_trainer(
     *,
     updates: int,
     microbatches: int,
+    name: str = "the training step",
 ) -> Trainer:
     """The optimizer and the compiled step of a model; the schedule runs over `updates`.
 
-    The new state is pinned to the layout of the old one.
+    The new state is pinned to the layout of the old one. `name` is the step's.
     """
     tx, schedule = make_optimizer(optim, updates)
     shapes = abstract_state(model.param_shapes(), tx, mesh=model.mesh)
@@ -59,6 +61,7 @@ def make_trainer(
         microbatches=microbatches,
         state_shardings=shardings,
         schedule=schedule,
+        name=name,
     )
     return Trainer(step, tx)
 
@@ -93,14 +96,19 @@ def rollout_prompts(
 
 
 def minibatches(
-    rollout: Rollout, config: OnlineConfig, iteration: int
+    rollout: Rollout,
+    config: OnlineConfig,
+    iteration: int,
+    row_lengths: Sequence[int] = (),
 ) -> Iterator[Rollout]:
-    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled."""
+    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled, each
+    cut to the first of the row lengths that holds it."""
+    lengths = row_lengths or rollout.tokens.shape[1:]
     for epoch in range(config.options.num_epochs):
         random = np.random.default_rng([config.seed, iteration, epoch])
         order = random.permutation(config.completions)
         for part in np.split(order, config.options.num_minibatches):
-            yield jax.tree.map(lambda x, part=part: x[part], rollout)
+            yield cut(jax.tree.map(lambda x, part=part: x[part], rollout), lengths)
 
 
 def beyond_stop_kl(config: OnlineConfig, metrics: Mapping[str, Any]) -> str | None:
@@ -113,28 +121,29 @@ def beyond_stop_kl(config: OnlineConfig, metrics: Mapping[str, Any]) -> str | No
 
 def take_updates(
     update: Callable[[Rollout], Mapping[str, Any]],
-    rollout: Rollout,
-    config: OnlineConfig,
-    iteration: int,
-    kl: float | None,
+    parts: Iterable[Rollout],
+    *,
+    kl: float | None = None,
+    stop_kl: float | None = None,
 ) -> list[Mapping[str, Any]]:
     """Updates on the minibatches of a rollout, up to stop_kl where there is one.
 
     Args:
       update: takes a minibatch, gives its metrics; UPDATE_KL among them is the KL from
         the reference, nats a completion, before the update.
-      rollout, config, iteration: as in minibatches.
+      parts: of minibatches.
       kl: the rollout's own, of the policy that sampled it; None without a reference.
+      stop_kl: nats; None takes all updates.
 
     Returns: the metrics of each update, on the host; none where kl is beyond.
     """
-    limit, rows = config.stop_kl, []
-    if limit is not None and kl is not None and kl > limit:
+    rows: list[Mapping[str, Any]] = []
+    if stop_kl is not None and kl is not None and kl > stop_kl:
         return rows
-    for part in minibatches(rollout, config, iteration):
+    for part in parts:
         rows.append(update(part))
         # Without a limit the host does not wait for the device in between.
-        if limit is not None and float(rows[-1][UPDATE_KL]) > limit:
+        if stop_kl is not None and float(rows[-1][UPDATE_KL]) > stop_kl:
             break
     return jax.device_get(rows)
 

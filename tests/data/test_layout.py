@@ -4,15 +4,24 @@ import numpy as np
 import pytest
 
 from jalign.data.examples import PreferenceExample
-from jalign.data.layout import Part, assemble, choose_layout, length_of, packed_parts
-from jalign.data.packing import pack
+from jalign.data.layout import (
+    Part,
+    _holds_all,
+    assemble,
+    balanced_order,
+    choose_layout,
+    choose_sizes,
+    length_of,
+    packed_parts,
+)
+from jalign.data.packing import fill_rows, pack
 from tests.data.test_batching import example
 
 SAMPLES = [np.arange(i, i + 16) for i in range(0, 64, 16)]
 
 
 def layout(examples, **options):
-    defaults = {"max_length": 256, "pack_rows": 1, "hosts": 1, "sample": SAMPLES}
+    defaults = {"max_length": 256, "pack_rows": 1, "hosts": 1}
     return choose_layout(examples, 16, **{**defaults, **options})
 
 
@@ -41,10 +50,16 @@ def pairs(n=64):
     return [PreferenceExample(*pair) for pair in sides]
 
 
+def packed_layout(items, **options):
+    """In rows of 256 tokens, of the one number that holds any examples."""
+    found = layout(items, **options)._replace(row_length=256, limit=256)
+    return found._replace(sizes=(_holds_all(found),))
+
+
 @pytest.mark.parametrize("items", [examples(1, 2, 250), pairs()], ids=["rows", "pairs"])
 @pytest.mark.parametrize("hosts, pieces", [(1, 1), (2, 2), (4, 8), (1, 3)])
 def test_every_side_of_a_batch_has_one_place(items, hosts, pieces):
-    found = layout(items, hosts=hosts, pack_rows=pieces)._replace(row_length=256)
+    found = packed_layout(items, hosts=hosts, pack_rows=pieces)
     sides = found.lengths.shape[1]
     for indices in SAMPLES:
         shares = packed_parts(indices, found)
@@ -74,12 +89,44 @@ def test_a_place_without_an_example_is_filler():
     assert rows == [[documents[1]], [documents[3]]]
 
 
-def test_few_numbers_of_rows_occur():
-    many = examples(0, 2, 250, n=300)
+@pytest.mark.parametrize("pack_rows", [0, 1, 4])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_two_shapes_hold_whatever_comes(sides, pack_rows):
+    """Mostly short ones, and the longest of all together."""
+    items = examples(0, 2, 60, 280) + examples(4, 200, 250, 20)
+    if sides == 2:
+        items = [PreferenceExample(x, x) for x in items]
     rng = np.random.default_rng(1)
-    batches = [rng.permutation(300)[:64] for _ in range(40)]
-    found = choose_layout(
-        many, 64, max_length=256, pack_rows=1, hosts=1, sample=batches
-    )
-    assert found.row_length
-    assert len({len(packed_parts(b, found)[0][0].rows) for b in batches}) <= 8
+    batches = [rng.permutation(300)[:16] for _ in range(60)]
+    found = layout(items, pack_rows=pack_rows)
+    assert bool(found.row_length) == bool(pack_rows) and len(found.sizes) == 2
+    batches.append(np.arange(284, 300))
+    if pack_rows:
+        parts = [packed_parts(indices, found)[0] for indices in batches]
+        shapes = [sum(len(part.rows) for part in several) for several in parts]
+    else:
+        shapes = [length_of(indices, found) for indices in batches]
+    assert len(set(shapes)) == 2 and shapes[-1] == max(shapes)
+    assert np.mean(shapes) < 0.85 * max(shapes)
+
+
+def test_one_shape_where_a_second_saves_little_or_all_batches_are_known():
+    assert choose_sizes([2, 2, 8, 10], 10, float) == (2, 10)
+    assert choose_sizes([9, 9, 9, 10], 10, float) == (9, 10)
+    assert choose_sizes([96, 99, 100], 100, float) == (100,)
+    known = [np.arange(16), np.arange(16, 24)]
+    (size,) = layout(pairs(), batches=known, pack_rows=0).sizes
+    assert size == 256
+    found = layout(pairs(), batches=known)
+    most = max(len(fill_rows(found.lengths[b].ravel(), 256)) for b in known)
+    assert found.row_length == 256 and found.sizes == (most,) and most < 32
+
+
+def test_balanced_batches_need_equally_many_rows():
+    items = pairs(66)
+    order = balanced_order(items, 8)
+    np.testing.assert_array_equal(np.sort(order), np.arange(66))
+    sums = layout(items).lengths.sum(axis=1)
+    lots = [sums[order[start : start + 8]].sum() for start in range(0, 64, 8)]
+    plain = [sums[start : start + 8].sum() for start in range(0, 64, 8)]
+    assert np.ptp(lots) < 0.5 * np.ptp(plain)

@@ -156,7 +156,7 @@ def test_uniform_logits_give_uniform_tokens(params):
 
 
 def test_only_shapes_and_kinds_of_sampling_compile(model, params, caplog):
-    caplog.set_level(logging.INFO, "jalign.generate")
+    caplog.set_level(logging.INFO, "jalign")
     new = HistoryModel(max_position=63)  # nothing else has compiled for this one
     for how in (
         dict(temperature=0.7),
@@ -168,6 +168,19 @@ def test_only_shapes_and_kinds_of_sampling_compile(model, params, caplog):
         sample(new, params, **how)
     compiled = [r for r in caplog.records if "compiling" in r.message]
     assert len(compiled) == 2  # plain and filtered
+
+
+def test_padding_to_more_and_longer_prompts_changes_nothing(model, params, caplog):
+    plain = sample(model, params, group_size=2, stop_tokens=[7])
+    caplog.set_level(logging.INFO, "jalign")
+    new = HistoryModel(max_position=62)
+    for prompts in (PROMPTS, PROMPTS[:2]):
+        how = dict(group_size=2, stop_tokens=[7], pad_to=(5, 20))
+        padded = sample(new, params, prompts, **how)
+        rows = 2 * len(prompts)
+        assert len(padded.tokens) == rows
+        assert_same(padded, type(plain)(*(x[:rows] for x in plain)))
+    assert sum("compiling" in r.message for r in caplog.records) == 1
 
 
 @pytest.mark.parametrize("mesh", [dict(), dict(data=2, fsdp=2, tensor=2)])

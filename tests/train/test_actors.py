@@ -5,9 +5,17 @@ import numpy as np
 import pytest
 
 from jalign import models, sharding
-from jalign.train.actors import in_pieces, load_cast, stop_tokens
+from jalign.train.actors import in_pieces, load_cast, make_actors, stop_tokens
 from jalign.train.online_config import SampleConfig
-from tests.train.ppo_world import STOP, make_cast, make_config, write_world
+from jalign.train.shapes import Shapes
+from tests.train.grpo_world import make_group_cast, make_grpo_config
+from tests.train.ppo_world import (
+    STOP,
+    make_cast,
+    make_config,
+    make_prompts,
+    write_world,
+)
 
 
 @pytest.mark.parametrize("mesh_size", [None, 4])
@@ -19,6 +27,21 @@ def test_pieces_together_are_the_whole(mesh_size, rows):
     twice, sums = in_pieces(double, batch, rows=rows, mesh=mesh)
     np.testing.assert_array_equal(twice, 2 * batch["x"])
     np.testing.assert_array_equal(sums, batch["x"].sum(axis=1))
+
+
+def test_a_group_has_the_same_draws_in_either_shape():
+    """A rollout with a longer prompt than most is sampled in the evaluation's shape."""
+    cast, config = make_group_cast(), make_grpo_config()
+    prompts = [p.tokens.tolist()[:3] for p in make_prompts(4)]
+    found = []
+    for lengths in ((16,), (2, 16)):
+        shapes = Shapes(lengths, (32,))
+        actors = make_actors(cast, config, shapes, group_size=4)
+        key = jax.random.key(3)
+        found.append(actors.sample(cast.policy_params, prompts, key))
+    for one, other in zip(*found, strict=True):
+        assert len(one) == 16
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_stop_tokens_are_the_models_own_or_the_users():

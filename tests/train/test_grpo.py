@@ -199,7 +199,7 @@ def test_padding_changes_nothing():
         made = actors.sample(*args)
         return type(made)(*(np.pad(x, ((0, 0), (0, 16))) for x in made))
 
-    parts["actors"] = actors._replace(sample=wide, max_length=64)
+    parts["actors"] = actors._replace(sample=wide, row_lengths=(64,))
     state, metrics = iterate(state, make_prompts(), **parts)
     assert_close(state.policy.params, plain()[0])
     assert metrics["num_tokens"] == plain()[1]["num_tokens"]

@@ -8,11 +8,15 @@ from tests.train import tiny
 def test_every_example_is_measured_once():
     def count(model, params, batches):
         del model, params
-        return {"rows": sum(int((b.segment_ids[:, 0] > 0).sum()) for b in batches)}
+        shapes, starts = set(), 0
+        for batch in batches:
+            shapes.add(batch.tokens.shape)
+            starts += int(((batch.segment_ids > 0) & (batch.positions == 0)).sum())
+        return {"examples": starts, "shapes": len(shapes)}
 
     how = dict(batch_size=4, collate=data.collate_tokens, max_length=16)
     found = held_out.measure(count, tiny.model(), {}, tiny.examples(7), **how)
-    assert found == {"rows": 7}
+    assert found == {"examples": 7, "shapes": 1}
     assert held_out.measure(count, tiny.model(), {}, None, **how) == {}
 
 

@@ -204,7 +204,7 @@ def test_sample_and_score_hands_on_texts_rows_and_the_samplers_logps(key):
         reward=reward,
         tokenizer=WordTokenizer(),
         stop_tokens=(2,),
-        max_length=16,
+        row_lengths=(16,),
     )
     scored = sample_and_score(actors, "params", prompts, key)
     texts, rows = [p.text for p in prompts], [p.row for p in prompts]
@@ -239,7 +239,7 @@ def test_the_completions_of_a_prompt_lie_behind_each_other(key):
         reward=reward,
         tokenizer=WordTokenizer(),
         stop_tokens=(2,),
-        max_length=16,
+        row_lengths=(16,),
         reward_weights={"a": 1.0, "b": -0.5},
         group_size=2,
     )

@@ -1,0 +1,80 @@
+"""The few shapes of an online run, known before its first rollout."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jalign import data
+from jalign.data.layout import choose_sizes, sample_batches
+from jalign.generate.inputs import bucket_length
+from jalign.train.online_config import OnlineConfig
+from jalign.types import Rollout
+
+
+class Shapes(NamedTuple):
+    """How long prompts and rows are, whichever of the prompts are drawn.
+
+    Both are ascending, of one length or two; the last one holds all.
+
+    Attributes:
+      prompt_lengths: tokens that prompts are padded to, to sample.
+      row_lengths: of prompt and completion. Passes take the last one, and a training
+        step the first one that holds its rows.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    row_lengths: tuple[int, ...]
+
+
+def longest_shapes(config: OnlineConfig) -> Shapes:
+    """For any prompts that the config lets in."""
+    new = config.options.sampling.max_new_tokens
+    return Shapes((config.max_length - new,), (config.max_length,))
+
+
+def choose_shapes(
+    prompts: Sequence[data.PromptExample],
+    held_out: Sequence[data.PromptExample],
+    config: OnlineConfig,
+) -> Shapes:
+    """For these prompts; the shorter lengths are those that save most work.
+
+    They are chosen as if no completion stopped early.
+    """
+    new, rows = config.options.sampling.max_new_tokens, config.completions
+    lengths = np.array([len(p.tokens) for p in prompts])
+    drawn = lengths[sample_batches(len(prompts), config.batch_size)].max(axis=1)
+    longest = max(len(p.tokens) for p in [*prompts, *held_out])
+
+    def row_length(prompt_length: int) -> int:
+        return data.bucket_length(prompt_length + new, config.max_length)
+
+    def sampled(number: int, length: int) -> float:
+        """Tokens that go through the model for so many prompts."""
+        return float(number * length + rows * new)
+
+    def sampling(length: int) -> float:
+        return sampled(rows if length == widest else config.batch_size, length)
+
+    widest = bucket_length(longest)
+    alone = sampled(config.batch_size, widest)
+    needs = [bucket_length(int(n)) for n in drawn]
+    return Shapes(
+        choose_sizes(needs, widest, sampling, alone),
+        choose_sizes([row_length(int(n)) for n in drawn], row_length(longest), float),
+    )
+
+
+def cut(rollout: Rollout, row_lengths: Sequence[int]) -> Rollout:
+    """Without the last columns, as many as none of its rows needs.
+
+    Args:
+      rollout: host arrays [B, T].
+      row_lengths: ascending, the last one T.
+    """
+    used = np.asarray(rollout.segment_ids > 0).any(axis=0)
+    longest = int(np.flatnonzero(used).max(initial=0)) + 1
+    length = next(n for n in row_lengths if n >= longest)
+    return jax.tree.map(lambda x: x[:, :length], rollout)
