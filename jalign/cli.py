@@ -7,6 +7,7 @@ turned into flags that stand before the user's own, so that the user's win.
 import contextlib
 import dataclasses
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -160,11 +161,20 @@ def start_jax(launch: Launch) -> None:
     setup_logging(quiet=not sharding.is_main_process())
 
 
+class _RedWarnings(logging.Formatter):
+    """Messages as they are; on a terminal what is wrong is red."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        red = record.levelno >= logging.WARNING and sys.stderr.isatty()
+        return f"\x1b[31m{text}\x1b[0m" if red else text
+
+
 def setup_logging(quiet: bool) -> None:
     """One line a message on stderr; processes other than 0 only warn."""
-    import logging
-
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_RedWarnings("%(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("jalign").setLevel(logging.WARNING if quiet else logging.INFO)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 
-from jalign import data, evaluate, report, train
-from jalign.demo import task
+from jalign import data, evaluate, train
+from jalign.demo import page, task
 from jalign.pretrained import Pretrained, load_pretrained
 from jalign.train.ppo_config import CriticConfig, KLConfig, ScoreOptions
 
@@ -36,15 +36,10 @@ FOLDERS = {
 }
 # On a CPU reading activations back costs more than computing them twice.
 COMPUTE = train.ComputeOptions(remat=True)
-PPO_DECAY = {"schedule": "linear", "end_fraction": 0.5, "eps": 1e-5}
-REPLIES, SHOWN = 2, 6  # to each held-out prompt; prompts that the report shows
-NOTE = (
-    "A LLaMA of 0.8M parameters learns to answer, then what to prefer: replies that "
-    "are about the person and the thing of the prompt and end well. Little more than "
-    "half the demonstrations are such. PPO follows the trained reward model, DPO the "
-    "same preference pairs; the shares below come from neither, but from the rule that "
-    "made the data, on held-out prompts at temperature 1."
-)
+# With b2 of 0.999 one large gradient moves the policy by three learning rates, with 0.95
+# by less than half of one: with some seeds it was thrown 10 nats away otherwise.
+PPO_RATES = {"end_fraction": 0.5, "b2": 0.95, "eps": 1e-5}
+REPLIES = 2  # to each held-out prompt
 
 
 @dataclass(frozen=True)
@@ -54,11 +49,15 @@ class DemoConfig:
     out: str = "runs/demo"
     """Directory for sft/, reward/, ppo/, dpo/, table.json and report.html."""
     seed: int = 0
+    """Of the order of the rows, the fresh heads and the sampling."""
     sft_steps: int = 160
-    reward_steps: int = 240
-    ppo_steps: int = 44
+    """Of supervised fine-tuning."""
+    reward_steps: int = 360
+    """Of the reward model."""
+    ppo_steps: int = 64
     """Iterations: 64 completions and the updates on them."""
     dpo_steps: int = 240
+    """Of direct preference optimization."""
     eval_prompts: int = 256
     """Held-out prompts that every model answers twice; at most 256."""
 
@@ -71,7 +70,7 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> str:
     """Runs the demo; returns the table for the terminal."""
-    table = format_table(run_stages(config))
+    table = page.format_table(run_stages(config))
     return f"{table}\n\nreport: {Path(config.out) / 'report.html'}"
 
 
@@ -86,10 +85,14 @@ def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
     out, configs = Path(config.out), stage_configs(config)
     seconds: dict[str, float] = {}
     accuracy: dict[str, float] = {}
+    kept: dict[str, int] = {}
     for number, (name, (function, stage)) in enumerate(configs.items(), 1):
         _log.info("%d/%d %s", number, len(configs) + 1, name)
         start = time.perf_counter()
-        accuracy[name] = function(stage).get("eval_accuracy")
+        summary = function(stage)
+        accuracy[name] = summary.get("eval_accuracy")
+        if "kept_step" in summary:
+            kept[name] = summary["kept_step"]
         seconds[name] = time.perf_counter() - start
     _log.info("%d/%d judging", len(configs) + 1, len(configs) + 1)
     start = time.perf_counter()
@@ -99,7 +102,19 @@ def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
         row["seconds"] = seconds.get(row["model"])
     seconds["judging"] = time.perf_counter() - start
     (out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    write_page(config, out, rows, replies, seconds)
+    page.write_page(
+        out,
+        rows,
+        prompts=held_out_prompts(config.eval_prompts),
+        replies=replies,
+        folders={name: folder for name, folder in FOLDERS.items() if folder},
+        kept=kept,
+        seconds=seconds,
+        config=dataclasses.asdict(config)
+        | {name: dataclasses.asdict(stage) for name, (_, stage) in configs.items()},
+    )
+    for name in page.worse(rows):
+        _log.warning("%s ended worse than what it was made from", name)
     return rows
 
 
@@ -120,9 +135,9 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             "optim": optim,
         }
 
-    def watched(steps: int, metric: str) -> dict[str, Any]:
-        """Four measurements of a stage; the best one is kept, by held-out rows."""
-        return {"steps": steps, "eval_every": -(-steps // 4), "keep_best": metric}
+    def watched(steps: int, metric: str, times: int = 4) -> dict[str, Any]:
+        """So many measurements of a stage; the best one is kept, by held-out rows."""
+        return {"steps": steps, "eval_every": -(-steps // times), "keep_best": metric}
 
     pairs = partial(common, files="preferences", schedule="cosine")
     return {
@@ -139,10 +154,15 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.run_reward,
             train.RewardConfig(
                 model=sft,
-                batch_size=32,
+                batch_size=16,
                 **watched(config.reward_steps, "log_loss"),
                 reward=train.RewardOptions(center_coef=0.01),
-                **pairs("reward", learning_rate=1e-3),
+                **pairs(
+                    "reward",
+                    learning_rate=1e-3,
+                    warmup_steps=config.reward_steps // 18,
+                    b2=0.98,
+                ),
             ),
         ),
         "PPO": (
@@ -152,9 +172,16 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 reward=str(out / "reward" / "model"),
                 stop_kl=8.0,
                 batch_size=64,
-                **watched(config.ppo_steps, "reward"),
+                **watched(config.ppo_steps, "reward", times=6),
                 ppo=ppo_options(),
-                **common("ppo", "prompts", 3e-4, **PPO_DECAY),
+                # The first updates are small: their critic has seen nothing yet.
+                **common(
+                    "ppo",
+                    "prompts",
+                    3e-4,
+                    warmup_steps=config.ppo_steps // 4,
+                    **PPO_RATES,
+                ),
             ),
         ),
         "DPO": (
@@ -173,11 +200,11 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
 def ppo_options() -> train.PPOOptions:
     """PPO's dials for a task of about thirty tokens a reply."""
     return train.PPOOptions(
-        num_epochs=2,
+        num_epochs=1,
         num_minibatches=4,
         gae_lambda=0.95,
         critic=CriticConfig(critic_learning_rate=1e-3),
-        kl=KLConfig(kl_coef=0.1),
+        kl=KLConfig(kl_coef=0.08),
         rewards=ScoreOptions(missing_eos_penalty=1.0),
         sampling=train.SampleConfig(max_new_tokens=REPLY_LENGTH),
     )
@@ -231,73 +258,3 @@ def judge_model(
         for name in ("preferred", "well_formed", "on_topic", "happy")
     }
     return figures | {"KL to SFT": kl["kl_per_sequence"]}, texts
-
-
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as an aligned table; shares as percentages."""
-    cells = [list(rows[0])] + [list(as_text(row).values()) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        first, *rest = zip(row, widths, strict=True)
-        return "  ".join([f"{first[0]:<{first[1]}}", *(f"{c:>{w}}" for c, w in rest)])
-
-    header, *body = map(line, cells)
-    return "\n".join([header, "─" * len(header), *body])
-
-
-def as_text(row: Mapping[str, Any]) -> dict[str, str]:
-    """The row's figures for a reader."""
-
-    def text(name: str, value: Any) -> str:
-        if value is None or isinstance(value, str):
-            return value or "–"
-        if name == "seconds":
-            return f"{value:.0f}"
-        return f"{value:.2f}" if name == "KL to SFT" else f"{value:.1%}"
-
-    return {name: text(name, value) for name, value in row.items()}
-
-
-def write_page(
-    config: DemoConfig,
-    out: Path,
-    rows: Sequence[Mapping[str, Any]],
-    replies: Mapping[str, Sequence[str]],
-    seconds: Mapping[str, float],
-) -> Path:
-    """OUT/report.html of the whole demo."""
-    table = [as_text(row) for row in rows]
-    by_model = {row["model"]: row for row in table}
-    stages = stage_configs(config)
-    samples = [
-        {"prompt": prompt}
-        | {name: _judged(prompt, replies[name][i]) for name in replies}
-        for i, prompt in enumerate(held_out_prompts(min(SHOWN, config.eval_prompts)))
-    ]
-    return report.write_report(
-        out,
-        title="jalign demo: one small model, aligned twice",
-        note=NOTE,
-        summary={
-            "preferred replies, SFT": by_model["SFT"]["preferred"],
-            "with PPO": by_model["PPO"]["preferred"],
-            "with DPO": by_model["DPO"]["preferred"],
-            "reward model's accuracy": by_model["reward model"]["reward accuracy"],
-            "seconds in all": f"{sum(seconds.values()):.0f}",
-        },
-        table=table,
-        samples=samples,
-        metrics_rows={
-            name: report.read_metrics(out / folder / "metrics.jsonl")
-            for name, folder in FOLDERS.items()
-            if folder
-        },
-        timings=seconds,
-        config=dataclasses.asdict(config)
-        | {name: dataclasses.asdict(stage) for name, (_, stage) in stages.items()},
-    )
-
-
-def _judged(prompt: str, reply: str) -> dict[str, Any]:
-    return {"text": reply, "good": task.judge(prompt, reply).preferred}

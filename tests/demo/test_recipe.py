@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from jalign import data, models
-from jalign.demo import ASSETS, DemoConfig, recipe, task
+from jalign.demo import ASSETS, DemoConfig, page, recipe, task
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = {"model": "DPO", "preferred": 0.953, "KL to SFT": 1.234, "seconds": 12.3}
@@ -69,11 +69,20 @@ def test_the_rows_fit_the_lengths_of_the_recipe():
 
 def test_the_table_is_aligned():
     rows = [ROW, ROW | {"model": "base", "preferred": 1.0, "KL to SFT": None}]
-    header, rule, first, second = recipe.format_table(rows).splitlines()
+    header, rule, first, second = page.format_table(rows).splitlines()
     assert len({len(line) for line in (header, rule, first, second)}) == 1
     assert header.split("  ")[0] == "model"
     assert first.split() == ["DPO", "95.3%", "1.23", "12"]
     assert second.split() == ["base", "100.0%", "–", "12"]
+
+
+def test_a_model_that_got_worse_is_marked():
+    rows = [ROW | {"model": name, "preferred": share} for name, share in
+            (("base", 0.1), ("SFT", 0.5), ("PPO", 0.4), ("DPO", 0.9))]  # fmt: skip
+    assert page.worse(rows) == ["PPO"]
+    lines = page.format_table(rows).splitlines()
+    assert [line for line in lines if "(worse)" in line] == [lines[4]]
+    assert len(set(map(len, lines))) == 1
 
 
 def test_wrong_settings_are_errors():
@@ -97,7 +106,7 @@ def test_the_demo_runs_through(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     rows = json.loads((out / "table.json").read_text("utf-8"))
-    assert recipe.format_table(rows) in run.stdout
+    assert page.format_table(rows) in run.stdout
     assert [row["model"] for row in rows] == list(recipe.FOLDERS)
     by_name = {row["model"]: row for row in rows}
     assert abs(by_name["SFT"]["KL to SFT"]) < 1e-4

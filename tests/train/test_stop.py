@@ -28,8 +28,8 @@ PHASES = [
     (recipe, "_load", 1),
     (recipe, "reference_examples", 1),
     (recipe, "measure", 1),
-    (loop, "_log_new_shape", 1),  # in the first step
-    (loop, "_log_new_shape", 1),  # in the last step
+    (loop.sharding, "put_batch", 1),  # in the first step
+    (loop.sharding, "put_batch", 1),  # in the last step
     (recipe, "measure", 2),
     (recipe.models, "save", 1),
     (recipe, "write_report", 1),
