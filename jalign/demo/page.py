@@ -26,8 +26,8 @@ Rows = Sequence[Mapping[str, Any]]
 def worse(rows: Rows) -> list[str]:
     """The models that are preferred less often than what they were made from."""
     share = {row["model"]: row["preferred"] for row in rows}
-    found = ((name, before) for name, before in _BEFORE.items() if name in share)
-    return [name for name, before in found if share[name] < share[before]]
+    pairs = [pair for pair in _BEFORE.items() if share.keys() >= set(pair)]
+    return [name for name, before in pairs if share[name] < share[before]]
 
 
 def format_table(rows: Rows) -> str:

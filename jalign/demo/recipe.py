@@ -36,8 +36,8 @@ FOLDERS = {
 }
 # On a CPU reading activations back costs more than computing them twice.
 COMPUTE = train.ComputeOptions(remat=True)
-# With b2 of 0.999 one large gradient moves the policy by three learning rates, with 0.95
-# by less than half of one: with some seeds it was thrown 10 nats away otherwise.
+# With b2 of 0.999 one large gradient moves the policy by three learning rates, with
+# 0.95 by less than half of one: with some seeds it was thrown 10 nats away otherwise.
 PPO_RATES = {"end_fraction": 0.5, "b2": 0.95, "eps": 1e-5}
 REPLIES = 2  # to each held-out prompt
 

@@ -114,5 +114,5 @@ def test_the_demo_runs_through(tmp_path):
         assert 0 <= by_name[name]["reward accuracy"] <= 1
     for row in rows:
         assert row["preferred"] is None or 0 <= row["preferred"] <= row["happy"] <= 1
-    page = (out / "report.html").read_text("utf-8")
-    assert "Tell a story about" in page and "objective/kl" in page
+    html = (out / "report.html").read_text("utf-8")
+    assert "Tell a story about" in html and "objective/kl" in html
