@@ -30,7 +30,7 @@ def run(path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
+            cell.outputs = joined(cell.outputs)
     notebook.metadata = {
         "colab": {"provenance": []},
         "kernelspec": {
@@ -44,6 +44,19 @@ def run(path: Path) -> None:
     # `display` of a live figure names an object by its address.
     text = re.sub(r" at 0x[0-9a-f]+", "", text)
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def joined(outputs: list) -> list:
+    """The outputs without stderr, and what was printed bit by bit in one piece."""
+    kept: list = []
+    for output in outputs:
+        if output.get("name") == "stderr":
+            continue
+        if kept and kept[-1].get("name") == output.get("name") == "stdout":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def main() -> None:
