@@ -159,8 +159,8 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 reward=train.RewardOptions(center_coef=0.01),
                 **pairs(
                     "reward",
-                    learning_rate=1e-3,
-                    warmup_steps=config.reward_steps // 18,
+                    learning_rate=6e-4,
+                    warmup_steps=config.reward_steps // 10,
                     b2=0.98,
                 ),
             ),
