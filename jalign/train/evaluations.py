@@ -175,6 +175,10 @@ class Evaluations:
         if name not in before or name not in after:
             return []
         found = []
+        if self._config.keep_best and self.kept is None:
+            found.append(
+                "every measurement was beyond --stop-kl: OUT/model is the last policy"
+            )
         if _sign(name) * (after[name] - before[name]) < 0:
             found.append(
                 f"ended worse than it began: held-out {name} {before[name]:.4g} -> "

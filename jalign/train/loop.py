@@ -182,8 +182,9 @@ def fit(
             record |= {"num_tokens": writer.num_tokens}
             if evaluations is not None:
                 record |= evaluations.record()
-                checkpointer.protected = evaluations.kept
             checkpointer.save(step, {"state": state}, record)
+            if evaluations is not None:  # only now: the best before it is not lost
+                checkpointer.protected = evaluations.kept
             saved = step
         writer.restart_clock()
 

@@ -70,8 +70,9 @@ def fit(
             tree, numbers = divide(state)
             record = meta | numbers | {"skipped": guard.skipped}
             record |= {"num_tokens": writer.num_tokens} | evaluations.record()
-            checkpointer.protected = evaluations.kept
             checkpointer.save(state.iteration, tree, record)
+            # Only now: until this one is written the best before it is not lost.
+            checkpointer.protected = evaluations.kept
         writer.restart_clock()
 
     def over() -> bool:

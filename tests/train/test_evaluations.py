@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jalign.train import online, recipe
+from jalign.train.checkpoint import Checkpointer
 from jalign.train.config import DPOConfig, RewardConfig, SFTConfig
 from jalign.train.evaluations import (
     NO_CALLBACKS,
@@ -70,7 +71,8 @@ def test_what_is_beyond_stop_kl_is_not_kept():
     ]
     assert evaluated(ppo(keep_best="gold_reward"), rows).kept == 2
     assert evaluated(ppo(keep_best="gold_reward", stop_kl=4.0), rows).kept == 1
-    assert evaluated(ppo(keep_best="gold_reward", stop_kl=1.0), rows).kept is None
+    beyond = evaluated(ppo(keep_best="gold_reward", stop_kl=1.0), rows)
+    assert beyond.kept is None and "beyond --stop-kl" in beyond.warnings(2)[0]
 
 
 def test_a_model_that_ended_worse_is_warned_of():
@@ -201,6 +203,22 @@ def test_the_best_checkpoint_is_exported_and_a_killed_run_finds_the_same(
     assert guarded(pairs, tmp_path / "cut") == 0
     other = world.weights(tmp_path / "cut")
     assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_the_best_stays_protected_until_a_better_one_is_saved(
+    pairs, tmp_path, monkeypatch, best_at_2
+):
+    real, seen = Checkpointer.save, []
+
+    def save(self, step, *args):
+        seen.append((step, self.protected))
+        return real(self, step, *args)
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    assert guarded(pairs, tmp_path) == 0
+    # Steps 1 and 2 are each the best so far; 4 is the last.
+    assert seen == [(1, None), (2, 1), (4, 2)]
+    assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
 def test_patience_ends_a_run_and_it_stays_ended(pairs, tmp_path, capsys):
