@@ -269,6 +269,6 @@ def _unknown(row: dict[str, Any], expected: str) -> RowError:
     keys = ", ".join(sorted(map(str, row))[:8]) or "none"
     return RowError(
         "(row)",
-        f"has the fields {keys}; expected {expected}, or another known layout "
-        "(docs/data.md); --columns NAME=COLUMN names them",
+        f"has the fields {keys}; expected {expected}, or another known layout; "
+        "--columns NAME=COLUMN names them",
     )
