@@ -2,8 +2,7 @@
 
 import jax
 import optax
-from tunix.models.llama3 import model as llama3
-from tunix.models.llama3 import params as llama3_params
+from tunix.models.llama3 import model as llama3, params as llama3_params
 
 from benchmarks import assets, settings
 

@@ -2,8 +2,7 @@
 
 import numpy as np
 from transformers import AutoTokenizer
-from tunix.rl import rl_cluster as cluster_lib
-from tunix.rl import utils as rl_utils
+from tunix.rl import rl_cluster as cluster_lib, utils as rl_utils
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.llama3.model import Llama3
-from tunix.sft import peft_trainer
-from tunix.sft import utils as sft_utils
+from tunix.sft import peft_trainer, utils as sft_utils
 from tunix.sft.dpo import dpo_trainer
 from tunix.sft.hooks import TrainingHooks
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from jalign.losses.registry import REGISTRY
+from jalign.train.loss_table import REGISTRY
 
 # Field of a nested config, or base class whose fields stand apart -> its heading; other
 # nested configs are called as their field.

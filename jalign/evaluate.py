@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jalign import data, losses, sharding
+from jalign import data, forward, losses, sharding
 from jalign.generate import generate_lists
 from jalign.models import Model
 from jalign.rewards import RewardFn, reward_of
 from jalign.texts import Prompt, Tokens, sample_completions, sample_texts
-from jalign.train import forward
 from jalign.types import PreferenceBatch, PyTree, TokenBatch
 
 _NO_LIMIT = 1 << 30

@@ -12,8 +12,8 @@ from typing import Literal
 import pytest
 
 from jalign import cli, cli_options
-from jalign.losses.registry import REGISTRY
 from jalign.settings import flags_of
+from jalign.train.loss_table import REGISTRY
 
 # tyro warns of defaults that are not of the type that it was told.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:tyro")

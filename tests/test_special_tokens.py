@@ -238,8 +238,7 @@ def test_rows_beyond_the_context_are_warned_of(command, tmp_path, write_jsonl, c
 
 def test_pad_is_never_what_ends_an_answer():
     """Even where the vocabulary has no token meant for it."""
-    from tokenizers import Tokenizer
-    from tokenizers import models as kinds
+    from tokenizers import Tokenizer, models as kinds
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(kinds.WordLevel({"<end>": 0, "a": 1, "b": 2}, "a"))

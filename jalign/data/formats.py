@@ -8,8 +8,7 @@ mended silently: what does not fit raises `RowError` with the field and the reas
 import math
 from typing import Any, NamedTuple
 
-from jalign.data import compose
-from jalign.data import row_layouts as layouts
+from jalign.data import compose, row_layouts as layouts
 from jalign.data.compose import Text
 from jalign.data.messages import kind_of, plain_turns, without_nulls
 from jalign.data.rows import RowError, parse_json

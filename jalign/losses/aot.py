@@ -7,8 +7,8 @@ micro-batches: the loss of a part is not a part of the loss.
 import jax
 import jax.numpy as jnp
 
+from jalign.losses.checks import Array, Scalar, check_float32, check_mask
 from jalign.losses.dpo import log_ratios, smoothed_logistic
-from jalign.losses.elementwise import Array, Scalar, check_float32, check_mask
 from jalign.losses.group_advantages import everywhere
 
 

@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jalign.losses.elementwise import Array, check_float32, check_mask
+from jalign.losses.checks import Array, check_float32, check_mask
 from jalign.losses.reduce import masked_var
 
 EPS = 1e-4

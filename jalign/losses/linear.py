@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jalign.losses.elementwise import PyTree
+from jalign.losses.checks import PyTree
 
 
 def with_transpose(

@@ -1,10 +1,13 @@
-"""Policy losses of each token beside PPO's: REINFORCE, CISPO, SAPO, APA."""
+"""Policy losses beside PPO's: of each token (REINFORCE, CISPO, SAPO, APA), of a whole
+completion as one action (RLOO), and against another policy's samples (Nash-MD).
+"""
 
 import jax
 import jax.numpy as jnp
 
-from jalign.losses.elementwise import Array, Scalar, elementwise
-from jalign.losses.kl import clamped_ratio
+from jalign.losses.checks import Array, Scalar, elementwise
+from jalign.losses.ppo import clipped_objective
+from jalign.losses.ratios import clamped_ratio
 
 
 @elementwise(rank=2)
@@ -106,3 +109,59 @@ def apa_loss(
     """
     ref_logps, advantages = jax.lax.stop_gradient((ref_logps, advantages))
     return jnp.square(logps - ref_logps - advantages / beta)
+
+
+@elementwise(rank=1)
+def rloo_loss(
+    logps: Array,
+    old_logps: Array,
+    advantages: Array,
+    *,
+    clip_eps: Scalar,
+    clip_eps_high: Scalar | None = None,
+) -> jax.Array:
+    """-min(ρ A, clip(ρ, 1 - ε, 1 + ε_high) A), ρ = Π_t π/π_old, one per completion.
+
+    The completion is a single action; its A is leave_one_out_advantages of the rewards
+    less β times the summed kl_k1. On policy it is `reinforce_loss` in its gradient.
+
+    Args:
+      logps: float32 [B], nats, summed over completion tokens (sequence_logps).
+      old_logps: float32 [B], the same at rollout time; no gradient flows.
+      advantages: float32 [B]; no gradient flows.
+      clip_eps: ε in (0, 1).
+      clip_eps_high: ε_high; None means ε.
+
+    Returns: float32 [B]; -A where π = π_old. Not reduced. log ρ is held to ±20.
+    Raises: AssertionError at trace time unless all three are float32 [B].
+    Source: Ahmadian et al. 2024, "Back to Basics" (arXiv:2402.14740), with PPO's clip
+      as in TRL's RLOOTrainer.
+    """
+    advantages = jax.lax.stop_gradient(advantages)
+    ratio = clamped_ratio(logps, old_logps)
+    unclipped, clipped = clipped_objective(ratio, advantages, clip_eps, clip_eps_high)
+    return -jnp.minimum(unclipped, clipped)
+
+
+@elementwise(rank=1)
+def nash_md_loss(
+    logps: Array, ref_logps: Array, win_probs: Array, *, beta: Scalar
+) -> jax.Array:
+    """-[P - ½ - β log π(y)/π_ref(y)] log π(y), the bracket without gradient.
+
+    Its gradient is REINFORCE's for winning against the mixture, less β KL(π‖π_ref);
+    its value means nothing.
+
+    Args:
+      logps: float32 [B], log π(y|x) in nats, summed over the tokens of a sample y ~ π.
+      ref_logps: float32 [B], the same under π_ref; no gradient flows.
+      win_probs: float32 [B], P(y beats y'), y' a sample of the geometric mixture
+        π^(1-κ) π_ref^κ; no gradient flows.
+      beta: β >= 0, the paper's τ.
+
+    Returns: float32 [B]. Not reduced.
+    Raises: AssertionError at trace time unless all three are float32 [B].
+    Source: Munos et al. 2023 (arXiv:2312.00886).
+    """
+    advantage = win_probs - 0.5 - beta * (logps - ref_logps)
+    return -jax.lax.stop_gradient(advantage) * logps

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jalign.losses.elementwise import Array, Scalar, elementwise
-from jalign.losses.kl import clamped_ratio, kl_k2
+from jalign.losses.checks import Array, Scalar, elementwise
+from jalign.losses.ratios import clamped_ratio, kl_k2
 
 
 @elementwise(rank=2)

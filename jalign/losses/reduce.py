@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jalign.losses.elementwise import Array, Scalar, check_float32, check_mask
+from jalign.losses.checks import Array, Scalar, check_float32, check_mask
 
 
 def masked_mean(x: Array, mask: Array) -> jax.Array:

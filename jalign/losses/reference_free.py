@@ -7,9 +7,9 @@ chosen one is a sum of losses (docs/papers.md).
 import jax
 import jax.numpy as jnp
 
-from jalign.losses.divergences import power_transform
+from jalign.losses.checks import Array, Scalar, elementwise
 from jalign.losses.dpo import smoothed_logistic
-from jalign.losses.elementwise import Array, Scalar, elementwise
+from jalign.losses.scores import power_transform
 
 
 @elementwise(rank=1)

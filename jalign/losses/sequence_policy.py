@@ -10,14 +10,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jalign.losses.elementwise import (
+from jalign.losses.checks import (
     Array,
     Scalar,
     check_float32,
     check_mask,
 )
-from jalign.losses.kl import MAX_LOG_RATIO, hold
 from jalign.losses.ppo import clipped_objective
+from jalign.losses.ratios import MAX_LOG_RATIO, hold
 
 MIN_LOG_WEIGHT = math.log(1e-8)
 """VESPO holds log w to [log 1e-8, 20], as its authors' code does."""

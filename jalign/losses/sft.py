@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jalign.losses.checks import Array, Scalar, elementwise
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, map_logits
-from jalign.losses.elementwise import Array, Scalar, elementwise
 from jalign.losses.logps import cap_logits, check_logits, target_logit
 
 

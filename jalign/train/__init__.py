@@ -7,6 +7,7 @@ the parts below them load with the package and need nothing but jax and optax.
 import importlib
 from typing import TYPE_CHECKING
 
+from jalign.forward import make_reference_fn
 from jalign.train.checkpoint import Checkpointer
 from jalign.train.config import (
     DPOConfig,
@@ -17,7 +18,6 @@ from jalign.train.config import (
     SFTOptions,
 )
 from jalign.train.evaluations import Callbacks
-from jalign.train.forward import make_reference_fn
 from jalign.train.grpo_config import GRPOConfig, GRPOOptions
 from jalign.train.loop import Diverged, Preempted, fit
 from jalign.train.loss_spec import parse_losses

@@ -10,9 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jalign import data, generate, models, rewards, sharding
+from jalign import data, forward, generate, models, rewards, sharding
 from jalign.pretrained import Opened, load_pretrained
-from jalign.train import forward
 from jalign.train.inputs import reward_inputs
 from jalign.train.online_config import OnlineConfig, SampleConfig
 from jalign.train.rollout import Actors, in_groups

@@ -5,8 +5,8 @@ A contradiction raises ValueError here, naming both fields; nothing is rewritten
 
 from dataclasses import dataclass, field
 
-from jalign.losses.registry import REGISTRY
 from jalign.train.loss_spec import Term, parse_losses
+from jalign.train.loss_table import REGISTRY
 from jalign.train.run_config import RunConfig, check
 
 

@@ -2,7 +2,7 @@
 
 No critic: a completion's baseline are the other completions of its prompt. After Shao
 et al. 2024 (arXiv:2402.03300); the variants differ in the loss of a token, in what the
-advantages are divided by, and in how tokens are averaged (`losses.registry`).
+advantages are divided by, and in how tokens are averaged (`train.loss_table`).
 """
 
 import functools

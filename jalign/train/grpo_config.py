@@ -4,8 +4,8 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jalign.losses.registry import REGISTRY, Entry
 from jalign.train.loss_spec import Term, option_names, parse_losses
+from jalign.train.loss_table import REGISTRY, Entry
 from jalign.train.online_config import OnlineConfig, OnlineOptions, ScoreLimits
 from jalign.train.run_config import check
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jalign.losses.registry import Entry
+from jalign.train.loss_table import Entry
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _VALUE = r"(?:[^,+\s]|(?<=[eE])\+)+"  # a plus ends it, but not the one in 1e+3
@@ -57,7 +57,7 @@ def parse_losses(
 
     Args:
       text: for example "dpo:beta=0.1 + 0.2*sft".
-      table: name -> Entry, of `losses.registry`.
+      table: name -> Entry, of `train.loss_table`.
       flags: options for every term that has them and does not give its own; None is
         an option that was not given.
 

@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jalign import losses
-from jalign.losses.chunked_sum import sum_over_logits
-from jalign.models import Model
-from jalign.train.forward import (
+from jalign.forward import (
     chunk_size,
     hidden_states,
     in_one_row,
@@ -28,6 +26,8 @@ from jalign.train.forward import (
     successors,
     valid_pairs,
 )
+from jalign.losses.chunked import sum_over_logits
+from jalign.models import Model
 from jalign.types import Loss, PreferenceBatch, TokenBatch
 
 PyTree = Any

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jalign import losses
+from jalign.forward import token_stats, token_values
 from jalign.models import Model
-from jalign.train.forward import token_stats, token_values
 from jalign.train.objectives import Objective, PyTree, Terms, sum_terms
 from jalign.types import Array, Loss, Rollout
 

@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jalign import data, sharding
+from jalign import data, forward, sharding
 from jalign.data import PreferenceExample
 from jalign.models import Model
-from jalign.train import forward
 from jalign.train.batches import measured_batches
 from jalign.train.inputs import examples_digest, params_digest
 

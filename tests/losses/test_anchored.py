@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/anchored.py."""
+"""Tests for jalign/losses/preference.py."""
 
 import functools
 

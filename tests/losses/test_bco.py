@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/bco.py."""
+"""Tests for jalign/losses/kto.py."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/chunked_sum.py: one pass gives the loss and its gradient."""
+"""Tests for jalign/losses/chunked.py: one pass gives the loss and its gradient."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jalign.losses import entropy_from_logits, logps_from_logits
-from jalign.losses.chunked_sum import sum_over_logits
+from jalign.losses.chunked import sum_over_logits
 from tests.hlo import largest_buffer
 from tests.losses.test_chunked import (
     HIDDEN,

@@ -1,10 +1,14 @@
 """Tests for jalign/losses/dpo.py."""
 
+import inspect
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from jalign import losses
 from jalign.losses import dpo_loss, implicit_rewards
 from tests.losses.oracle import assert_matches
 
@@ -57,3 +61,25 @@ BAD = [LOGPS[..., None], LOGPS.astype("f2"), [*LOGPS[:3], LOGPS[3, :1]]]
 def test_rejects_anything_but_four_equal_float32_vectors(bad):
     with pytest.raises(AssertionError):
         dpo_loss(*bad, beta=0.1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    "dpo hinge ipo robust_dpo exo_pair discopop nca_pair bco_pair sppo_hard apo_zero "
+    "apo_down".split(),
+)
+def test_the_help_of_a_loss_of_pairs_is_complete(name):
+    """`paired` writes what all of them share, and keeps what is the formula's own."""
+    loss = getattr(losses, f"{name}_loss")
+    parameters = list(inspect.signature(loss).parameters)
+    assert parameters[:5] == [
+        "chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps",
+        "beta",
+    ]  # fmt: skip
+    text = inspect.getdoc(loss)
+    parts = ["Args:", *parameters[:2], "ref_chosen_logps, ref_rejected_logps", "beta:"]
+    parts += ["Returns:", "Raises:", "Source:"]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    by_name = dict(zip(parameters, (*[jnp.zeros(2)] * 4, 0.1), strict=False))
+    assert loss(**by_name, **{n: 0.1 for n in parameters[5:]}).shape == (2,)

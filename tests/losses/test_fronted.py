@@ -1,10 +1,10 @@
-"""Tests for jalign/losses/fronted.py."""
+"""Tests for jalign/losses/chunks.py."""
 
 import jax
 import numpy as np
 import pytest
 
-from jalign.losses.fronted import Front, back, make_front, to_front
+from jalign.losses.chunks import Front, back, make_front, to_front
 
 RNG = np.random.default_rng(0)
 MASK = RNG.random((5, 9)) < 0.5

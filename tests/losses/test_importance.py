@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/importance.py."""
+"""Tests for jalign/losses/ratios.py."""
 
 import numpy as np
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jalign.losses import logps_from_logits, token_logps
-from jalign.losses.chunked_sum import sum_over_logits
+from jalign.losses.chunked import sum_over_logits
 from jalign.losses.linear import with_transpose
 
 RNG = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/minillm.py."""
+"""Tests for jalign/losses/distillation.py."""
 
 import numpy as np
 

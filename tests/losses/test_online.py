@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/online.py."""
+"""Tests for XPO (preference.py) and Nash-MD (policy.py)."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/ranking.py."""
+"""Tests for jalign/losses/reward.py."""
 
 import itertools
 import math

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jalign import losses, rewards
-from jalign.losses.registry import REGISTRY
+from jalign.train.loss_table import REGISTRY
 from tests.losses.test_golden_policy import GROUP_IDS, WEIGHTS, load, policy_recipes
 
 TEXT = (Path(__file__).parents[2] / "docs" / "policy_gradients.md").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/reference.py."""
+"""Tests for jalign/losses/dpo.py."""
 
 import jax
 import jax.numpy as jnp

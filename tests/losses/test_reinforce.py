@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/reinforce.py."""
+"""Tests for jalign/losses/advantages.py."""
 
 import numpy as np
 import pytest

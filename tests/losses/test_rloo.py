@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/rloo.py."""
+"""Tests for jalign/losses/policy.py."""
 
 import numpy as np
 

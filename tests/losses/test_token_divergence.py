@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/token_divergence.py: two models, never [B, T, V]."""
+"""Tests for jalign/losses/distillation.py: two models, never [B, T, V]."""
 
 import functools
 
@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jalign import losses
 from tests.losses.oracle import assert_matches
 from tests.losses.test_chunked import compiled, largest_buffer
-from tests.losses.test_divergence import jsd, kl, oracle
+from tests.losses.test_distillation import jsd, kl, oracle
 
 B, T, D, E, V = 8, 32, 8, 12, 512  # the teacher is wider than the student
 RNG = np.random.default_rng(0)

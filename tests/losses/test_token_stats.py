@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/token_stats.py."""
+"""Tests for jalign/losses/logps.py."""
 
 import functools
 
@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jalign.losses import accuracy_from_logits, token_accuracy, token_entropy
 from tests.losses.oracle import assert_matches, log_softmax

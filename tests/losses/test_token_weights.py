@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/token_weights.py."""
+"""Tests for jalign/losses/scores.py."""
 
 import jax
 import numpy as np

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from jalign.models import Model, decoder
-from jalign.models import cache as kv
+from jalign.models import Model, cache as kv, decoder
 from tests.models.rows import packed_rows
 from tests.models.tiny import CONFIGS, random_params, random_tokens
 

@@ -7,10 +7,9 @@ chat templates that end a turn in the ways of the field.
 import jax
 import numpy as np
 
-from jalign import data, generate, models, rewards
+from jalign import data, forward, generate, models, rewards
 from jalign.models import ModelConfig
 from jalign.pretrained import Pretrained, load_pretrained, settle
-from jalign.train import forward
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 SPECIALS += ["<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>"]
@@ -41,8 +40,14 @@ KINDS = ("bytes", "sentencepiece")
 
 def tokenizer(kind: str, template: str):
     """Its EOS is </s> whatever the template ends a turn with, as in a base model."""
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
-    from tokenizers import models as kinds
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models as kinds,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
     from transformers import PreTrainedTokenizerFast
 
     letters = LETTERS

@@ -3,8 +3,8 @@
 import pytest
 
 from jalign import losses
-from jalign.losses.registry import REGISTRY
 from jalign.train.grpo_config import GRPOConfig, GRPOOptions
+from jalign.train.loss_table import REGISTRY
 from jalign.train.run_config import ComputeOptions
 from tests.train.grpo_world import make_grpo_config
 from tests.train.test_ppo_config import leaves

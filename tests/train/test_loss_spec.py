@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import pytest
 
 from jalign import losses
-from jalign.losses.registry import REGISTRY
 from jalign.train.loss_spec import parse_losses
+from jalign.train.loss_table import REGISTRY
 
 DPO = REGISTRY["dpo"]
 INPUTS = {

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jalign import losses
-from jalign.losses.registry import REGISTRY
-from jalign.train import forward, objectives
+from jalign import forward, losses
+from jalign.train import objectives
 from jalign.train.loss_spec import parse_losses
+from jalign.train.loss_table import REGISTRY
 from tests.train import tiny
 from tests.train.tiny import ratio
 

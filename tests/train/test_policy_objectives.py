@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jalign import losses, models
-from jalign.losses.registry import REGISTRY
-from jalign.train import forward, policy_objectives
+from jalign import forward, losses, models
+from jalign.train import policy_objectives
 from jalign.train.grpo_config import GRPOOptions
+from jalign.train.loss_table import REGISTRY
 from jalign.types import Rollout
 from tests.tolerance import assert_trees_close, float32_sum
 from tests.train import tiny
@@ -130,7 +130,7 @@ def test_grpo_is_the_loss_its_kl_and_its_entropy(language_model):
 
 
 def test_every_loss_of_the_command_line_is_finite_and_starts_unclipped(language_model):
-    """Their values and gradients are TRL's: tests/losses/test_registry.py."""
+    """Their values and gradients are TRL's: tests/train/test_loss_table.py."""
     model, params = language_model
     batch, logps = moved_rollout(model, params)
     on_policy = batch._replace(old_logps=logps)

@@ -1,7 +1,8 @@
 import jax
 import numpy as np
 
-from jalign.train import forward, reference
+from jalign import forward
+from jalign.train import reference
 from tests.train import tiny
 
 

@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/divergences.py."""
+"""Tests for jalign/losses/scores.py."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jalign import losses
-from jalign.losses.divergences import power_transform
+from jalign.losses.scores import power_transform
 from tests.losses.pairs import BETA, LOGPS, assert_all_match, logistic
 
 partial = functools.partial

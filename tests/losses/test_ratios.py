@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/kl.py."""
+"""Tests for jalign/losses/ratios.py."""
 
 import jax
 import numpy as np

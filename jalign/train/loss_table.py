@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jalign.losses import (
-    anchored,
     aot,
     dpo,
     policy,
@@ -21,11 +20,10 @@ from jalign.losses import (
     reduce,
     reference_free,
     reward,
-    rloo,
     sequence_policy,
     sft,
 )
-from jalign.losses.elementwise import Array, Scalar
+from jalign.losses.checks import Array, Scalar
 from jalign.losses.group_advantages import (
     group_advantages,
     leave_one_out_advantages,
@@ -95,11 +93,11 @@ _PREFERENCE = {
     "robust": _with_reference(preference.robust_dpo_loss, label_smoothing=0.0),
     "exo_pair": _with_reference(preference.exo_pair_loss),
     "discopop": _with_reference(preference.discopop_loss),
-    "nca_pair": _with_reference(anchored.nca_pair_loss),
-    "bco_pair": _with_reference(anchored.bco_pair_loss),
-    "sppo_hard": _with_reference(anchored.sppo_hard_loss),
-    "apo_zero": _with_reference(anchored.apo_zero_loss),
-    "apo_down": _with_reference(anchored.apo_down_loss),
+    "nca_pair": _with_reference(preference.nca_pair_loss),
+    "bco_pair": _with_reference(preference.bco_pair_loss),
+    "sppo_hard": _with_reference(preference.sppo_hard_loss),
+    "apo_zero": _with_reference(preference.apo_zero_loss),
+    "apo_down": _with_reference(preference.apo_down_loss),
     "aot": Entry(
         aot.aot_loss, (*_PAIR, *_REFS, "mask"), defaults=_BETA, whole_batch=True
     ),
@@ -137,7 +135,7 @@ def _rloo(
     sums = sequence_logps(logps, mask), sequence_logps(old_logps, mask)
     total = jnp.sum(jnp.where(mask, advantages, 0.0), axis=1)
     advantage = total / jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
-    loss = rloo.rloo_loss(
+    loss = policy.rloo_loss(
         *sums, advantage, clip_eps=clip_eps, clip_eps_high=clip_eps_high
     )
     return jnp.where(mask, loss[:, None], 0.0)

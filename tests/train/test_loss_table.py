@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/registry.py."""
+"""Tests for jalign/train/loss_table.py."""
 
 import inspect
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jalign.losses.registry import REGISTRY
+from jalign.train.loss_table import REGISTRY
 from tests.losses import test_golden_policy as trl
 from tests.losses.pairs import log_sigmoid, logistic, sigmoid
 

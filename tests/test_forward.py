@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jalign import data, losses, models, sharding
-from jalign.train import forward
+from jalign import data, forward, losses, models, sharding
 from tests.train import tiny
 
 

@@ -1,11 +1,11 @@
-"""Tests for jalign/losses/elementwise.py."""
+"""Tests for jalign/losses/checks.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jalign.losses.elementwise import elementwise
+from jalign.losses.checks import elementwise
 
 
 @elementwise(rank=1)

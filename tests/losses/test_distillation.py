@@ -1,4 +1,4 @@
-"""Tests for jalign/losses/divergence.py."""
+"""Tests for jalign/losses/distillation.py."""
 
 import jax
 import numpy as np

@@ -1,9 +1,9 @@
-"""Tests for jalign/losses/grid.py."""
+"""Tests for jalign/losses/chunks.py."""
 
 import numpy as np
 import pytest
 
-from jalign.losses.grid import FOLD, chunk_grid, join_chunks, split_chunks
+from jalign.losses.chunks import FOLD, chunk_grid, join_chunks, split_chunks
 
 
 def pieces(batch, time, chunk_size):
