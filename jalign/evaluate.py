@@ -22,6 +22,7 @@ from jalign.types import PreferenceBatch, PyTree, TokenBatch
 _NO_LIMIT = 1 << 30
 __all__ = [
     "eval_loss",
+    "kl_of_samples",
     "kl_to_reference",
     "mean_reward",
     "preference_accuracy",
@@ -165,10 +166,34 @@ def kl_to_reference(
         temperature=temperature,
         stop_tokens=stop_tokens,
     )
-    models = (model, ref_model or model)
+    how: dict[str, Any] = dict(temperature=temperature, batch_size=batch_size)
+    return kl_of_samples(
+        (model, ref_model or model), (params, ref_params), prompts, completions, **how
+    )
+
+
+def kl_of_samples(
+    models: tuple[Model, Model],
+    params: tuple[PyTree, PyTree],
+    prompts: Sequence[Tokens],
+    completions: Sequence[Tokens],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """`kl_to_reference` of samples that are there already.
+
+    Args:
+      models, params: of the policy, and of the reference.
+      prompts, completions: B token ids each, the completions drawn by the policy.
+      temperature: that they were drawn at.
+      batch_size: rows at once.
+
+    Returns: as `kl_to_reference`.
+    """
     sums = np.zeros(3)
     for batch in _teacher_forced(prompts, completions, batch_size):
-        sums += _host(_kl_sums(params, ref_params, batch, temperature, models=models))
+        sums += _host(_kl_sums(*params, batch, temperature, models=models))
     k1, k3, tokens = sums.tolist()
     return {
         "kl_per_sequence": k1 / len(prompts),

@@ -132,6 +132,10 @@ def test_kl_to_itself_is_zero_and_to_another_is_what_the_samples_say(params):
     np.testing.assert_allclose(result["kl_per_token"], ratio.sum() / tokens, rtol=1e-4)
     np.testing.assert_allclose(result["kl_k3_per_sequence"], k3.sum() / 3, rtol=1e-4)
     np.testing.assert_allclose(result["kl_k3_per_token"], k3.sum() / tokens, rtol=1e-4)
+    completions = generate.completion_lists(sampled)
+    both, how = ((MODEL, uniform), (params, params)), dict(temperature=2.0)
+    again = evaluate.kl_of_samples(*both, prompts, completions, batch_size=2, **how)
+    assert again == result
     with pytest.raises(ValueError, match="temperature"):
         evaluate.kl_to_reference(MODEL, params, params, prompts, **HOW, temperature=0)
 

@@ -72,7 +72,10 @@ FACTS = (
     "This is a story about {name} and the {colour} {thing}.",
 )
 # Chances under which about half of what the tuned model replies is what is wanted.
-HAPPY_RATE, ON_TOPIC_RATE = 0.6, 0.93
+HAPPY_RATE, ON_TOPIC_RATE = 0.55, 0.98
+# What is wrong off the topic: the person at least. A reward model sees that soon; a
+# wrong thing with the right person it saw after 150 steps or after 400, by the seed.
+WRONG_SLOTS = (("name",), ("name", "thing"))
 
 
 class Verdict(NamedTuple):
@@ -174,9 +177,7 @@ def make_reply(
     topic = {slot: topic[slot] for slot in ("name", "colour", "thing")}
     ending = {slot: topic[slot] for slot in ("name", "thing")}
     if not on_topic:
-        for slot in rng.choice(
-            (("name",), ("thing",), ("name", "thing"), ("name", "thing"))
-        ):
+        for slot in rng.choice(WRONG_SLOTS):
             ending[slot] = rng.choice([w for w in WORDS[slot] if w != topic[slot]])
         topic |= ending if rng.random() < 0.5 else {}
     events = list(dict.fromkeys(_fill(rng, EVENTS) for _ in range(rng.choice((1, 2)))))
@@ -197,17 +198,20 @@ def sft_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
 def make_malformed(rng: random.Random, topic: dict[str, str]) -> str:
     """A reply that is wanted but for its form.
 
-    It is unfinished, repetitive or rambling, or a word of it is missing or too many, as
-    the tuned model's own slips are.
+    It is unfinished, repetitive or rambling, its last full stop is missing, or a word
+    is missing or too many: the tuned model's own slips. What the pairs do not show, PPO
+    finds out, and is rewarded for.
     """
     reply = make_reply(rng, topic, on_topic=True, happy=True)
-    if rng.random() < 0.6:
-        return _slip(rng, reply)
+    kind = rng.random()
+    if kind < 0.6:
+        return reply[:-1] if kind < 0.1 else _slip(rng, reply)
     opening, event, *_, ending = re.findall(r" [^.]+\.", reply)
     fact = " " + _fill(rng, FACTS, **topic)
     faults = (
         [event],
         [ending],
+        [" In the end.", ending],
         [event, event, ending],
         [fact, event, ending],
         [event] + 2 * [ending],
@@ -231,8 +235,8 @@ def preference_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str
     for prompt in prompts:
         topic = parse(prompt, "prompt") or {}
         chosen = make_reply(rng, topic, on_topic=True, happy=True)
-        # Topic is harder to see than mood and form: most pairs differ by topic.
-        (failure,) = rng.choices(("topic", "mood", "form"), (5, 2, 3))
+        # The harder to see, the more pairs: topic, form, mood.
+        (failure,) = rng.choices(("topic", "form", "mood"), (5, 3, 2))
         if failure == "form":
             rejected = make_malformed(rng, topic)
         else:
