@@ -25,8 +25,8 @@ eval_reward=None stop_kl=None """
 ONLINE = ROWS + RUN + ONLINE
 # "!" is a flag that must be given.
 FLAGS = {
-    "demo": """out=runs/demo seed=0 sft_steps=160 reward_steps=360 ppo_steps=64
-        dpo_steps=240 eval_prompts=256""",
+    "demo": """out=runs/demo seed=0 sft_steps=144 reward_steps=340 ppo_steps=56
+        dpo_steps=160 eval_prompts=256""",
     "sft": f"""{OFFLINE} packing=False assistant_only=None completion_only=None
         loss=sft label_smoothing=0.0 z_loss=0.0""",
     "reward": f"{OFFLINE} loss=bradley_terry center_coef=0.0",
