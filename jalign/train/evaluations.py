@@ -71,6 +71,7 @@ class Evaluations:
         self._rows: list[dict[str, Any]] = []
         record = record or {}
         self.ended: str | None = record.get("ended")  # why a run that is over is so
+        self._beyond: bool = record.get("beyond", False)
         found = record.get("evaluations")
         if found and found["digest"] == digest:
             self._rows = [dict(row) for row in found["rows"]]
@@ -105,6 +106,25 @@ class Evaluations:
             self._on_eval(step, dict(figures))
         written = figures if self._config.eval_every else {}
         return {f"eval_{name}": value for name, value in written.items()}
+
+    def rollout(self, step: int, kl: float) -> None:
+        """Ends the run where two rollouts in a row are beyond stop_kl.
+
+        What is beyond is not learned from, so that the second is of the same policy:
+        one mean of few completions may be beyond by chance, or by one of them.
+
+        Args:
+          step: the iteration.
+          kl: nats a completion from the reference, of its rollout.
+        """
+        limit = getattr(self._config, "stop_kl", None)
+        before, self._beyond = self._beyond, limit is not None and kl > limit
+        if not self._beyond:
+            return
+        said = f"{kl:.4g} nats from the reference, beyond stop_kl {limit:g}"
+        _log.warning("iteration %d: its rollout is %s: not learned from", step, said)
+        if before:
+            self.ended = f"two rollouts in a row are beyond: the policy is {said}"
 
     def due(self, step: int) -> bool:
         """Whether to measure after so many steps."""
@@ -142,7 +162,7 @@ class Evaluations:
     def record(self) -> dict[str, Any]:
         """To store with a checkpoint."""
         found = {"digest": self._digest, "rows": self._rows}
-        return {"evaluations": found, "ended": self.ended}
+        return {"evaluations": found, "ended": self.ended, "beyond": self._beyond}
 
     def summary(self, last: int) -> dict[str, Any]:
         """What a run that ended after step `last` tells of its guards."""

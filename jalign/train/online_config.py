@@ -100,8 +100,8 @@ class OnlineConfig(RunConfig):
     eval_reward: Rewards | None = None
     """As reward, and never trained on: judges the held-out completions beside it."""
     stop_kl: float | None = None
-    """Nats a completion from the reference: beyond it a rollout's updates stop, and the
-    run ends with the rollout that is there already."""
+    """Nats a completion from the reference: beyond it a rollout's updates stop, and two
+    rollouts in a row beyond it end the run."""
     steps: int | None = None
     """Iterations, each a rollout batch and its updates; overrides epochs."""
     epochs: float = 1.0

@@ -10,8 +10,8 @@ from jalign.train.evaluations import Evaluation, Evaluations
 from jalign.train.loop import SkipGuard, raise_preempted
 from jalign.train.metrics import MetricsWriter, OnStep
 from jalign.train.online_config import OnlineConfig
+from jalign.train.rollout import ROLLOUT_KL
 from jalign.train.stop import StopSignal
-from jalign.train.updates import beyond_stop_kl
 from jalign.types import TrainState
 
 _log = logging.getLogger("jalign.train")
@@ -96,7 +96,7 @@ def fit(
                 number = state.iteration
                 # The metrics are on the host already: written now, with their own time.
                 writer.log(number, metrics)
-                evaluations.ended = beyond_stop_kl(config, metrics)
+                evaluations.rollout(number, metrics.get(ROLLOUT_KL, 0.0))
                 guard.check(writer.flush())
                 if evaluations.due(number):
                     figures = evaluations.measure(number, state.policy.params)

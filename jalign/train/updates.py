@@ -15,7 +15,6 @@ from jalign.train.objectives import Objective
 from jalign.train.online_config import OnlineConfig
 from jalign.train.optim import OptimConfig, make_optimizer
 from jalign.train.policy_objectives import UPDATE_KL
-from jalign.train.rollout import ROLLOUT_KL
 from jalign.train.shapes import cut
 from jalign.train.step import TrainStep, abstract_state, init_state, make_train_step
 from jalign.types import PyTree, Rollout, TrainState
@@ -109,14 +108,6 @@ def minibatches(
         order = random.permutation(config.completions)
         for part in np.split(order, config.options.num_minibatches):
             yield cut(jax.tree.map(lambda x, part=part: x[part], rollout), lengths)
-
-
-def beyond_stop_kl(config: OnlineConfig, metrics: Mapping[str, Any]) -> str | None:
-    """Why a run ends after this rollout, where its KL is beyond stop_kl."""
-    limit, kl = config.stop_kl, float(metrics.get(ROLLOUT_KL, 0.0))
-    if limit is None or kl <= limit:
-        return None
-    return f"the policy is {kl:.4g} nats from the reference, beyond stop_kl {limit:g}"
 
 
 def take_updates(

@@ -1,5 +1,6 @@
 """Held-out figures while training: what is kept, when a run ends, what is warned of."""
 
+import itertools
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from tests.train import world
 from tests.train.grpo_world import make_grpo_config
 from tests.train.ppo_world import make_config, write_world
 
+NO_LOOK = lambda params: Evaluation({}, [])  # noqa: E731
 HERE = dict(model="m", data="d", out="o", eval_data="e")
 
 
@@ -73,6 +75,24 @@ def test_what_is_beyond_stop_kl_is_not_kept():
     assert evaluated(ppo(keep_best="gold_reward", stop_kl=4.0), rows).kept == 1
     beyond = evaluated(ppo(keep_best="gold_reward", stop_kl=1.0), rows)
     assert beyond.kept is None and "beyond --stop-kl" in beyond.warnings(2)[0]
+
+
+def test_one_rollout_beyond_stop_kl_ends_nothing_two_in_a_row_do():
+    def after(*kls, record=None):
+        found = Evaluations(NO_LOOK, ppo(stop_kl=8.0), record=record)
+        for step, kl in enumerate(kls, 1):
+            found.rollout(step, kl)
+        return found
+
+    assert after(9.0, 7.0, 9.0).ended is None
+    assert "beyond stop_kl 8" in (after(1.0, 9.0, 8.5).ended or "")
+    # A run that was killed in between goes on as it would have.
+    assert after(8.5, record=after(9.0).record()).ended
+    assert after(8.5, record=after(7.0).record()).ended is None
+    unlimited = Evaluations(NO_LOOK, ppo())
+    unlimited.rollout(1, 1e9)
+    unlimited.rollout(2, 1e9)
+    assert unlimited.ended is None
 
 
 def test_a_model_that_ended_worse_is_warned_of():
@@ -253,10 +273,13 @@ def test_stop_kl_ends_updates_and_run(method, prompts, tmp_path):
     summary = run(config, callbacks=callbacks)
     last = summary["iterations"]
     assert last < 9 and "beyond stop_kl 0.001" in summary["ended_early"]
-    # The first rollout is the reference's own; a later one was not learned from.
+    # The first rollout is the reference's own; two in a row were not learned from.
     assert abs(steps[0][1]["objective/kl"]) < 1e-4 and "loss" in steps[0][1]
-    assert steps[-1][0] == last and steps[-1][1]["objective/kl"] > 1e-3
-    assert "loss" not in steps[-1][1]
+    assert steps[-1][0] == last
+    beyond = [row["objective/kl"] > 1e-3 for _, row in steps]
+    assert [not far for far in beyond] == ["loss" in row for _, row in steps]
+    in_a_row = [two == (True, True) for two in itertools.pairwise(beyond)]
+    assert in_a_row.index(True) == len(in_a_row) - 1
     assert [step for step, _ in evals] == list(range(last + 1))
     assert all({"gold_reward", "kl"} <= figures.keys() for _, figures in evals)
     again = run(config, callbacks=NO_CALLBACKS)
