@@ -1,7 +1,13 @@
 """Sampling from a model: pure token samplers and a jitted decode engine."""
 
-from jalign.generate.batches import continuation, continuations, generate_lists
-from jalign.generate.engine import completion_lists, generate, to_host
+from jalign.generate.engine import (
+    completion_lists,
+    continuation,
+    continuations,
+    generate,
+    generate_lists,
+    to_host,
+)
 from jalign.generate.sampling import greedy, sample, sample_filtered
 
 __all__ = [

@@ -1,280 +1,261 @@
-"""The decode loop: seats that rows of a queue take, until every row has stopped.
+"""The compiled program: prompts through the model once, then token by token.
 
-A seat decodes one row. A row that stops gives its seat to the next one in the queue,
-so that early stops are not paid for; once the queue is empty and few seats are taken,
-the loop goes on with fewer. The cache may grow on the way, since attention reads all of
-it. All of it is one compiled program.
+A row's tokens depend on its prompt and its key only. Once few rows go on, the loop goes
+on with fewer of them; and the cache may grow on the way, since attention reads all of
+it. All of that is one program.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jalign import sharding
+from jalign.generate import sampling
 from jalign.models import cache as kv
+from jalign.models.attention import platform_of
 from jalign.types import Completion
 
 Step = Callable[[jax.Array, jax.Array, kv.KVCache], tuple[jax.Array, kv.KVCache]]
-"""(tokens [S], positions [S], cache) -> (logits float32 [S, V], cache)."""
+"""(tokens [R], positions [R], cache) -> (logits float32 [R, V], cache)."""
 
 Choose = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-"""(logits [S, V], random [S, 2]) -> tokens int32, logps float32, stops bool; [S]."""
+"""(logits [R, V], random [R, 2]) -> tokens int32, logps float32, stops bool; [R]."""
 
-_SHRINK = 4  # the loop goes on with a quarter of its seats, when no more are taken
-_MIN_SEATS = 4
+_SHRINK = 4  # the loop goes on with a quarter of its rows, when no more are at work
+_MIN_ROWS = 4
 _GROW = (4, 2)  # the cache begins with a quarter of its slots, goes on with a half
+_GROW_FROM = 64  # new tokens; for fewer, two more loops to compile are not worth it
 
 
-class Queue(NamedTuple):
-    """All rows, of which each has its first token already.
+class Rows(NamedTuple):
+    """What is decoded together. [R], and [R, N] what each row has written.
 
     Attributes:
-      prompts: a cache of P slots with every prompt.
-      prompt: int32 [R], the prompt of each row.
-      lengths: int32 [R], of the prompt.
-      random: float32 [R, N, 2], for the draw of each token of a row.
-      first: int32 [R], the row's first token; float32 [R], its log-probability.
-      stopped: bool [R], by the first token already.
-      ignored: bool [R], fills the batch up, is stopped and writes nothing.
+      lengths: int32, of the prompts.
+      random: float32 [R, N, 2], for the draw of each token.
+      done: bool; a row that fills the batch up is so from the start.
+      bad: bool, the logits were not finite.
+      last: int32, the newest token.
+      written: Completion [R, N].
     """
 
-    prompts: kv.KVCache
-    prompt: jax.Array
     lengths: jax.Array
     random: jax.Array
-    first: tuple[jax.Array, jax.Array]
-    stopped: jax.Array
-    ignored: jax.Array
-
-
-class Seats(NamedTuple):
-    """Each seat's row and how far it is. [S], and [S, N] what it has written.
-
-    Attributes:
-      row: int32, of the queue.
-      length: int32, of its prompt.
-      random: float32 [S, N, 2], the row's.
-      step: int32, tokens chosen so far.
-      last: int32, the newest of them.
-      done: bool.
-      bad: bool, the logits were not finite.
-      written: Completion [S, N].
-    """
-
-    row: jax.Array
-    length: jax.Array
-    random: jax.Array
-    step: jax.Array
-    last: jax.Array
     done: jax.Array
     bad: jax.Array
+    last: jax.Array
     written: Completion
 
 
-class _State(NamedTuple):
-    """The carry. `results` [R, N] and `bad` [R] have the rows that left their seat."""
-
-    seats: Seats
-    cache: kv.KVCache
-    time: jax.Array  # int32 [], steps so far
-    waiting: jax.Array  # int32 [], the next row of the queue
-    results: Completion
-    bad: jax.Array
+def fresh_rows(lengths: jax.Array, random: jax.Array, done: jax.Array) -> Rows:
+    """Rows that have written nothing, see Rows."""
+    shape = random.shape[:2]
+    none = jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool)
+    bad, last = jnp.zeros_like(done), jnp.zeros_like(lengths)
+    return Rows(lengths, random, done, bad, last, Completion(*none))
 
 
 def decode(
-    queue: Queue,
+    rows: Rows,
+    logits: jax.Array,
+    cache: kv.KVCache,
     step: Step,
     choose: Choose,
     *,
-    seats: int,
-    max_new_tokens: int,
     shrink: bool = True,
     grow: bool = False,
 ) -> tuple[Completion, jax.Array]:
-    """Continues every row of the queue until it stops or has max_new_tokens.
-
-    A row's tokens depend on its prompt and key only, not on its seat or its time.
+    """Continues every row until it stops or has N tokens.
 
     Args:
-      queue: R rows.
+      rows: R fresh ones.
+      logits: float32 [R, V], of their first tokens.
+      cache: with their prompts, and no free slots.
       step: the model.
       choose: the sampler.
-      seats: S, rows decoded at once, at most R.
-      max_new_tokens: N.
-      shrink: go on with fewer seats when few are taken; moves rows between seats.
+      shrink: go on with fewer rows when few are at work; moves them between devices.
       grow: add slots to the cache as they are needed. Each number of slots is a loop of
         its own to compile.
 
     Returns: Completion [R, N], and bool [R]: the logits were not finite.
     """
-    rows = len(queue.prompt)
-    state = _State(
-        _take_seats(queue, seats, max_new_tokens),
-        _rows_of(queue, seats),
-        jnp.int32(0),
-        jnp.int32(seats),
-        _nothing(rows, max_new_tokens),
-        jnp.zeros(rows, bool),
+    width, length = kv.slots(cache), rows.random.shape[1]
+
+    def body(state):
+        rows, cache, time = state
+        position = jnp.where(rows.done, kv.NEVER, rows.lengths + time)
+        logits, cache = step(rows.last, position, cache)
+        return _write(rows, time + 1, logits, choose), cache, time + 1
+
+    rows, time, left = _write(rows, 0, logits, choose), jnp.int32(0), []
+    for part in _parts(len(rows.done), length, shrink, grow):
+        if part.rows < len(rows.done):
+            keep = jnp.argsort(rows.done, stable=True)[: part.rows]
+            left.append((rows, keep))
+            rows = jax.tree.map(lambda x, keep=keep: x[keep], rows)
+            cache = kv.take_rows(cache, keep)
+        cache = kv.lengthen(cache, width + part.slots - kv.slots(cache))
+
+        def busy(state, part=part) -> jax.Array:
+            rows, _, time = state
+            room = time < min(part.slots, length - 1)
+            return room & (jnp.sum(~rows.done) > part.fewer)
+
+        rows, cache, time = jax.lax.while_loop(busy, body, (rows, cache, time))
+    found = rows.written, rows.bad
+    for more, keep in reversed(left):
+        found = jax.tree.map(
+            lambda every, some, keep=keep: every.at[keep].set(some),
+            (more.written, more.bad),
+            found,
+        )
+    return found
+
+
+def _write(rows: Rows, place: jax.Array | int, logits: jax.Array, choose: Choose):
+    """Chooses a token for each row that is not done, and writes it at a place of N."""
+    draw = jax.lax.dynamic_index_in_dim(rows.random, place, axis=1, keepdims=False)
+    tokens, logps, stops = choose(logits, draw)
+    going = ~rows.done
+    bad = going & jnp.isnan(logps)
+
+    def write(every: jax.Array, new: jax.Array) -> jax.Array:
+        new = jnp.where(going, new, jnp.zeros_like(new))
+        return jax.lax.dynamic_update_index_in_dim(every, new, place, axis=1)
+
+    return rows._replace(
+        done=rows.done | stops | bad,
+        bad=rows.bad | bad,
+        last=tokens,
+        written=jax.tree.map(write, rows.written, Completion(tokens, logps, going)),
     )
-    width = kv.slots(queue.prompts)
-
-    def body(state: _State) -> _State:
-        # The slots behind the prompts are a ring: no row outlives one turn of it.
-        slot = width + state.time % max_new_tokens
-        old = state.seats
-        position = jnp.where(old.done, kv.NEVER, old.length + old.step - 1)
-        logits, cache = step(old.last, position, state.cache._replace(next=slot))
-        new = _append(old, logits, choose)
-        state = state._replace(seats=new, cache=cache, time=state.time + 1)
-        return _refill(state, queue) if rows > seats else state
-
-    if rows > seats:
-        state = _refill(state, queue)
-    in_order = rows == seats
-    for part in _parts(seats, max_new_tokens, shrink, grow):
-        if part.seats < len(state.seats.row):
-            state, in_order = _shrink(state, part.seats), False
-        cache = kv.lengthen(state.cache, width + part.slots - kv.slots(state.cache))
-
-        def busy(state: _State, part=part) -> jax.Array:
-            free = (part.slots == max_new_tokens) | (state.time < part.slots)
-            taken = jnp.sum(~state.seats.done)
-            return free & ((taken > part.fewer) | (state.waiting < rows))
-
-        state = jax.lax.while_loop(busy, body, state._replace(cache=cache))
-    return (state.seats.written, state.seats.bad) if in_order else _results(state)
 
 
 class _Part(NamedTuple):
-    """A part of the loop: over when no more than `fewer` seats are taken.
+    """A part of the loop: over when no more than `fewer` rows are at work.
 
     Or when its slots are full, if they are fewer than the new tokens.
     """
 
-    seats: int
+    rows: int
     slots: int  # behind the prompts
     fewer: int
 
 
-def _parts(seats: int, length: int, shrink: bool, grow: bool) -> list[_Part]:
-    """More and more slots, all seats; then a quarter of the seats, and so on."""
-    sizes = [seats]
-    while shrink and sizes[-1] // _SHRINK >= _MIN_SEATS:
+def _parts(rows: int, length: int, shrink: bool, grow: bool) -> list[_Part]:
+    """More and more slots, all rows; then a quarter of the rows, and so on."""
+    sizes = [rows]
+    while shrink and sizes[-1] // _SHRINK >= _MIN_ROWS:
         sizes.append(sizes[-1] // _SHRINK)
     fewer = [*sizes[1:], 0]
     slots = sorted({max(1, length // share) for share in _GROW}) if grow else []
-    growing = [_Part(seats, n, fewer[0]) for n in slots]
+    growing = [_Part(rows, n, fewer[0]) for n in slots]
     return growing + [_Part(n, length, m) for n, m in zip(sizes, fewer, strict=True)]
 
 
-def _nothing(rows: int, length: int) -> Completion:
-    shape = (rows, length)
-    return Completion(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool)
+def _words(params, batch, settings, *, rows, max_new_tokens, **_) -> str:
+    prompts, length = batch[0].shape
+    return (
+        f"sampling for {prompts} x {length} tokens of prompts, {rows} completions of "
+        f"{max_new_tokens}"
     )
 
 
-def _rows_of(queue: Queue, seats: int) -> kv.KVCache:
-    """The prompts of the first rows."""
-    rows, prompts = len(queue.prompt), len(queue.prompts.positions)
-    if rows == seats:  # repeated, not gathered, so that no row leaves its device
-        return kv.repeat_rows(queue.prompts, rows // prompts)
-    return kv.take_rows(queue.prompts, queue.prompt[:seats])
+@partial(
+    sharding.announced,
+    words=_words,
+    static_argnames=(
+        "model",
+        "key_impl",
+        "rows",
+        "max_new_tokens",
+        "greedy",
+        "filtered",
+    ),
+)
+def complete(
+    params, batch, settings, *, model, key_impl, rows, max_new_tokens, **method
+):
+    """The whole of `generate` on a device, see there.
 
+    Args:
+      params: of the model.
+      batch: tokens int32 [P, W], lengths int32 [P] and key data [R, ...]: prompts on
+        the left, R / P rows of each of them.
+      settings: what may change without a new compilation: temperature float32, top_k
+        int32, top_p float32; stop_tokens int32 [K]; asked int32, the rows that count.
+      model, key_impl, rows, max_new_tokens: static; R and more rows than asked for fill
+        the batch up, `rows` are given back.
+      **method: static: greedy, filtered.
 
-def _take_seats(queue: Queue, seats: int, length: int) -> Seats:
-    """The first rows of the queue on the seats, each with its first token."""
-    token, logp = (x[:seats] for x in queue.first)
-    bad = jnp.isnan(logp)
-    empty = _nothing(seats, length)
-    return Seats(
-        row=jnp.arange(seats, dtype=jnp.int32),
-        length=queue.lengths[:seats],
-        random=queue.random[:seats],
-        step=jnp.ones(seats, jnp.int32),
-        last=token,
-        done=queue.stopped[:seats] | bad | (length == 1),
-        bad=bad,
-        written=_note(empty, 0, token, logp, ~queue.ignored[:seats]),
-    )
+    Returns: Completion [rows, N], and bool [rows]: the logits were not finite.
+    """
+    tokens, lengths, key_data = batch
+    params = model.for_decoding(params)
+    unembed = model.unembed(params)
+    keys = jax.random.wrap_key_data(key_data, impl=key_impl)
+    random = sampling.draws(keys, max_new_tokens)
 
-
-def _note(written: Completion, step, tokens, logps, going) -> Completion:
-    """Writes [S] down at places `step` of [S, N], where a row is going."""
-    places = jax.lax.broadcasted_iota(jnp.int32, written.tokens.shape, 1)
-    at = (places == jnp.atleast_1d(step)[:, None]) & going[:, None]
-    return Completion(
-        jnp.where(at, tokens[:, None], written.tokens),
-        jnp.where(at, logps[:, None], written.logps),
-        at | written.mask,
-    )
-
-
-def _append(seats: Seats, logits: jax.Array, choose: Choose) -> Seats:
-    """Chooses a token for each seat that is not done, and writes it down."""
-    step = jnp.minimum(seats.step, seats.random.shape[1] - 1)[:, None, None]
-    random = jnp.take_along_axis(seats.random, step, axis=1)[:, 0]
-    tokens, logps, stops = choose(logits, random)
-    going = ~seats.done
-    step = seats.step + going
-    bad = going & jnp.isnan(logps)
-    full = step == seats.written.tokens.shape[1]
-    return seats._replace(
-        step=step,
-        last=tokens,
-        done=seats.done | stops | bad | full,
-        bad=seats.bad | bad,
-        written=_note(seats.written, seats.step, tokens, logps, going),
-    )
-
-
-def _refill(state: _State, queue: Queue) -> _State:
-    """Rows that are done leave their seats to the next ones, one at a time."""
-    rows, length = state.results.tokens.shape
-
-    def more(state: _State) -> jax.Array:
-        return jnp.any(state.seats.done) & (state.waiting < rows)
-
-    def change(state: _State) -> _State:
-        seat, row = jnp.argmax(state.seats.done), state.waiting
-        left = state.seats.row[seat]
-        results = jax.tree.map(
-            lambda all_rows, x: all_rows.at[left].set(x[seat]),
-            state.results,
-            state.seats.written,
+    def logits_of(hidden):  # as `losses.token_logps` forms them
+        logits = jnp.matmul(
+            hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32
         )
-        one = jax.tree.map(lambda x: x[row][None], queue._replace(prompts=()))
-        new = _take_seats(one, 1, length)._replace(row=row[None])
-        seats = jax.tree.map(lambda x, y: x.at[seat].set(y[0]), state.seats, new)
-        return state._replace(
-            seats=seats,
-            cache=kv.copy_row(state.cache, seat, queue.prompts, queue.prompt[row]),
-            waiting=row + 1,
-            results=results,
-            bad=state.bad.at[left].set(state.seats.bad[seat]),
-        )
+        return sharding.constrain(logits, model.mesh, "batch", "act_vocab")
 
-    return jax.lax.while_loop(more, change, state)
+    def step(tokens, positions, cache):
+        tokens, positions = tokens[:, None], positions[:, None]
+        hidden, cache = model.apply(params, tokens, positions=positions, cache=cache)
+        return logits_of(hidden[:, 0]), cache
 
-
-def _shrink(state: _State, size: int) -> _State:
-    """The rows that are not done on fewer seats; the others are among the results."""
-    results, bad = _results(state)
-    keep = jnp.argsort(state.seats.done, stable=True)[:size]
-    return state._replace(
-        seats=jax.tree.map(lambda x: x[keep], state.seats),
-        cache=kv.take_rows(state.cache, keep),
-        results=results,
-        bad=bad,
+    hidden, cache = _prefill(model, params, tokens, lengths)
+    # Repeated, not gathered, so that no row leaves its device.
+    group = len(random) // len(tokens)
+    lengths, hidden = (jnp.repeat(x, group, axis=0) for x in (lengths, hidden))
+    # The rows that fill the batch up must not keep the loop going.
+    filler = jnp.arange(len(random)) >= settings["asked"]
+    completion, bad = decode(
+        fresh_rows(lengths, random, filler),
+        logits_of(hidden),
+        kv.repeat_rows(cache, group),
+        step,
+        _chooser(settings, **method),
+        shrink=model.mesh is None,
+        grow=max_new_tokens >= _GROW_FROM and platform_of(model.mesh) == "cpu",
     )
+    # Rows left that do not divide over the mesh are given to every device.
+    axis = "batch" if rows == len(bad) else None
+    whole = (sharding.constrain(x, model.mesh, axis, None) for x in completion)
+    return Completion(*(x[:rows] for x in whole)), bad[:rows]
 
 
-def _results(state: _State) -> tuple[Completion, jax.Array]:
-    """What all rows have written, those on their seats too."""
-    row = state.seats.row
-    results = jax.tree.map(
-        lambda all_rows, x: all_rows.at[row].set(x), state.results, state.seats.written
+def _chooser(settings, *, greedy: bool, filtered: bool) -> Choose:
+    how = {name: settings[name] for name in ("temperature", "top_k", "top_p")}
+    stop_tokens = settings["stop_tokens"]
+
+    def choose(logits, random):
+        if greedy:
+            tokens, logps = sampling.greedy(logits)
+        elif filtered:
+            tokens, logps = sampling.sample_filtered(logits, random, **how)
+        else:
+            temperature = how["temperature"]
+            tokens, logps = sampling.sample(logits, random, temperature=temperature)
+        return tokens, logps, (tokens[:, None] == stop_tokens[None, :]).any(-1)
+
+    return choose
+
+
+def _prefill(model, params, tokens, lengths):
+    """Prompts [P, W] through the model -> last hidden states [P, D], their cache."""
+    batch, width = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
+    used = (positions < lengths[:, None]).astype(jnp.int32)
+    cache = model.init_cache(batch, width)
+    hidden, cache = model.apply(
+        params, tokens, positions=positions, segment_ids=used, cache=cache
     )
-    return results, state.bad.at[row].set(state.seats.bad)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return last, cache

@@ -1,36 +1,24 @@
-"""Prefill, then decode with a KV cache until every row has stopped: one jitted call.
+"""Prompts in, completions out: checked, padded to few shapes, placed on a mesh.
 
 Prompts are padded on the right; a prompt goes through the model once, however many
 completions are asked of it.
 """
 
+import math
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jalign import sharding
-from jalign.generate import inputs, sampling
-from jalign.generate.decode import Queue, decode
-from jalign.generate.inputs import Tokens
+from jalign.generate.decode import complete
+from jalign.generate.sampling import row_keys
 from jalign.models import Model
-from jalign.models.attention import platform_of
 from jalign.types import Completion, PyTree
 
-_GROW_FROM = 64  # new tokens; for fewer, two more loops to compile are not worth it
-
-
-class SamplingParams(NamedTuple):
-    """What may change without a new compilation; all scalars but the stop tokens."""
-
-    temperature: Any  # float32 []
-    top_k: Any  # int32 []
-    top_p: Any  # float32 []
-    stop_tokens: Any  # int32 [K]
-    asked: Any  # int32 [], rows that count; those behind fill up
+Tokens = Sequence[int] | np.ndarray
 
 
 def generate(
@@ -41,7 +29,6 @@ def generate(
     key: jax.Array,
     max_new_tokens: int,
     group_size: int = 1,
-    batch_size: int | None = None,
     pad_to: tuple[int, int] = (1, 1),
     temperature: float = 1.0,
     top_k: int = 0,
@@ -51,9 +38,9 @@ def generate(
     """Continue each prompt by up to `max_new_tokens` tokens.
 
     A row's tokens depend on its prompt, its index and the key only, not on the other
-    rows, the padding, the batch size or the mesh. With several processes, each one
-    passes the same prompts and key and gets the same global arrays; `to_host` fetches
-    them.
+    rows, the padding or the mesh. All rows are decoded at once, see `generate_lists`
+    for many. With several processes, each one passes the same prompts and key and gets
+    the same global arrays; `to_host` fetches them.
 
     Args:
       model: a causal language model; its mesh, if any, shards the rows.
@@ -63,9 +50,6 @@ def generate(
       max_new_tokens: N, the most tokens to generate for a row.
       group_size: G, completions of each prompt. B = prompts * G rows come out, those
         of a prompt behind each other.
-      batch_size: rows decoded at once; a row that stops makes room for the next one.
-        None decodes all of them at once. On a mesh that cuts rows, all is best:
-        a new row may have to come from another device.
       pad_to: so many prompts, and tokens of the longest one, are computed with at
         least, so that calls with fewer or shorter ones share a compilation.
       temperature: divides the logits; 0 means greedy.
@@ -81,37 +65,28 @@ def generate(
       ValueError: an argument out of range, naming it, or a bad prompt, naming its row.
       FloatingPointError: the model's logits were NaN or infinite, naming the rows.
     """
-    inputs.check_settings(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        group_size=group_size,
-        batch_size=batch_size,
-    )
-    inputs.check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
-    inputs.check_prompts(prompts, model.config, max_new_tokens)
-    asked = len(prompts) * group_size
-    rows = max(pad_to[0] * group_size, asked)
-    total = inputs.padded_rows(rows // group_size, model.mesh)
-    seats = min(inputs.padded_rows(batch_size or rows, model.mesh), total * group_size)
-    tokens, lengths = inputs.pad_prompts(prompts, total, pad_to[1])
-    keys = inputs.row_keys(key, asked, total * group_size)
-    settings = SamplingParams(
-        np.float32(temperature if temperature > 0 else 1.0),
-        np.int32(top_k),
-        np.float32(top_p),
-        np.asarray(stop_tokens, np.int32).reshape(-1),
-        np.int32(asked),
-    )
-    completion, bad = _generate(
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    check_settings(max_new_tokens=max_new_tokens, group_size=group_size, **sampling)
+    check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
+    check_prompts(prompts, model.config, max_new_tokens)
+    asked, padded = len(prompts) * group_size, max(len(prompts), pad_to[0])
+    parts = sharding.batch_parts(model.mesh)
+    total = -(-padded // parts) * parts
+    tokens, lengths = pad_prompts(prompts, total, pad_to[1])
+    keys = row_keys(key, asked, total * group_size)
+    completion, bad = complete(
         params,
-        inputs.place((tokens, lengths, keys), model.mesh),
-        settings,
+        place((tokens, lengths, keys), model.mesh),
+        {
+            "temperature": np.float32(temperature if temperature > 0 else 1.0),
+            "top_k": np.int32(top_k),
+            "top_p": np.float32(top_p),
+            "stop_tokens": np.asarray(stop_tokens, np.int32).reshape(-1),
+            "asked": np.int32(asked),
+        },
         model=model,
         key_impl=str(jax.random.key_impl(key)),
-        rows=rows,
-        seats=seats,
+        rows=padded * group_size,
         max_new_tokens=max_new_tokens,
         greedy=temperature == 0,
         filtered=top_k > 0 or top_p < 1,
@@ -123,14 +98,58 @@ def generate(
             f"{', '.join(map(str, bad[:8]))}{' …' if bad.size > 8 else ''} of "
             f"{asked}: look at the parameters it was given"
         )
-    if asked < rows:
+    if asked < padded * group_size:
         completion = jax.tree.map(lambda x: x[:asked], completion)
     return completion
 
 
+def generate_lists(
+    model: Model,
+    params: PyTree,
+    prompts: Sequence[Tokens],
+    *,
+    key: jax.Array,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    **settings: Any,
+) -> list[list[int]]:
+    """`generate`, at most batch_size prompts at once; a row does not depend on that.
+
+    Args:
+      model, params, prompts, key: as in `generate`.
+      batch_size: prompts decoded together (global).
+      max_new_tokens, **settings: as in `generate`.
+
+    Returns: each prompt's completion, token ids with the stop token, on the host.
+    Raises: as `generate`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_prompts(prompts, model.config, max_new_tokens)
+    keys = row_keys(key, len(prompts), len(prompts))
+    impl = jax.random.key_impl(key)
+    size = min(batch_size, len(prompts))
+    # One shape for all parts: one compilation.
+    pad_to = size, max(map(len, prompts))
+    completions: list[list[int]] = []
+    for start in range(0, len(prompts), size):
+        rows = slice(start, start + size)
+        part = generate(
+            model,
+            params,
+            prompts[rows],
+            key=jax.random.wrap_key_data(jnp.asarray(keys[rows]), impl=impl),
+            max_new_tokens=max_new_tokens,
+            pad_to=pad_to,
+            **settings,
+        )
+        completions += completion_lists(part)
+    return completions
+
+
 def to_host(completion: Completion) -> Completion:
     """The same completion as NumPy arrays [B, N], on every process."""
-    return Completion(*(sharding.gather(x) for x in completion))
+    return sharding.gather(completion)
 
 
 def completion_lists(completion: Completion) -> list[list[int]]:
@@ -141,142 +160,126 @@ def completion_lists(completion: Completion) -> list[list[int]]:
     ]
 
 
-def _words(params, batch, settings, *, rows, max_new_tokens, **_) -> str:
-    prompts, length = batch[0].shape
-    return (
-        f"sampling for {prompts} x {length} tokens of prompts, {rows} completions of "
-        f"{max_new_tokens}"
-    )
+def continuations(
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    stop_tokens: Sequence[int] = (),
+) -> list[str]:
+    """`continuation` of each of B prompts."""
+    return [
+        continuation(tokenizer, prompt, completion, stop_tokens)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
 
 
-@partial(
-    sharding.announced,
-    words=_words,
-    static_argnames=(
-        "model",
-        "key_impl",
-        "rows",
-        "seats",
-        "max_new_tokens",
-        "greedy",
-        "filtered",
-    ),
-)
-def _generate(
-    params, batch, settings, *, model, key_impl, rows, seats, max_new_tokens, **method
-):
-    """Tokens [P', W], lengths, key data -> (Completion [rows, N], bad [rows])."""
-    tokens, lengths, key_data = batch
-    params = model.for_decoding(params)
-    unembed = model.unembed(params)
-    random = _random(jax.random.wrap_key_data(key_data, impl=key_impl), max_new_tokens)
-    choose = _chooser(settings, **method)
+def continuation(
+    tokenizer: Any,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    stop_tokens: Sequence[int] = (),
+) -> str:
+    """The text that the completion's ids add to the prompt's, no special tokens.
 
-    def step(tokens, positions, cache):
-        tokens, positions = tokens[:, None], positions[:, None]
-        hidden, cache = model.apply(params, tokens, positions=positions, cache=cache)
-        return _logits(hidden[:, 0], unembed, model.mesh), cache
-
-    hidden, prompts = _prefill(model, params, tokens, lengths)
-    prompt = jnp.repeat(jnp.arange(len(tokens)), len(random) // len(tokens))
-    first = _first_tokens(
-        hidden, unembed, prompt, random[:, 0], seats, choose, model.mesh
-    )
-    ignored = jnp.arange(len(random)) >= settings.asked
-    queue = Queue(
-        prompts=prompts,
-        prompt=prompt,
-        lengths=lengths[prompt],
-        random=random,
-        first=first[:2],
-        # The rows that fill the batch up must not keep the loop going.
-        stopped=first[2] | ignored,
-        ignored=ignored,
-    )
-    completion, bad = decode(
-        queue,
-        step,
-        choose,
-        seats=seats,
-        max_new_tokens=max_new_tokens,
-        shrink=model.mesh is None,
-        grow=max_new_tokens >= _GROW_FROM and platform_of(model.mesh) == "cpu",
-    )
-    return _without_filler(completion, bad & ~ignored, rows, model.mesh)
-
-
-def _chooser(settings: SamplingParams, *, greedy: bool, filtered: bool):
-    """The sampler of (logits [S, V], random [S, 2]), with its stop tokens."""
-    temperature, top_k, top_p, stop_tokens, _ = settings
-
-    def choose(logits, random):
-        if greedy:
-            tokens, logps = sampling.greedy(logits)
-        elif filtered:
-            tokens, logps = sampling.sample_filtered(
-                logits, random, temperature=temperature, top_k=top_k, top_p=top_p
-            )
-        else:
-            tokens, logps = sampling.sample(logits, random, temperature=temperature)
-        return tokens, logps, (tokens[:, None] == stop_tokens[None, :]).any(-1)
-
-    return choose
-
-
-def _prefill(model, params, tokens, lengths):
-    """Prompts [P, W] through the model -> last hidden states [P, D], their cache."""
-    batch, width = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
-    used = (positions < lengths[:, None]).astype(jnp.int32)
-    cache = model.init_cache(batch, width)
-    hidden, cache = model.apply(
-        params, tokens, positions=positions, segment_ids=used, cache=cache
-    )
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return last, cache
-
-
-def _random(keys: jax.Array, length: int) -> jax.Array:
-    """What the draws of all tokens take, float32 [R, N, 2], at once.
-
-    A step of the loop would take longer over its few keys than over its logits.
+    A stop token at its end is left out, special or not. Decoding the completion alone
+    would lose the space before its first word with tokenizers of the SentencePiece
+    kind, and split characters that cross the border.
     """
-    steps = jnp.arange(length, dtype=jnp.uint32)
-    of_row = jax.vmap(jax.random.fold_in, (None, 0))
-    return sampling.uniforms(jax.vmap(of_row, (0, None))(keys, steps))
+    prompt, completion = list(prompt), list(completion)
+    if completion and completion[-1] in stop_tokens:
+        completion.pop()
+    how = {"skip_special_tokens": True}
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        # The text as it is: a tidied one is another one to whoever encodes it again.
+        how["clean_up_tokenization_spaces"] = False
+    before = tokenizer.decode(prompt, **how)
+    both = tokenizer.decode(prompt + completion, **how)
+    if both.startswith(before):
+        return both[len(before) :]
+    return tokenizer.decode(completion, **how)
 
 
-def _first_tokens(hidden, unembed, prompt, random, seats, choose, mesh):
-    """The first token of every row: (tokens, logps, stops), each [R]."""
+def check_settings(
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    group_size: int = 1,
+) -> None:
+    """Raises ValueError naming the sampling setting that is out of range."""
+    counts = dict(max_new_tokens=max_new_tokens, group_size=group_size)
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, not {count}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"temperature must be 0 (greedy) or positive, not {temperature}"
+        )
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or positive, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], where 1 is off, not {top_p}")
 
-    def of(hidden, random):
-        return choose(_logits(hidden, unembed, mesh), random)
 
-    rows = len(prompt)
-    if rows == seats:  # repeated, not gathered, so that no row leaves its device
-        return of(jnp.repeat(hidden, rows // len(hidden), axis=0), random)
-    # In parts: the logits of all rows would be larger than those of any step.
-    parts = -(-rows // seats)
-    index = jnp.minimum(jnp.arange(parts * seats), rows - 1).reshape(parts, seats)
-    out = jax.lax.map(
-        lambda part: of(hidden[part[0]], part[1]), (prompt[index], random[index])
+def check_tokens(name: str, tokens: Tokens, vocab_size: int) -> None:
+    """Raises ValueError naming a token that the model does not embed."""
+    for token in (min(tokens), max(tokens)) if len(tokens) else ():
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{name}: token {token} is not in the model's vocabulary of "
+                f"{vocab_size}"
+            )
+
+
+def check_prompts(prompts: Sequence[Tokens], config, max_new_tokens: int) -> None:
+    """Raises ValueError naming a row that is empty, too long or out of vocabulary."""
+    if not len(prompts):
+        raise ValueError("there are no prompts")
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {row} has no tokens; start it with BOS at least")
+        check_tokens(f"prompt {row}", prompt, config.vocab_size)
+        length = len(prompt) + max_new_tokens
+        if length > config.max_position:
+            raise ValueError(
+                f"prompt {row} of {len(prompt)} tokens and max_new_tokens="
+                f"{max_new_tokens} make {length} tokens; the model's context is "
+                f"{config.max_position}"
+            )
+
+
+def bucket_length(length: int) -> int:
+    """The padded length: 16, 24, 32, 48, 64, 96, … so that few shapes compile."""
+    bucket = 16
+    while bucket < length:
+        # From a power of two to one and a half of it, and on to the next power.
+        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
+    return bucket
+
+
+def pad_prompts(
+    prompts: Sequence[Tokens], total: int, longest: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts on the left of int32 [total, P], and lengths int32 [total].
+
+    P is the bucket of the longest one, or of `longest` if that is more. Filler rows
+    behind them hold one token.
+    """
+    lengths = np.ones(total, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    width = bucket_length(max(longest, int(lengths.max())))
+    tokens = np.zeros((total, width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return tokens, lengths
+
+
+def place(tree: PyTree, mesh) -> PyTree:
+    """NumPy arrays that every process has -> arrays cut over the mesh by rows."""
+    if mesh is None:
+        return tree
+    rows = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, rows, lambda i: x[i]), tree
     )
-    return jax.tree.map(lambda x: x.reshape(-1)[:rows], out)
-
-
-def _logits(hidden: jax.Array, unembed: jax.Array, mesh) -> jax.Array:
-    """hidden [S, D] -> float32 logits [S, V], as `losses.token_logps` forms them."""
-    unembed = unembed.astype(hidden.dtype)
-    logits = jnp.matmul(hidden, unembed, preferred_element_type=jnp.float32)
-    return sharding.constrain(logits, mesh, "batch", "act_vocab")
-
-
-def _without_filler(completion: Completion, bad: jax.Array, rows: int, mesh):
-    """-> (Completion [rows, N], bad [rows]), cut over the mesh where they divide."""
-    if rows == len(bad):
-        return jax.tree.map(
-            lambda x: sharding.constrain(x, mesh, "batch", None), completion
-        ), bad
-    # The rows left do not divide over the mesh: give them to every device.
-    whole = jax.tree.map(lambda x: sharding.constrain(x, mesh, None, None), completion)
-    return jax.tree.map(lambda x: x[:rows], whole), bad[:rows]

@@ -12,6 +12,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jalign import sharding
+
+_fold_in = jax.vmap(jax.random.fold_in, (None, 0))  # a key, uint32 [n] -> keys [n]
 
 
 def _chosen(logps: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -37,6 +42,30 @@ def uniforms(keys: jax.Array) -> jax.Array:
     """The random numbers that a draw takes: PRNG keys [...] -> float32 [..., 2]."""
     draw = functools.partial(jax.random.uniform, shape=(2,))
     return jax.vmap(draw)(keys.reshape(-1)).reshape(*keys.shape, 2)
+
+
+def draws(keys: jax.Array, length: int) -> jax.Array:
+    """The `uniforms` of all tokens of rows: their keys [R] -> float32 [R, N, 2].
+
+    At once: a step of decoding would take longer over its few keys than over its
+    logits.
+    """
+    steps = jnp.arange(length, dtype=jnp.uint32)
+    return uniforms(jax.vmap(_fold_in, (0, None))(keys, steps))
+
+
+def row_keys(key: jax.Array, rows: int, total: int) -> np.ndarray:
+    """Key data uint32 [total, ...]: key folded with the row index, or keys as given.
+
+    Raises: ValueError if key is no typed PRNG key, or not [] or [rows].
+    """
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+        raise ValueError("key must be a typed PRNG key, from jax.random.key(seed)")
+    if key.shape not in ((), (rows,)):
+        raise ValueError(f"key must be one key or {rows}, one a row; got {key.shape}")
+    keys = key if key.ndim else jax.jit(_fold_in)(key, np.arange(rows, dtype=np.uint32))
+    data = sharding.gather(keys)
+    return np.pad(data, [(0, total - rows)] + [(0, 0)] * (data.ndim - 1))
 
 
 def sample(

@@ -127,25 +127,3 @@ def lengthen(cache: KVCache, more: int) -> KVCache:
     v = jax.tree.map(lambda x: jnp.pad(x, [no, no, no, behind, no]), cache.v)
     positions = jnp.pad(cache.positions, [no, behind], constant_values=NEVER)
     return KVCache(k, v, positions, cache.next)
-
-
-def copy_row(
-    cache: KVCache, row: jax.Array, source: KVCache, source_row: jax.Array
-) -> KVCache:
-    """Another row in a row's place: its first slots are the source's, the rest empty.
-
-    Args:
-      cache: of at least as many slots as the source has.
-      row, source_row: int32 [].
-      source: such as the prompts after prefill.
-    """
-    zero = jnp.int32(0)
-
-    def copy(into: jax.Array, of: jax.Array) -> jax.Array:
-        new = jax.lax.dynamic_slice_in_dim(of, source_row, 1, axis=1)
-        return jax.lax.dynamic_update_slice(into, new, (zero, row, zero, zero, zero))
-
-    k, v = jax.tree.map(copy, (cache.k, cache.v), (source.k, source.v))
-    seen = jnp.full(cache.positions.shape[1:], NEVER, jnp.int32)
-    seen = seen.at[: source.positions.shape[1]].set(source.positions[source_row])
-    return KVCache(k, v, cache.positions.at[row].set(seen), cache.next)

@@ -8,7 +8,7 @@ import numpy as np
 
 from jalign import data
 from jalign.data.layout import choose_sizes, sample_batches
-from jalign.generate.inputs import bucket_length
+from jalign.generate.engine import bucket_length
 from jalign.train.online_config import OnlineConfig
 from jalign.types import Rollout
 

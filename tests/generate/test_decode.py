@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jalign import generate
-from jalign.generate.decode import Queue, decode
+from jalign.generate.decode import decode, fresh_rows
 from jalign.models import cache as kv
 from tests.generate.doubles import HistoryModel
 
@@ -29,32 +29,31 @@ def choose(logits, random):
     return tokens, -tokens.astype(jnp.float32), tokens == 0
 
 
-def run(seats, **how):
+def run(**how):
     rows, calls = len(STARTS), []
     positions = jnp.broadcast_to(jnp.arange(WIDTH, dtype=jnp.int32), (rows, WIDTH))
     k, v = jnp.zeros((1, rows, 1, 1, WIDTH)), jnp.zeros((1, rows, 1, WIDTH, 1))
     starts = jnp.int32(STARTS)
-    queue = Queue(
-        prompts=kv.KVCache(k, v, positions, jnp.int32(WIDTH)),
-        prompt=jnp.arange(rows, dtype=jnp.int32),
-        lengths=jnp.full(rows, WIDTH, jnp.int32),
-        random=jnp.zeros((rows, LIMIT, 2)),
-        first=(starts, -starts.astype(jnp.float32)),
-        stopped=starts == 0,
-        ignored=jnp.zeros(rows, bool),
+    cache = kv.KVCache(k, v, positions, jnp.int32(WIDTH))
+    fresh = fresh_rows(
+        jnp.full(rows, WIDTH, jnp.int32),
+        jnp.zeros((rows, LIMIT, 2)),
+        jnp.zeros(rows, bool),
     )
     step = functools.partial(count_down, calls)
-    how = dict(seats=seats, max_new_tokens=LIMIT) | how
-    completion, bad = jax.jit(lambda q: decode(q, step, choose, **how))(queue)
+    completion, bad = jax.jit(
+        lambda rows, cache: decode(
+            rows, jax.nn.one_hot(starts, 32), cache, step, choose, **how
+        )
+    )(fresh, cache)
     jax.effects_barrier()
     return jax.tree.map(np.asarray, completion), np.asarray(bad), calls
 
 
 @pytest.mark.parametrize("grow", [True, False])
 @pytest.mark.parametrize("shrink", [True, False])
-@pytest.mark.parametrize("seats", [1, 3, 16, 20])
-def test_every_row_counts_down_from_its_own_start(seats, shrink, grow):
-    completion, bad, calls = run(seats, shrink=shrink, grow=grow)
+def test_every_row_counts_down_from_its_own_start(shrink, grow):
+    completion, bad, calls = run(shrink=shrink, grow=grow)
     for row, start in enumerate(STARTS):
         want = np.arange(start, max(-1, start - LIMIT), -1)
         mask = np.arange(LIMIT) < len(want)
@@ -75,31 +74,16 @@ def lengths():
     return np.minimum(STARTS + 1, LIMIT)
 
 
-@pytest.mark.parametrize("seats", [1, 3, 16])
-def test_no_seat_waits_while_rows_do(seats):
-    """List scheduling: each free seat takes the next row that has more to say."""
-    _, _, calls = run(seats, shrink=False)
-    queue, work, steps = [n - 1 for n in lengths() if n > 1], [], 0
-    while queue or work:
-        while queue and len(work) < seats:
-            work.append(queue.pop(0))
-        work, steps = [n - 1 for n in work if n > 1], steps + 1
-    assert len(calls) == steps
-
-
-def test_few_rows_do_not_pay_for_all_seats():
-    sizes = [len(tokens) for tokens, _, _ in run(20)[2]]
+def test_few_rows_do_not_pay_for_all():
+    sizes = [len(tokens) for tokens, _, _ in run()[2]]
     left = [sum(lengths() - 1 > step) for step in range(LIMIT - 1)]
     assert sizes == [20 if n > 5 else 5 for n in left]
-    assert {len(tokens) for tokens, _, _ in run(20, shrink=False)[2]} == {20}
+    assert {len(tokens) for tokens, _, _ in run(shrink=False)[2]} == {20}
 
 
 def test_the_cache_grows_as_it_fills():
-    slots = [seen.shape[1] - WIDTH for _, _, seen in run(20, grow=True)[2]]
+    slots = [seen.shape[1] - WIDTH for _, _, seen in run(grow=True)[2]]
     assert slots == [2, 2, 4, 4, 8, 8, 8]
-    refilled = [seen.shape[1] - WIDTH for _, _, seen in run(3, grow=True)[2]]
-    assert refilled[:5] == [2, 2, 4, 4, 8]
-    assert set(refilled[4:]) == {8}
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2], [3]]
@@ -111,18 +95,6 @@ def sample(**how):
     prompts = how.pop("prompts", PROMPTS)
     params = model.init(jax.random.key(0))
     return generate.to_host(generate.generate(model, params, prompts, **how))
-
-
-@pytest.mark.parametrize("filters", [{}, dict(top_k=5, top_p=0.9), dict(temperature=0)])
-@pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_the_batch_size_changes_nothing(batch_size, filters):
-    how = dict(group_size=3, **filters)
-    want = sample(**how)
-    got = sample(batch_size=batch_size, **how)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
-    np.testing.assert_array_equal(got.mask, want.mask)
-    np.testing.assert_allclose(got.logps, want.logps, atol=1e-5)
-    assert 1 < want.mask.sum(1).mean() < 12
 
 
 def test_a_group_is_its_prompt_repeated():

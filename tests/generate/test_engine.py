@@ -215,3 +215,33 @@ def test_bad_arguments_are_refused(model, params):
         sample(model, params, stop_tokens=[99])
     with pytest.raises(ValueError, match="context is 64"):
         sample(model, params, max_new_tokens=64)
+
+
+FIVE = [*PROMPTS, [3]]
+
+
+def test_the_batch_size_changes_nothing(key):
+    model = HistoryModel()
+    params = model.init(key)
+    how = dict(key=jax.random.key(3), max_new_tokens=6, stop_tokens=[7])
+    whole = generate.completion_lists(generate.generate(model, params, FIVE, **how))
+    for size in (1, 2, 5, 64):
+        lists = generate.generate_lists(model, params, FIVE, batch_size=size, **how)
+        assert lists == whole
+    with pytest.raises(ValueError, match="batch_size"):
+        generate.generate_lists(model, params, FIVE, batch_size=0, **how)
+    with pytest.raises(ValueError, match="no prompts"):
+        generate.generate_lists(model, params, [], **how)
+
+
+class WordTokenizer:
+    """Like SentencePiece: a space between words, none before the first."""
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return " ".join(f"w{i}" for i in ids if i)
+
+
+def test_continuation_keeps_the_space_at_the_border():
+    assert generate.continuation(WordTokenizer(), [1, 2], [3, 0]) == " w3"
+    assert generate.continuation(WordTokenizer(), [0], [3]) == "w3"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jalign import data, generate, losses, models, sharding
-from jalign.generate import engine
+from jalign.generate import decode
 from tests.sharding import processes
 
 CONFIG = models.ModelConfig(
@@ -51,18 +51,18 @@ def rows_of(completion):
 
 
 def test_a_cache_that_grows_changes_nothing(params, monkeypatch):
-    model, how = models.Model(CONFIG), dict(batch_size=3)
-    want = sample(model, params, **how)
-    decode, grown = engine.decode, []
+    model = models.Model(CONFIG)
+    want = sample(model, params)
+    loop, grown = decode.decode, []
 
     def noted(*args, grow, **more):
         grown.append(grow)
-        return decode(*args, grow=grow, **more)
+        return loop(*args, grow=grow, **more)
 
-    monkeypatch.setattr(engine, "_GROW_FROM", N)
-    monkeypatch.setattr(engine, "decode", noted)
+    monkeypatch.setattr(decode, "_GROW_FROM", N)
+    monkeypatch.setattr(decode, "decode", noted)
     jax.clear_caches()
-    got = sample(model, params, **how)
+    got = sample(model, params)
     assert grown == [True]
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_allclose(got.logps, want.logps, rtol=1e-5, atol=1e-6)

@@ -70,18 +70,6 @@ def test_rows_are_taken_with_all_that_is_theirs(unrolled):
 
 
 @both
-def test_copy_row_leaves_nothing_of_the_row_before(unrolled):
-    cache, source = random_cache(unrolled, 3, 5), random_cache(unrolled, 2, 2, seed=1)
-    got = kv.copy_row(cache, jnp.int32(1), source, jnp.int32(0))
-    np.testing.assert_array_equal(layers(got.k)[:, 1, ..., :2], layers(source.k)[:, 0])
-    np.testing.assert_array_equal(layers(got.v)[:, 1, :, :2], layers(source.v)[:, 0])
-    assert got.positions[1].tolist() == [*source.positions[0].tolist()] + 3 * [kv.NEVER]
-    rest = np.array([0, 2])
-    np.testing.assert_array_equal(layers(got.k)[:, rest], layers(cache.k)[:, rest])
-    np.testing.assert_array_equal(got.positions[rest], cache.positions[rest])
-
-
-@both
 def test_lengthen_adds_slots_that_are_not_seen(unrolled):
     cache = random_cache(unrolled, 2, 3)
     longer = kv.lengthen(cache, 2)
