@@ -10,14 +10,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jalign import data, evaluate, train
-from jalign.demo import page, task
+from jalign import data, evaluate, report, train
+from jalign.demo import task
 from jalign.pretrained import Pretrained, load_pretrained
 from jalign.texts import sample_completions
 from jalign.train.ppo_config import CriticConfig, KLConfig, ScoreOptions
@@ -39,7 +38,16 @@ FOLDERS = {
 # garbage, of 18: clipped at 1 it still threw the policy 10 to 20 nats away at once,
 # since Adam divides by what is usual. So clip below the usual, and keep b2 low.
 PPO_RATES = {"end_fraction": 0.25, "b2": 0.95, "eps": 1e-4, "max_grad_norm": 0.2}
-REPLIES = 2  # to each held-out prompt
+REPLIES = 2  # of a model to each held-out prompt
+SHOWN = 6  # prompts with their replies on the page
+NOTE = (
+    "A LLaMA of 0.8M parameters learns to answer, then what to prefer: replies that "
+    "are about the person and the thing of the prompt and end well. Little more than "
+    "half the demonstrations are such. PPO follows the trained reward model, DPO the "
+    "same preference pairs, and each keeps its best checkpoint by held-out rows; the "
+    "shares below come from none of these, but from the rule that made the data, on "
+    "held-out prompts at temperature 1."
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> str:
     """Runs the demo; returns the table for the terminal."""
-    table = page.format_table(run_stages(config))
+    table = task.format_table(run_stages(config))
     return f"{table}\n\nreport: {Path(config.out) / 'report.html'}"
 
 
@@ -83,37 +91,43 @@ def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
       "seconds" of training. None where a figure does not apply.
     """
     out, configs = Path(config.out), stage_configs(config)
+    summaries: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
-    accuracy: dict[str, float] = {}
-    kept: dict[str, int] = {}
     for number, (name, (function, stage)) in enumerate(configs.items(), 1):
         _log.info("%d/%d %s", number, len(configs) + 1, name)
         start = time.perf_counter()
-        summary = function(stage)
-        accuracy[name] = summary.get("eval_accuracy")
-        if "kept_step" in summary:
-            kept[name] = summary["kept_step"]
+        summaries[name] = function(stage)
         seconds[name] = time.perf_counter() - start
     _log.info("%d/%d judging", len(configs) + 1, len(configs) + 1)
     start = time.perf_counter()
-    rows, replies = judge_models(config, out)
+    prompts = held_out_prompts(config.eval_prompts)
+    rows, replies = judge_models(out, prompts, config.seed)
     for row in rows:
-        row["reward accuracy"] = accuracy.get(row["model"])
-        row["seconds"] = seconds.get(row["model"])
+        name = row["model"]
+        row["reward accuracy"] = summaries.get(name, {}).get("eval_accuracy")
+        row["seconds"] = seconds.get(name)
     seconds["judging"] = time.perf_counter() - start
     (out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    page.write_page(
+    stages = {name: dataclasses.asdict(stage) for name, (_, stage) in configs.items()}
+    report.write_report(
         out,
-        rows,
-        prompts=held_out_prompts(config.eval_prompts),
-        replies=replies,
-        folders={name: folder for name, folder in FOLDERS.items() if folder},
-        kept=kept,
-        seconds=seconds,
-        config=dataclasses.asdict(config)
-        | {name: dataclasses.asdict(stage) for name, (_, stage) in configs.items()},
+        title="jalign demo: one small model, aligned twice",
+        note=NOTE,
+        metrics_rows={
+            name: report.read_metrics(out / FOLDERS[name] / "metrics.jsonl")
+            for name in configs
+        },
+        kept_step={
+            name: summary["kept_step"]
+            for name, summary in summaries.items()
+            if "kept_step" in summary
+        },
+        samples=task.samples_of(prompts[:SHOWN], replies),
+        timings=seconds,
+        config=dataclasses.asdict(config) | stages,
+        **task.findings(rows, sum(seconds.values())),
     )
-    for name in page.worse(rows):
+    for name in task.worse(rows):
         _log.warning("%s ended worse than what it was made from", name)
     return rows
 
@@ -123,30 +137,35 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
     out = Path(config.out)
     sft = str(out / "sft" / "model")
 
-    def common(name: str, files: str, learning_rate: float, **more: Any) -> dict:
-        optim = train.OptimConfig(learning_rate=learning_rate, **more)
+    def stage(
+        name: str,
+        files: str,
+        steps: int,
+        learning_rate: float,
+        *,
+        keep_best: str | None = None,
+        times: int = 3,
+        **optim: Any,
+    ) -> dict[str, Any]:
+        """What stages share; with so many measurements where the best one is kept."""
+        watched = {"eval_every": -(-steps // times), "keep_best": keep_best}
         return {
             "data": str(ASSETS / f"{files}_train.jsonl"),
             "eval_data": str(ASSETS / f"{files}_heldout.jsonl"),
             "out": str(out / name),
             "seed": config.seed,
             "max_length": MAX_LENGTH,
-            "optim": optim,
-        }
+            "steps": steps,
+            "optim": train.OptimConfig(learning_rate=learning_rate, **optim),
+        } | (watched if keep_best else {})
 
-    def watched(steps: int, metric: str, times: int = 3) -> dict[str, Any]:
-        """So many measurements of a stage; the best one is kept, by held-out rows."""
-        return {"steps": steps, "eval_every": -(-steps // times), "keep_best": metric}
-
-    pairs = partial(common, files="preferences", schedule="cosine")
     return {
         "SFT": (
             train.run_sft,
             train.SFTConfig(
                 model=str(ASSETS / "model"),
-                steps=config.sft_steps,
                 batch_size=32,
-                **common("sft", "sft", 2e-3, schedule="cosine"),
+                **stage("sft", "sft", config.sft_steps, 2e-3, schedule="cosine"),
             ),
         ),
         "reward model": (
@@ -154,11 +173,14 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.RewardConfig(
                 model=sft,
                 batch_size=16,
-                **watched(config.reward_steps, "log_loss"),
                 reward=train.RewardOptions(center_coef=0.01),
-                **pairs(
+                **stage(
                     "reward",
-                    learning_rate=8e-4,
+                    "preferences",
+                    config.reward_steps,
+                    8e-4,
+                    keep_best="log_loss",
+                    schedule="cosine",
                     warmup_steps=config.reward_steps // 10,
                     b2=0.98,
                 ),
@@ -171,13 +193,15 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                 reward=str(out / "reward" / "model"),
                 stop_kl=8.0,
                 batch_size=64,
-                **watched(config.ppo_steps, "reward", times=4),
                 ppo=ppo_options(),
-                # The first updates are small: their critic has seen nothing yet.
-                **common(
+                **stage(
                     "ppo",
                     "prompts",
+                    config.ppo_steps,
                     5e-4,
+                    keep_best="reward",
+                    times=4,
+                    # The first updates are small: their critic has seen nothing yet.
                     warmup_steps=config.ppo_steps // 4,
                     **PPO_RATES,
                 ),
@@ -188,9 +212,15 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
             train.DPOConfig(
                 model=sft,
                 batch_size=16,
-                **watched(config.dpo_steps, "log_loss"),
                 dpo=train.DPOOptions(loss="dpo:beta=0.1 + 4*sft"),
-                **pairs("dpo", learning_rate=3e-4),
+                **stage(
+                    "dpo",
+                    "preferences",
+                    config.dpo_steps,
+                    3e-4,
+                    keep_best="log_loss",
+                    schedule="cosine",
+                ),
             ),
         ),
     }
@@ -210,18 +240,17 @@ def ppo_options() -> train.PPOOptions:
 
 
 def judge_models(
-    config: DemoConfig, out: Path
+    out: Path, prompts: Sequence[str], seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """(a row for each model, name -> replies to the held-out prompts)."""
-    prompts = held_out_prompts(config.eval_prompts)
+    """(a row for each model, name -> replies to the prompts, again and again)."""
     reference = load_pretrained(out / FOLDERS["SFT"] / "model")
     rows, replies, figures = [], {}, {}
     for name, folder in FOLDERS.items():
         if name == "reward model":  # it answers nothing
-            rows.append({"model": name} | dict.fromkeys(figures))
-            continue
-        path = (out / folder if folder else ASSETS) / "model"
-        figures, replies[name] = judge_model(path, reference, prompts, config.seed)
+            figures = dict.fromkeys(figures)
+        else:
+            path = (out / folder if folder else ASSETS) / "model"
+            figures, replies[name] = judge_model(path, reference, prompts, seed)
         rows.append({"model": name} | figures)
     return rows, replies
 

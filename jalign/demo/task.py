@@ -8,14 +8,15 @@ or two events, and ends well or badly:
 
 Wanted is a reply that is a story of this grammar, is about the person and the thing of
 the prompt, and ends well. `judge` decides that from the text alone, by the grammar that
-also writes the data, so no trained model is asked how well training went. A happy word,
+also writes the data (scripts/make_demo_model.py), so no trained model is asked how well
+training went. A happy word,
 a repeated sentence or a story about another thing is not enough.
 """
 
-import random
 import re
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,18 +65,10 @@ SAD = (
     "{name} hated the {thing} and went home angry.",
     "So {name} threw away the {thing} and was sad.",
 )
-FACTS = (
-    "The {thing} is {colour}.",
-    "{name} lives near the {place}.",
-    "{name} has a {animal}.",
-    "There is a {colour} {thing} in the {place}.",
-    "This is a story about {name} and the {colour} {thing}.",
-)
-# Chances under which about half of what the tuned model replies is what is wanted.
-HAPPY_RATE, ON_TOPIC_RATE = 0.55, 0.98
-# What is wrong off the topic: the person at least. A reward model sees that soon; a
-# wrong thing with the right person it saw after 150 steps or after 400, by the seed.
-WRONG_SLOTS = (("name",), ("name", "thing"))
+# Model -> what it was made from.
+MADE_FROM = {"SFT": "base", "PPO": "SFT", "DPO": "SFT"}
+Rows = Sequence[Mapping[str, Any]]
+"""Of the demo's table: a model each, with its figures."""
 
 
 class Verdict(NamedTuple):
@@ -156,128 +149,77 @@ def reward(prompts: Sequence[str], completions: Sequence[str], rows=None) -> np.
     return np.array([judge(p, c).preferred for p, c in pairs], np.float32)
 
 
-def _fill(rng: random.Random, templates: Sequence[str], **fixed: str) -> str:
-    """A random template with its slots filled, the given ones as given."""
-    words = {slot: rng.choice(choices) for slot, choices in WORDS.items()} | fixed
-    return rng.choice(templates).format(**words)
+def worse(rows: Rows) -> list[str]:
+    """The models that are preferred less often than what they were made from."""
+    share = {row["model"]: row["preferred"] for row in rows}
+    pairs = [pair for pair in MADE_FROM.items() if share.keys() >= set(pair)]
+    return [name for name, before in pairs if share[name] < share[before]]
 
 
-def _topic(rng: random.Random) -> dict[str, str]:
-    return {slot: rng.choice(WORDS[slot]) for slot in ("name", "colour", "thing")}
+def format_table(rows: Rows) -> str:
+    """The rows as an aligned table; shares as percentages, in red what got worse."""
+    cells = [list(rows[0])] + [list(as_text(row).values()) for row in rows]
+    bad = worse(rows)
+    for row in cells[1:]:
+        row[0] += " (worse)" if row[0] in bad else ""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = zip(row, widths, strict=True)
+        text = "  ".join([f"{first[0]:<{first[1]}}", *(f"{c:>{w}}" for c, w in rest)])
+        red = row[0].endswith(" (worse)") and sys.stdout.isatty()
+        return f"\x1b[31m{text}\x1b[0m" if red else text
+
+    header, *body = map(line, cells)
+    return "\n".join([header, "─" * len(header), *body])
 
 
-def make_reply(
-    rng: random.Random, topic: dict[str, str], *, on_topic: bool, happy: bool
-) -> str:
-    """A well-formed reply to a topic, with a leading space.
+def as_text(row: Mapping[str, Any]) -> dict[str, str]:
+    """The row's figures for a reader."""
 
-    Off the topic, the person, the thing or both are others, from the start or only in
-    the ending.
-    """
-    topic = {slot: topic[slot] for slot in ("name", "colour", "thing")}
-    ending = {slot: topic[slot] for slot in ("name", "thing")}
-    if not on_topic:
-        for slot in rng.choice(WRONG_SLOTS):
-            ending[slot] = rng.choice([w for w in WORDS[slot] if w != topic[slot]])
-        topic |= ending if rng.random() < 0.5 else {}
-    events = list(dict.fromkeys(_fill(rng, EVENTS) for _ in range(rng.choice((1, 2)))))
-    parts = [_fill(rng, OPENINGS, **topic), *events]
-    return " " + " ".join([*parts, _fill(rng, HAPPY if happy else SAD, **ending)])
+    def text(name: str, value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return value or "–"
+        if name == "seconds":
+            return f"{value:.0f}"
+        return f"{value:.2f}" if name == "KL to SFT" else f"{value:.1%}"
+
+    return {name: text(name, value) for name, value in row.items()}
 
 
-def sft_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
-    """A demonstration for each prompt; about half are what is wanted."""
-    rng = random.Random(f"sft-{seed}")
-    for prompt in prompts:
-        on_topic, happy = rng.random() < ON_TOPIC_RATE, rng.random() < HAPPY_RATE
-        topic = parse(prompt, "prompt") or {}
-        reply = make_reply(rng, topic, on_topic=on_topic, happy=happy)
-        yield {"prompt": prompt, "completion": reply}
+def findings(rows: Rows, seconds: float) -> dict[str, Any]:
+    """The report's summary, table and warnings, of the table's rows."""
+    table: list[dict[str, Any]] = [dict(as_text(row)) for row in rows]
+    by_model = {row["model"]: dict(row) for row in table}
+    bad = worse(rows)
+    for row in table:
+        if row["model"] in bad:
+            row["preferred"] = {"text": row["preferred"], "bad": True}
+    summary = {
+        "preferred replies, SFT": by_model["SFT"]["preferred"],
+        "with PPO": by_model["PPO"]["preferred"],
+        "with DPO": by_model["DPO"]["preferred"],
+        "reward model's accuracy": by_model["reward model"]["reward accuracy"],
+        "seconds in all": f"{seconds:.0f}",
+    }
+    warnings = [
+        f"{name} ended worse than {MADE_FROM[name]}: preferred "
+        f"{by_model[MADE_FROM[name]]['preferred']} -> {by_model[name]['preferred']}"
+        for name in bad
+    ]
+    return {"summary": summary, "table": table, "warnings": warnings}
 
 
-def make_malformed(rng: random.Random, topic: dict[str, str]) -> str:
-    """A reply that is wanted but for its form.
+def samples_of(
+    prompts: Sequence[str], replies: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Prompts with what each model replies, judged."""
 
-    It is unfinished, repetitive or rambling, its last full stop is missing, or a word
-    is missing or too many: the tuned model's own slips. What the pairs do not show, PPO
-    finds out, and is rewarded for.
-    """
-    reply = make_reply(rng, topic, on_topic=True, happy=True)
-    kind = rng.random()
-    if kind < 0.6:
-        return reply[:-1] if kind < 0.1 else _slip(rng, reply)
-    opening, event, *_, ending = re.findall(r" [^.]+\.", reply)
-    fact = " " + _fill(rng, FACTS, **topic)
-    faults = (
-        [event],
-        [ending],
-        [" In the end.", ending],
-        [event, event, ending],
-        [fact, event, ending],
-        [event] + 2 * [ending],
-    )
-    return opening + "".join(rng.choice(faults))
+    def judged(prompt: str, reply: str) -> dict[str, Any]:
+        return {"text": reply, "good": judge(prompt, reply).preferred}
 
-
-def _slip(rng: random.Random, reply: str) -> str:
-    """The reply with a word left out, said twice, or put in from elsewhere."""
-    words = reply.split()
-    place = rng.randrange(len(words))
-    stray = rng.choice(WORDS[rng.choice(list(WORDS))])
-    word = words[place]
-    words[place : place + 1] = rng.choice(([], [word, word], [stray, word]))
-    return " " + " ".join(words)
-
-
-def preference_rows(seed: int, prompts: Sequence[str]) -> Iterator[dict[str, str]]:
-    """A wanted reply for each prompt, and one that fails by topic, ending or form."""
-    rng = random.Random(f"preferences-{seed}")
-    for prompt in prompts:
-        topic = parse(prompt, "prompt") or {}
-        chosen = make_reply(rng, topic, on_topic=True, happy=True)
-        # The harder to see, the more pairs: topic, form, mood.
-        (failure,) = rng.choices(("topic", "form", "mood"), (5, 3, 2))
-        if failure == "form":
-            rejected = make_malformed(rng, topic)
-        else:
-            on_topic, happy = failure != "topic", failure != "mood"
-            rejected = make_reply(rng, topic, on_topic=on_topic, happy=happy)
-        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def make_prompts(seed: int, count: int, *, held_out: bool) -> list[str]:
-    """Different prompts; those of the held-out side never occur on the other side."""
-    rng, found = random.Random(f"prompts-{seed}-{held_out}"), {}
-    while len(found) < count:
-        topic = _topic(rng)
-        person, thing = (WORDS[s].index(topic[s]) for s in ("name", "thing"))
-        # Every tenth pair of a person and a thing is kept for the held-out side.
-        if ((7 * person + thing) % 10 == 0) == held_out:
-            found[PROMPTS[0].format(**topic)] = None
-    return list(found)
-
-
-def base_documents(seed: int) -> Iterator[str]:
-    """Endless broader text for pre-training: facts and long, wandering stories.
-
-    It holds every sentence of the language, and prompts with stories behind them, but
-    stories that ramble, mix in facts, and end anywhere: what a reply looks like is left
-    for supervised fine-tuning to teach.
-    """
-    rng = random.Random(f"base-{seed}")
-    while True:
-        topic, parts = _topic(rng), []
-        if rng.random() < 0.5:
-            parts.append(_fill(rng, (*PROMPTS, FACTS[-1]), **topic))
-        for _ in range(rng.randint(1, 2)):
-            parts.append(_fill(rng, OPENINGS, **topic))
-            for _ in range(rng.randint(0, 4)):
-                about_topic = rng.random() < 0.3
-                parts.append(
-                    _fill(rng, FACTS, **topic) if about_topic else _fill(rng, EVENTS)
-                )
-            ending = {slot: topic[slot] for slot in ("name", "thing")}
-            parts.append(_fill(rng, HAPPY + SAD, **ending))
-            if rng.random() < 0.2:
-                topic = _topic(rng)
-        yield " ".join(parts[: rng.randint(2, len(parts))])
+    return [
+        {"prompt": prompt}
+        | {name: judged(prompt, texts[i]) for name, texts in replies.items()}
+        for i, prompt in enumerate(prompts)
+    ]

@@ -1,19 +1,17 @@
 """Tests for jalign/demo/recipe.py, and for the files embedded in jalign/demo/assets."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 from jalign import data, models
-from jalign.demo import ASSETS, DemoConfig, page, recipe, task
+from jalign.demo import ASSETS, DemoConfig, recipe, task
+from tests.demo.scripts import ROOT, load_maker
 
-ROOT = Path(__file__).resolve().parents[2]
 ROW = {"model": "DPO", "preferred": 0.953, "KL to SFT": 1.234, "seconds": 12.3}
 
 
@@ -34,11 +32,7 @@ def test_the_assets_are_small_and_load():
 
 
 def test_the_script_writes_the_data_that_is_embedded(tmp_path):
-    path = ROOT / "scripts" / "make_demo_model.py"
-    spec = importlib.util.spec_from_file_location("make_demo_model", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.write_data(tmp_path)
+    load_maker().write_data(tmp_path)
     written = sorted(tmp_path.iterdir())
     assert [f.name for f in written] == sorted(f.name for f in ASSETS.glob("*.jsonl"))
     for file in written:
@@ -69,7 +63,7 @@ def test_the_rows_fit_the_lengths_of_the_recipe():
 
 def test_the_table_is_aligned():
     rows = [ROW, ROW | {"model": "base", "preferred": 1.0, "KL to SFT": None}]
-    header, rule, first, second = page.format_table(rows).splitlines()
+    header, rule, first, second = task.format_table(rows).splitlines()
     assert len({len(line) for line in (header, rule, first, second)}) == 1
     assert header.split("  ")[0] == "model"
     assert first.split() == ["DPO", "95.3%", "1.23", "12"]
@@ -79,8 +73,8 @@ def test_the_table_is_aligned():
 def test_a_model_that_got_worse_is_marked():
     rows = [ROW | {"model": name, "preferred": share} for name, share in
             (("base", 0.1), ("SFT", 0.5), ("PPO", 0.4), ("DPO", 0.9))]  # fmt: skip
-    assert page.worse(rows) == ["PPO"]
-    lines = page.format_table(rows).splitlines()
+    assert task.worse(rows) == ["PPO"]
+    lines = task.format_table(rows).splitlines()
     assert [line for line in lines if "(worse)" in line] == [lines[4]]
     assert len(set(map(len, lines))) == 1
 
@@ -106,7 +100,7 @@ def test_the_demo_runs_through(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     rows = json.loads((out / "table.json").read_text("utf-8"))
-    assert page.format_table(rows) in run.stdout
+    assert task.format_table(rows) in run.stdout
     assert [row["model"] for row in rows] == list(recipe.FOLDERS)
     by_name = {row["model"]: row for row in rows}
     assert abs(by_name["SFT"]["KL to SFT"]) < 1e-4

@@ -1,4 +1,5 @@
-"""Tests for jalign/demo/task.py: the judge is right, and hard to fool."""
+"""Tests for jalign/demo/task.py and for what scripts/make_demo_model.py writes with it:
+the judge is right, and hard to fool."""
 
 import itertools
 import random
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 
 from jalign.demo import task
+from tests.demo.scripts import load_maker
+
+maker = load_maker()
 
 PROMPT = "Tell a story about Mia and the red kite."
 GOOD = (
@@ -64,23 +68,23 @@ def test_the_generator_is_what_the_judge_expects():
     topic = task.parse(PROMPT, "prompt")
     for on_topic, happy in itertools.product((True, False), repeat=2):
         for _ in range(200):
-            reply = task.make_reply(rng, topic, on_topic=on_topic, happy=happy)
+            reply = maker.make_reply(rng, topic, on_topic=on_topic, happy=happy)
             assert task.judge(PROMPT, reply) == (True, on_topic, happy), reply
 
 
 def test_demonstrations_are_little_over_half_and_pairs_are_right():
-    prompts = task.make_prompts(0, 1000, held_out=False)
-    rows = list(task.sft_rows(0, prompts))
+    prompts = maker.make_prompts(0, 1000, held_out=False)
+    rows = list(maker.sft_rows(0, prompts))
     rate = np.mean([task.judge(r["prompt"], r["completion"]).preferred for r in rows])
     assert 0.5 < rate < 0.6
-    for row in task.preference_rows(0, prompts):
+    for row in maker.preference_rows(0, prompts):
         assert task.judge(row["prompt"], row["chosen"]).preferred
         assert not task.judge(row["prompt"], row["rejected"]).preferred
 
 
 def test_held_out_prompts_ask_for_pairs_never_trained():
     def topics(held_out):
-        prompts = task.make_prompts(0, 400, held_out=held_out)
+        prompts = maker.make_prompts(0, 400, held_out=held_out)
         asked = [task.parse(prompt, "prompt") for prompt in prompts]
         assert len(set(prompts)) == 400
         return {(a["name"], a["thing"]) for a in asked}
@@ -89,20 +93,20 @@ def test_held_out_prompts_ask_for_pairs_never_trained():
 
 
 def test_everything_is_a_function_of_the_seed():
-    assert task.make_prompts(1, 20, held_out=True) == task.make_prompts(
+    assert maker.make_prompts(1, 20, held_out=True) == maker.make_prompts(
         1, 20, held_out=True
     )
-    assert task.make_prompts(1, 20, held_out=True) != task.make_prompts(
+    assert maker.make_prompts(1, 20, held_out=True) != maker.make_prompts(
         2, 20, held_out=True
     )
     first, again, other = (
-        list(itertools.islice(task.base_documents(s), 20)) for s in (0, 0, 1)
+        list(itertools.islice(maker.base_documents(s), 20)) for s in (0, 0, 1)
     )
     assert first == again != other
 
 
 def test_base_text_is_broader_than_the_task():
-    documents = list(itertools.islice(task.base_documents(0), 500))
+    documents = list(itertools.islice(maker.base_documents(0), 500))
     asked = [d for d in documents if d.startswith("Tell a story")]
     assert 0.1 < len(asked) / len(documents) < 0.4
     replies = [re.split(r"(?<=\.)", d, maxsplit=1) for d in asked]
