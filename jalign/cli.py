@@ -121,6 +121,7 @@ def usage() -> str:
 def run(name: str, args: list[str]) -> int:
     """Parses the flags of a command, sets up jax, and calls its function."""
     from jalign.cli_options import EXAMPLES, example, parse
+    from jalign.sharding import is_main_process
 
     module_name, config_name, function_name, _ = COMMANDS[name]
     module = importlib.import_module(module_name)
@@ -135,10 +136,7 @@ def run(name: str, args: list[str]) -> int:
         raise
     start_jax(launch)
     result = getattr(module, function_name)(config)
-    if (
-        result is not None
-        and importlib.import_module("jalign.sharding").is_main_process()
-    ):
+    if result is not None and is_main_process():
         print(result if isinstance(result, str) else summary_lines(result))
     return EXIT_OK
 
@@ -180,19 +178,15 @@ def setup_logging(quiet: bool) -> None:
 
 def expand_yaml(args: list[str], known: set[str]) -> list[str]:
     """Replaces `--config FILE` by the file's entries, written as flags, in front."""
-    before, rest, i = [], [], 0
-    while i < len(args):
-        head, equals, value = args[i].partition("=")
-        if head == "--config":
-            if not equals:
-                i += 1
-                if i == len(args):
-                    raise ValueError("--config needs a file: --config FILE.yaml")
-                value = args[i]
-            before += yaml_flags(value, known)
-        else:
-            rest.append(args[i])
-        i += 1
+    before, rest, words = [], [], iter(args)
+    for word in words:
+        head, equals, path = word.partition("=")
+        if head != "--config":
+            rest.append(word)
+            continue
+        if not equals and (path := next(words, None)) is None:
+            raise ValueError("--config needs a file: --config FILE.yaml")
+        before += yaml_flags(path, known)
     return before + rest
 
 

@@ -44,11 +44,9 @@ def eval_loss(
       `num_tokens`.
     Raises: ValueError if no token is trained.
     """
-    sums = np.zeros(2)
-    for batch in batches:
-        placed = sharding.put_batch(batch, model.mesh)
-        sums += _host(_loss_sums(params, placed, model=model))
-    total, count = sums.tolist()
+    placed = (sharding.put_batch(batch, model.mesh) for batch in batches)
+    sums = (_loss_sums(params, batch, model=model) for batch in placed)
+    total, count = _totals(sums, 2)
     if count == 0:
         raise ValueError("the evaluation data has no trained token")
     loss = total / count
@@ -97,11 +95,9 @@ def preference_accuracy(
       Bradley-Terry judge would be to choose so), `num_pairs`.
     Raises: ValueError if there is no pair.
     """
-    sums = np.zeros(4)
-    for batch in batches:
-        placed = sharding.put_batch(batch, model.mesh)
-        sums += _host(_margin_sums(params, placed, beta, model=model))
-    right, margin, log_loss, count = sums.tolist()
+    placed = (sharding.put_batch(batch, model.mesh) for batch in batches)
+    sums = (_margin_sums(params, batch, beta, model=model) for batch in placed)
+    right, margin, log_loss, count = _totals(sums, 4)
     if count == 0:
         raise ValueError("the evaluation data has no pairs")
     means = {"accuracy": right, "margin": margin, "log_loss": log_loss}
@@ -156,17 +152,9 @@ def kl_to_reference(
         raise ValueError("the KL is estimated from samples: temperature must be > 0")
     if stop_tokens is None:
         stop_tokens = model.config.eos_token_ids
-    completions = generate_lists(
-        model,
-        params,
-        prompts,
-        key=key,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        stop_tokens=stop_tokens,
-    )
     how: dict[str, Any] = dict(temperature=temperature, batch_size=batch_size)
+    sampling = dict(key=key, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+    completions = generate_lists(model, params, prompts, **sampling, **how)
     return kl_of_samples(
         (model, ref_model or model), (params, ref_params), prompts, completions, **how
     )
@@ -191,10 +179,9 @@ def kl_of_samples(
 
     Returns: as `kl_to_reference`.
     """
-    sums = np.zeros(3)
-    for batch in _teacher_forced(prompts, completions, batch_size):
-        sums += _host(_kl_sums(*params, batch, temperature, models=models))
-    k1, k3, tokens = sums.tolist()
+    batches = _teacher_forced(prompts, completions, batch_size)
+    sums = (_kl_sums(*params, batch, temperature, models=models) for batch in batches)
+    k1, k3, tokens = _totals(sums, 3)
     return {
         "kl_per_sequence": k1 / len(prompts),
         "kl_per_token": k1 / tokens,
@@ -271,5 +258,7 @@ def mean_reward(
     }
 
 
-def _host(sums: jax.Array) -> np.ndarray:
-    return sharding.gather(sums).astype(np.float64)
+def _totals(sums: Iterable[jax.Array], number: int) -> list[float]:
+    """So many sums of all batches, added in float64."""
+    found = (sharding.gather(x).astype(np.float64) for x in sums)
+    return sum(found, np.zeros(number)).tolist()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jalign import figures
-from jalign.figures import curves, drawing, notes
+from jalign.figures import drawing, notes
 
 STEPS = range(1, 41)
 ROWS = [
@@ -160,4 +160,4 @@ def test_smoothing_keeps_lines_and_marks_noise():
 
 def test_curves_of_training_come_first():
     rows = [{"step": 0, "eval_loss": 1.0}, {"step": 1, "loss": 1.0}]
-    assert list(curves.curves_of(rows)) == ["loss", "eval_loss"]
+    assert list(figures.curves_of(rows)) == ["loss", "eval_loss"]

@@ -6,10 +6,12 @@ Colours are CSS variables, so that one figure serves both themes.
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from jalign.figures.curves import OVER_KL, Curve, Figure
+Curve = tuple[list[float], list[float]]
+"""Positions and values of the same length, in the order of the steps."""
 
+OVER_KL = "reward over KL"
 # Colours matplotlib is told to use -> the CSS variables put in their place.
 INK, GRID, SERIES = "#0a0b01", "#0a0b02", ("#0a0b11", "#0a0b12", "#0a0b13", "#0a0b14")
 CSS_VARIABLES = {INK: "var(--soft)", GRID: "var(--line)"} | {
@@ -18,6 +20,25 @@ CSS_VARIABLES = {INK: "var(--soft)", GRID: "var(--line)"} | {
 MAX_POINTS = 400
 FEW_POINTS = 30  # so few are shown one by one
 RC: Any = {"svg.fonttype": "none", "font.size": 8}
+
+
+class Figure(NamedTuple):
+    """A figure of the page.
+
+    Attributes:
+      name: of the metric; OVER_KL for the one whose horizontal axis is the KL.
+      curves: lines by label.
+      group, note: where it is shown, and how to read it.
+      svg: the finished drawing.
+      kept: the points of the step whose weights were kept, in the one over KL.
+    """
+
+    name: str
+    curves: dict[str, Curve]
+    group: str = ""
+    note: str = ""
+    svg: str = ""
+    kept: Curve = ([], [])
 
 
 def draw(figure: Figure, kept_step: int | None) -> Any:

@@ -227,8 +227,10 @@ def complete(
     )
     # Rows left that do not divide over the mesh are given to every device.
     axis = "batch" if rows == len(bad) else None
-    whole = (sharding.constrain(x, model.mesh, axis, None) for x in completion)
-    return Completion(*(x[:rows] for x in whole)), bad[:rows]
+    completion = jax.tree.map(
+        lambda x: sharding.constrain(x, model.mesh, axis, None)[:rows], completion
+    )
+    return completion, bad[:rows]
 
 
 def _chooser(settings, *, greedy: bool, filtered: bool) -> Choose:

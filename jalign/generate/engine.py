@@ -65,8 +65,13 @@ def generate(
       ValueError: an argument out of range, naming it, or a bad prompt, naming its row.
       FloatingPointError: the model's logits were NaN or infinite, naming the rows.
     """
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    check_settings(max_new_tokens=max_new_tokens, group_size=group_size, **sampling)
+    check_settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        group_size=group_size,
+    )
     check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
     check_prompts(prompts, model.config, max_new_tokens)
     asked, padded = len(prompts) * group_size, max(len(prompts), pad_to[0])
