@@ -11,11 +11,11 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from jalign.settings import flags_of, settings_or
 from jalign.train.loss_table import REGISTRY
 
 # Field of a nested config, or base class whose fields stand apart -> its heading; other
@@ -170,7 +170,11 @@ def parse(
         for number, group in enumerate(groups.values())
         for option in group.options
     }
-    return build(config_class, values), build(launch_class, values)
+
+    def built(kind: type) -> Any:
+        return settings_or(kind, None, {name: values[name] for name in flags_of(kind)})
+
+    return built(config_class), built(launch_class)
 
 
 # Never reaches tyro but as a line of the help: cli.expand_yaml has taken it out.
@@ -266,16 +270,3 @@ def speak_of_flags(text: str, known: set[str]) -> str:
 
     names = r"`([a-z]\w*)`|(?<![\w:,./\[-])([a-z]+(?:_[a-z]+)+)(?![\w=])"
     return re.sub(names, flag, text)
-
-
-def build(config_class: type, values: Mapping[str, Any]) -> Any:
-    """The config of flat values; those of nested configs are picked by name."""
-    hints = typing.get_type_hints(config_class)
-    return config_class(**dict(_built(config_class, hints, values)))
-
-
-def _built(config_class, hints, values) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(config_class):
-        kind = hints[field.name]
-        nested = dataclasses.is_dataclass(kind)
-        yield field.name, build(kind, values) if nested else values[field.name]  # type: ignore[arg-type]

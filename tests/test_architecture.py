@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "demo": ANY,
     "commands": ANY,
     "cli": ANY,
-    "cli_options": {"train"},
+    "cli_options": {"train", "settings"},
     "__main__": ANY,
 }
 THIRD_PARTY = {

@@ -215,11 +215,11 @@ def samples_of(
 ) -> list[dict[str, Any]]:
     """Prompts with what each model replies, judged."""
 
-    def judged(prompt: str, reply: str) -> dict[str, Any]:
-        return {"text": reply, "good": judge(prompt, reply).preferred}
-
     return [
         {"prompt": prompt}
-        | {name: judged(prompt, texts[i]) for name, texts in replies.items()}
+        | {
+            name: {"text": texts[i], "good": judge(prompt, texts[i]).preferred}
+            for name, texts in replies.items()
+        }
         for i, prompt in enumerate(prompts)
     ]

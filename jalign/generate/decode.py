@@ -31,7 +31,7 @@ _GROW_FROM = 64  # new tokens; for fewer, two more loops to compile are not wort
 
 
 class Rows(NamedTuple):
-    """What is decoded together. [R], and [R, N] what each row has written.
+    """What is decoded together: [R], and [R, N] what each row has written.
 
     Attributes:
       lengths: int32, of the prompts.
@@ -167,33 +167,25 @@ def _words(params, batch, settings, *, rows, max_new_tokens, **_) -> str:
 @partial(
     sharding.announced,
     words=_words,
-    static_argnames=(
-        "model",
-        "key_impl",
-        "rows",
-        "max_new_tokens",
-        "greedy",
-        "filtered",
-    ),
+    static_argnames=("model", "draw", "key_impl", "rows", "max_new_tokens"),
 )
-def complete(
-    params, batch, settings, *, model, key_impl, rows, max_new_tokens, **method
-):
+def complete(params, batch, settings, *, model, draw, key_impl, rows, max_new_tokens):
     """The whole of `generate` on a device, see there.
 
     Args:
       params: of the model.
       batch: tokens int32 [P, W], lengths int32 [P] and key data [R, ...]: prompts on
         the left, R / P rows of each of them.
-      settings: what may change without a new compilation: temperature float32, top_k
-        int32, top_p float32; stop_tokens int32 [K]; asked int32, the rows that count.
-      model, key_impl, rows, max_new_tokens: static; R and more rows than asked for fill
-        the batch up, `rows` are given back.
-      **method: static: greedy, filtered.
+      settings: what may change without a new compilation: the sampler's scalars; stop
+        tokens int32 [K]; int32, the rows that count.
+      model, draw, key_impl, rows, max_new_tokens: static. draw is the sampler, of
+        (logits, random, **scalars). The first `rows` of R are given back; those behind
+        them fill the batch up.
 
     Returns: Completion [rows, N], and bool [rows]: the logits were not finite.
     """
     tokens, lengths, key_data = batch
+    scalars, stop_tokens, asked = settings
     params = model.for_decoding(params)
     unembed = model.unembed(params)
     keys = jax.random.wrap_key_data(key_data, impl=key_impl)
@@ -210,18 +202,22 @@ def complete(
         hidden, cache = model.apply(params, tokens, positions=positions, cache=cache)
         return logits_of(hidden[:, 0]), cache
 
+    def choose(logits, random):
+        tokens, logps = draw(logits, random, **scalars)
+        return tokens, logps, (tokens[:, None] == stop_tokens[None, :]).any(-1)
+
     hidden, cache = _prefill(model, params, tokens, lengths)
     # Repeated, not gathered, so that no row leaves its device.
     group = len(random) // len(tokens)
     lengths, hidden = (jnp.repeat(x, group, axis=0) for x in (lengths, hidden))
     # The rows that fill the batch up must not keep the loop going.
-    filler = jnp.arange(len(random)) >= settings["asked"]
+    filler = jnp.arange(len(random)) >= asked
     completion, bad = decode(
         fresh_rows(lengths, random, filler),
         logits_of(hidden),
         kv.repeat_rows(cache, group),
         step,
-        _chooser(settings, **method),
+        choose,
         shrink=model.mesh is None,
         grow=max_new_tokens >= _GROW_FROM and platform_of(model.mesh) == "cpu",
     )
@@ -231,23 +227,6 @@ def complete(
         lambda x: sharding.constrain(x, model.mesh, axis, None)[:rows], completion
     )
     return completion, bad[:rows]
-
-
-def _chooser(settings, *, greedy: bool, filtered: bool) -> Choose:
-    how = {name: settings[name] for name in ("temperature", "top_k", "top_p")}
-    stop_tokens = settings["stop_tokens"]
-
-    def choose(logits, random):
-        if greedy:
-            tokens, logps = sampling.greedy(logits)
-        elif filtered:
-            tokens, logps = sampling.sample_filtered(logits, random, **how)
-        else:
-            temperature = how["temperature"]
-            tokens, logps = sampling.sample(logits, random, temperature=temperature)
-        return tokens, logps, (tokens[:, None] == stop_tokens[None, :]).any(-1)
-
-    return choose
 
 
 def _prefill(model, params, tokens, lengths):

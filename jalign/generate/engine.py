@@ -14,7 +14,7 @@ import numpy as np
 
 from jalign import sharding
 from jalign.generate.decode import complete
-from jalign.generate.sampling import row_keys
+from jalign.generate.sampling import row_keys, sampler_for
 from jalign.models import Model
 from jalign.types import Completion, PyTree
 
@@ -79,22 +79,17 @@ def generate(
     total = -(-padded // parts) * parts
     tokens, lengths = pad_prompts(prompts, total, pad_to[1])
     keys = row_keys(key, asked, total * group_size)
+    stops = np.asarray(stop_tokens, np.int32).reshape(-1)
+    draw, scalars = sampler_for(temperature, top_k, top_p)
     completion, bad = complete(
         params,
         place((tokens, lengths, keys), model.mesh),
-        {
-            "temperature": np.float32(temperature if temperature > 0 else 1.0),
-            "top_k": np.int32(top_k),
-            "top_p": np.float32(top_p),
-            "stop_tokens": np.asarray(stop_tokens, np.int32).reshape(-1),
-            "asked": np.int32(asked),
-        },
+        (scalars, stops, np.int32(asked)),
         model=model,
+        draw=draw,
         key_impl=str(jax.random.key_impl(key)),
         rows=padded * group_size,
         max_new_tokens=max_new_tokens,
-        greedy=temperature == 0,
-        filtered=top_k > 0 or top_p < 1,
     )
     bad = np.flatnonzero(sharding.gather(bad))
     if bad.size:

@@ -9,6 +9,7 @@ the first update; renormalised log-probabilities would bias it.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,26 @@ def sample_filtered(
     # Rounding in the sum must not cut the tail when top-p is off.
     keep &= nucleus | jnp.greater_equal(top_p, 1.0)
     return _draw(logits, random, keep)
+
+
+def sampler_for(
+    temperature: float, top_k: int, top_p: float
+) -> tuple[Callable, dict[str, Any]]:
+    """(sampler of logits and random numbers, the scalars that it takes, as arrays).
+
+    The same function for all settings of a kind, so that they share a compilation.
+    """
+    if temperature == 0:
+        return _greedy, {}
+    scalars: dict[str, Any] = {"temperature": np.float32(temperature)}
+    if top_k == 0 and top_p == 1:
+        return sample, scalars
+    filters = {"top_k": np.int32(top_k), "top_p": np.float32(top_p)}
+    return sample_filtered, scalars | filters
+
+
+def _greedy(logits: jax.Array, random: jax.Array):
+    return greedy(logits)
 
 
 def _draw(
