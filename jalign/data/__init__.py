@@ -5,9 +5,12 @@ imported when a function needs them.
 """
 
 from jalign.data.batching import (
+    PackedPairs,
+    PackedRow,
     bucket_length,
     collate_preferences,
     collate_tokens,
+    pack,
 )
 from jalign.data.chat import DEFAULT_CHAT_TEMPLATE, ensure_chat_template
 from jalign.data.columns import are_pairs, parse_columns
@@ -21,14 +24,13 @@ from jalign.data.examples import (
     prompt_examples,
     sft_examples,
 )
-from jalign.data.layout import balanced_order
 from jalign.data.loader import (
+    balanced_order,
     batch_indices,
     make_eval_loader,
     make_loader,
     num_steps,
 )
-from jalign.data.packing import PackedPairs, PackedRow, pack
 from jalign.data.rows import BadRow, Row, Rows
 from jalign.data.sources import load_rows
 from jalign.data.special_tokens import end_template_at_turn, stop_tokens

@@ -53,6 +53,21 @@ class PreferenceExample(NamedTuple):
     ref_rejected_logp: float = 0.0
 
 
+def sides(example: Any) -> tuple[Any, ...]:
+    """The documents of an example: of a pair chosen and rejected, else itself alone."""
+    return example[:2] if isinstance(example, PreferenceExample) else (example,)
+
+
+def side_lengths(example: Any) -> list[int]:
+    """Tokens of each document of an example."""
+    return [len(side.tokens) for side in sides(example)]
+
+
+def example_length(example: Any) -> int:
+    """Tokens of an example; of a pair, of its longer side."""
+    return max(side_lengths(example))
+
+
 def filler(example: Any) -> Any:
     """An example of the same kind without tokens: a row that counts nothing."""
     empty = Example(np.zeros(0, np.int32), np.zeros(0, bool))
@@ -213,13 +228,6 @@ def encode_prompt_rows(
         for item, (_, (row, prompt)) in zip(encoded, records, strict=True)
     ]
     return _without_bad(records, prompts, bad), bad
-
-
-def example_length(example: Any) -> int:
-    """Tokens of an example; of a pair, of its longer side."""
-    if isinstance(example, PreferenceExample):
-        return max(len(example.chosen.tokens), len(example.rejected.tokens))
-    return len(example.tokens)
 
 
 def total_rows(rows: Sequence[dict]) -> int:
