@@ -12,7 +12,6 @@ from jalign.data.batching import (
     collate_tokens,
     pack,
 )
-from jalign.data.chat import DEFAULT_CHAT_TEMPLATE, ensure_chat_template
 from jalign.data.columns import are_pairs, parse_columns
 from jalign.data.encoding import Example
 from jalign.data.examples import (
@@ -33,7 +32,12 @@ from jalign.data.loader import (
 )
 from jalign.data.rows import BadRow, Row, Rows
 from jalign.data.sources import load_rows
-from jalign.data.special_tokens import end_template_at_turn, stop_tokens
+from jalign.data.special_tokens import (
+    DEFAULT_CHAT_TEMPLATE,
+    end_template_at_turn,
+    ensure_chat_template,
+    stop_tokens,
+)
 from jalign.data.splits import HELD_OUT
 from jalign.data.tokenizer import check_vocab, load_tokenizer
 

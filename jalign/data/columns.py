@@ -15,7 +15,7 @@ from jalign.data.row_layouts import (
     prompt_layout,
     split_columns,
 )
-from jalign.data.rows import BadRow, parse_rows
+from jalign.data.rows import RowError, parse_rows
 
 logger = logging.getLogger("jalign.data")
 T = TypeVar("T")
@@ -31,11 +31,10 @@ def parse_by_columns(
     parse: Callable[[dict], T],
     layout_of: Callable[[dict], Layout] | None,
     columns: Columns,
-) -> tuple[list[tuple[str, tuple[dict, T]]], list[BadRow]]:
-    """(origin, (row, record)) of each row, and the rows that cannot be read.
+) -> list[T | RowError]:
+    """The record of each row, or what is wrong with it.
 
-    Says once which columns are read and which are not. The rows given back have all of
-    them, for reward functions.
+    Says once which columns are read and which are not.
 
     Args:
       rows: as they were read.
@@ -58,7 +57,7 @@ def parse_by_columns(
     if unread or not PLAIN.issuperset(read):
         shown = [", ".join(map(str, found)) or "none" for found in (read, unread)]
         logger.info("columns read: %s; not read: %s", *shown)
-    return parse_rows(rows, lambda row: (row, parse(rename(row, names))))
+    return parse_rows(rows, lambda row: parse(rename(row, names)))
 
 
 def _refuse_unread(name: str, read: list[str], names: Mapping[str, Any]) -> None:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jalign.data.limits import TooLong, limited
 from jalign.data.messages import Messages
+from jalign.data.templates import TooLong, limited
 
 logger = logging.getLogger("jalign.data")
 
@@ -31,6 +31,36 @@ GENERATION_TAG = re.compile(r"\{%(-?)(\s*)generation\s*(-?)%\}")
 _END_TAG = re.compile(r"\{%(-?)(\s*)endgeneration\s*(-?)%\}")
 _QUESTION: Messages = [{"role": "user", "content": "q"}]
 _ANSWER = "jalign"  # plain letters: no template trims or escapes them
+
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['tool_calls'] %}"
+    "{{ raise_exception('the default chat template knows no tool calls') }}"
+    "{% endif %}"
+    "{{ (message['role'] | capitalize) ~ ':\\n' ~ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}"
+    "{% else %}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+"""For tokenizers without a template: "User:\\nHi\\n\\nAssistant:\\nHello</s>"."""
+
+
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a raw text: [bos] or []."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def ensure_chat_template(tokenizer: Tokenizer) -> None:
+    """Sets the default template on a tokenizer without one, so that it is exported."""
+    if tokenizer.chat_template:
+        return
+    bos = "{{ bos_token }}" if leading_ids(tokenizer) else ""
+    tokenizer.chat_template = bos + DEFAULT_CHAT_TEMPLATE
+    logger.warning("the tokenizer has no chat template; using jalign's plain one")
 
 
 def split_turn(tokenizer: Tokenizer) -> tuple[str, str]:

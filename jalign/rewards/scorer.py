@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jalign import data, sharding
-from jalign.data.chat import join_turns, render
+from jalign.data.chat import join_turns
 from jalign.data.encoding import encode_prompts
 from jalign.data.formats import Prompt
 from jalign.data.rows import RowError
 from jalign.data.special_tokens import split_turn
+from jalign.data.templates import render
 from jalign.data.tokenizer import encode_pairs, encode_plain, turn_tail_ids
 from jalign.models import Model
 from jalign.rewards.forms import source_of

@@ -1,20 +1,27 @@
-"""Chat templates are programs of strangers: bounds on what one rendering may take.
+"""Chat templates are programs of strangers: rendered within bounds, by one clock.
 
 transformers' sandbox keeps them from files and from Python's own attributes, not from
-running for ever or filling the memory.
+running for ever or filling the memory. And some templates (Llama 3's) write today's
+date by `strftime_now`: left to itself, a run that goes on tomorrow would train other
+tokens, and one row at midnight another date. So a run renders as of one moment.
 """
 
 import contextlib
 import functools
 import inspect
+import json
 import resource
 import signal
+import string
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jalign.data.messages import Messages
 from jalign.data.rows import RowError
 
 SECONDS = 5.0
@@ -22,6 +29,59 @@ MEMORY = 1 << 30  # bytes beyond what the process has
 MAX_TEMPLATE, MAX_TEXT = 1 << 20, 4 << 20  # characters
 _PAGE = resource.getpagesize()
 _STATM = Path("/proc/self/statm")
+
+
+def render(
+    tokenizer: Any,
+    messages: Messages,
+    args: dict[str, Any],
+    *,
+    generation_prompt: bool = False,
+    continue_final: bool = False,
+) -> str:
+    """The templated text.
+
+    Raises: RowError with the template's own complaint, or for a text that is too long;
+      ValueError for a template that cannot be compiled or takes too long.
+    """
+    text = apply_template(
+        tokenizer,
+        messages,
+        args,
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+        continue_final_message=continue_final,
+    )
+    if len(text) > MAX_TEXT:
+        reason = f"writes {len(text)} characters, more than {MAX_TEXT}"
+        raise RowError("(chat template)", reason)
+    return text
+
+
+def render_prompt(tokenizer: Any, prompt: Messages, args: dict[str, Any]) -> str:
+    """The text up to where the assistant speaks, or goes on speaking."""
+    goes_on = prompt[-1]["role"] == "assistant"
+    how = {"generation_prompt": not goes_on, "continue_final": goes_on}
+    return render(tokenizer, prompt, args, **how)
+
+
+def apply_template(
+    tokenizer: Any, messages: Messages, args: dict[str, Any], **options: Any
+) -> Any:
+    """`tokenizer.apply_chat_template` within the bounds; raises as `render`."""
+    check_template(tokenizer, args)
+    with rendering(tokenizer):
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=with_clock(template_of(tokenizer, args)),
+            **options,
+            **args,
+        )
+
+
+def template_of(tokenizer: Any, args: dict[str, Any]) -> str:
+    """The template that transformers takes: of several, that for tools, or default."""
+    return tokenizer.get_chat_template(None, args.get("tools"))
 
 
 def check_template(tokenizer: Any, args: dict[str, Any]) -> None:
@@ -145,3 +205,43 @@ def _size_of_process(tenth: int) -> int | None:
         return int(_STATM.read_bytes().split(maxsplit=1)[0]) * _PAGE
     except OSError:
         return None
+
+
+_NOW: ContextVar[datetime | None] = ContextVar("template_clock", default=None)
+
+
+@contextlib.contextmanager
+def fixed_clock(now: datetime) -> Iterator[None]:
+    """Inside, every template's `strftime_now` says this moment."""
+    token = _NOW.set(now)
+    try:
+        yield
+    finally:
+        _NOW.reset(token)
+
+
+def with_clock(template: str) -> str:
+    """The template, with a `strftime_now` of its own where a clock is fixed.
+
+    A macro in front, since transformers hands no functions to a template.
+    """
+    now = _NOW.get()
+    if now is None or "strftime_now" not in template:
+        return template
+    codes = [flag + letter for flag in ("", "-") for letter in string.ascii_letters]
+    table = json.dumps({code: now.strftime("%" + code) for code in codes})
+    return _MACRO.replace("TABLE", table) + template
+
+
+# A format is text, then directives: what follows each per cent sign, "%%" itself being
+# an empty part between two of them.
+_MACRO = (
+    "{%- macro strftime_now(format) -%}{%- set table = TABLE -%}"
+    "{%- set state = namespace(text=true) -%}"
+    "{%- for part in format.split('%') -%}"
+    "{%- if state.text -%}{{ part }}{%- set state.text = false -%}"
+    "{%- elif part == '' -%}{{ '%' }}{%- set state.text = true -%}"
+    "{%- else -%}{%- set code = part[:2] if part[0] == '-' else part[:1] -%}"
+    "{{ table.get(code, '%' ~ code) ~ part[code | length:] }}"
+    "{%- endif -%}{%- endfor -%}{%- endmacro -%}"
+)
