@@ -9,7 +9,7 @@ import numpy as np
 from jalign.data.chat import Chat, Seen, check_written, encode_chats, join_turns
 from jalign.data.formats import Exchange, Prompt
 from jalign.data.messages import plain_turns
-from jalign.data.rows import RowError, attempt, encode_some, is_good
+from jalign.data.rows import RowError, attempt, encode_some
 from jalign.data.special_tokens import end_texts, ensure_chat_template, leading_ids
 from jalign.data.templates import render_prompt
 from jalign.data.tokenizer import (
@@ -59,7 +59,7 @@ def encode_exchanges(
     def encode_strings(chosen: list[Exchange]) -> Iterator[Example | RowError]:
         pairs: Any = [(e.prompt or "", e.completion) for e in chosen]
         encoded = encode_pairs(tokenizer, pairs)
-        for (prompt, text, _), (ids, start) in zip(chosen, encoded, strict=True):
+        for (prompt, text, _args), (ids, start) in zip(chosen, encoded, strict=True):
             whole: Any = text if prompt is None else None
             everything = whole is not None or completion_only is False
             wrong = None if eos_inside else _eos_error(tokenizer, ids, start, whole)
@@ -72,7 +72,8 @@ def encode_exchanges(
             for exchange in chosen
         ]
         for item in encode_some(chats, partial(encode_chats, tokenizer)):
-            yield _example(*item, keep_tail) if is_good(item) else item
+            bad = isinstance(item, RowError)
+            yield item if bad else _example(*item, keep_tail=keep_tail)
 
     found = encode_some(exchanges, encode_strings, _is_strings)
     return encode_some(found, encode_turns, lambda item: isinstance(item, Exchange))

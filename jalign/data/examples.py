@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jalign.data.columns import Columns, parse_by_columns
+from jalign.data.columns import (
+    Columns,
+    parse_by_columns,
+    preference_layout,
+    prompt_layout,
+    sft_layout,
+)
 from jalign.data.encoding import (
     Example,
     check_masks_apply,
@@ -28,13 +34,11 @@ from jalign.data.formats import (
     parse_prompt,
     parse_sft,
 )
-from jalign.data.row_layouts import preference_layout, prompt_layout, sft_layout
 from jalign.data.rows import (
     BadRow,
     RowError,
     check_bad_rows_mode,
     encode_some,
-    is_good,
     settle,
     sort_out,
     total_rows,
@@ -43,7 +47,6 @@ from jalign.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("jalign.data")
 
-OVER_LENGTH_MODES = ("truncate", "drop")
 MANY_DROPPED, MOST_DROPPED = 0.1, 0.5
 """Shares of the rows above which losing them is a warning, and an error."""
 
@@ -140,7 +143,8 @@ def sft_examples(
     _check_options(max_length, bad_rows, over_length)
     exchanges = parse_by_columns(rows, parse_sft, sft_layout, columns)
     masks = {"assistant_only": assistant_only, "completion_only": completion_only}
-    check_masks_apply(list(filter(is_good, exchanges)), **masks)
+    good = [exchange for exchange in exchanges if isinstance(exchange, Exchange)]
+    check_masks_apply(good, **masks)
     encode = partial(encode_exchanges, tokenizer=tokenizer, **masks)
     found = sort_out(rows, encode_some(exchanges, encode))
     return _finish(rows, *found, max_length, bad_rows, over_length)
@@ -218,20 +222,17 @@ def encode_prompt_rows(
 ) -> tuple[list[PromptExample], list[BadRow]]:
     """The prompts of all rows that have one, whatever their length; the other rows."""
     layout_of = None if quiet else prompt_layout
-    prompts = parse_by_columns(rows, parse_prompt, layout_of, columns)
+    prompts: list[Any] = parse_by_columns(rows, parse_prompt, layout_of, columns)
     encoded = encode_some(prompts, partial(encode_prompts, tokenizer))
-    examples = [
-        item
-        if isinstance(item, RowError)
-        else PromptExample(item[1], item[0], dict(row), prompt)
-        for row, prompt, item in zip(rows, prompts, encoded, strict=True)
-    ]
-    return sort_out(rows, examples)
+    for i, item in enumerate(encoded):
+        if not isinstance(item, RowError):
+            encoded[i] = PromptExample(item[1], item[0], dict(rows[i]), prompts[i])
+    return sort_out(rows, encoded)
 
 
 def _check_options(max_length: int, bad_rows: str, over_length: str) -> None:
     check_bad_rows_mode(bad_rows)
-    if over_length not in OVER_LENGTH_MODES:
+    if over_length not in ("truncate", "drop"):
         raise ValueError(
             f"over_length must be 'truncate' or 'drop', not {over_length!r}"
         )

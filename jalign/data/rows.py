@@ -90,7 +90,7 @@ def encode_some(
 
 def sort_out(rows: Sequence[dict], items: Sequence[Any]) -> tuple[list, list[BadRow]]:
     """The items of rows that are good, and the rows that could not be used or read."""
-    bad = list(getattr(rows, "bad", ()))
+    bad: list[BadRow] = list(getattr(rows, "bad", ()))
     for number, (row, item) in enumerate(zip(rows, items, strict=True), 1):
         if isinstance(item, RowError):
             origin = getattr(row, "origin", f"row {number}")
