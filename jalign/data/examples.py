@@ -230,12 +230,10 @@ def encode_prompt_rows(
     return sort_out(rows, encoded)
 
 
-def _check_options(max_length: int, bad_rows: str, over_length: str) -> None:
+def _check_options(max_length: int, bad_rows: str, over: str) -> None:
     check_bad_rows_mode(bad_rows)
-    if over_length not in ("truncate", "drop"):
-        raise ValueError(
-            f"over_length must be 'truncate' or 'drop', not {over_length!r}"
-        )
+    if over not in ("truncate", "drop"):
+        raise ValueError(f"over_length must be 'truncate' or 'drop', not {over!r}")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, not {max_length}")
 
