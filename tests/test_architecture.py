@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "__init__": ANY,
     "types": set(),
     "settings": set(),
+    "terms": set(),
     "losses": {"losses"},
     "sharding": {"sharding"},
     "models": {"types", "sharding", "models"},
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "data": {"types", "settings", "data"},
     "generate": {"types", "models", "sharding", "losses", "generate"},
     "rewards": {"types", "models", "sharding", "data", "rewards", "pretrained"}
-    | {"settings"},
+    | {"settings", "terms"},
     "pretrained": {"types", "models", "data"},
     "texts": {"types", "models", "data", "generate", "rewards"},
     "evaluate": {"types", "models", "sharding", "data", "losses", "generate"}
@@ -36,7 +37,8 @@ MAY_IMPORT = {
     "report": {"figures"},
     "plan": {"types", "models", "sharding", "losses", "train", "plan"},
     "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
-    | {"forward", "rewards", "evaluate", "report", "pretrained", "settings"},
+    | {"forward", "rewards", "evaluate", "report", "pretrained", "settings"}
+    | {"terms"},
     "demo": ANY,
     "commands": ANY,
     "cli": ANY,

@@ -24,8 +24,13 @@ from jalign.data.special_tokens import split_turn
 from jalign.data.templates import render
 from jalign.data.tokenizer import encode_pairs, encode_plain, turn_tail_ids
 from jalign.models import Model
-from jalign.rewards.forms import source_of
-from jalign.rewards.samples import RewardFn, Samples, Tokens
+from jalign.rewards.samples import (
+    RewardFn,
+    Samples,
+    Tokens,
+    samples_of_texts,
+    sources_of,
+)
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.rewards")
@@ -55,10 +60,8 @@ def model_reward(
     limit = max_length or model.config.max_position
 
     def reward(prompts, completions, rows, *, samples: Samples | None = None):
-        if samples is None:
-            sources = [source_of(p, r) for p, r in zip(prompts, rows, strict=True)]
-            samples = Samples(prompts, completions, rows, sources, (), (), None, ())
-        sequences = judged_tokens(tokenizer, samples)
+        known = samples or samples_of_texts(prompts, completions, rows)
+        sequences = judged_tokens(tokenizer, known)
         long = sum(len(ids) > limit for ids in sequences)
         if long:
             _log.warning(
@@ -84,10 +87,7 @@ def judged_tokens(tokenizer: Any, samples: Samples) -> list[np.ndarray]:
     Returns: B arrays int32 [T].
     Raises: ValueError naming the row that the reward model's chat template refuses.
     """
-    sources = [
-        source or Prompt(text, {})
-        for source, text in zip(samples.sources, samples.prompts, strict=True)
-    ]
+    sources = sources_of(samples)
     own = encode_prompts(tokenizer, sources)
     found = _sampled(tokenizer, samples, sources, own)
     for row, (source, prompt) in enumerate(zip(sources, own, strict=True)):
