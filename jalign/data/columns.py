@@ -46,7 +46,9 @@ _LABEL = (
     "says whether the answer is a good one, which nothing here reads: keep the rows "
     "with good ones, and leave the column out by --columns ignore={}"
 )
-REFUSED = dict.fromkeys("images image videos video audios audio".split(), _MEDIA)
+REFUSED: dict[str, str] = dict.fromkeys(
+    "images image videos video audios audio".split(), _MEDIA
+)
 REFUSED_IN_TRAINING = {
     "label": _LABEL,
     "labels": _LABEL,

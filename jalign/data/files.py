@@ -113,19 +113,26 @@ def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
 
 
 def _parse_line(line: bytes, origin: str) -> Row | BadRow:
+    value, reason, _ = _parsed(line)
+    if reason.startswith("broken JSON") and not line.endswith(b"\n"):
+        reason += " (last line: is the file cut off?)"
+    return BadRow(origin, "(line)", reason) if reason else _as_row(value, origin)
+
+
+def _parsed(data: bytes) -> tuple[Any, str, int]:
+    """A JSON value; or what is wrong, and in which line, 0 if that is not known."""
     try:
-        value = parse_json(line.decode("utf-8"))
+        return parse_json(data.decode("utf-8")), "", 0
     except UnicodeDecodeError as error:
-        return BadRow(origin, "(line)", f"invalid UTF-8 at byte {error.start + 1}")
+        line = data.count(b"\n", 0, error.start) + 1
+        return None, f"invalid UTF-8 at byte {error.start + 1}", line
     except json.JSONDecodeError as error:
-        where = f"broken JSON at column {error.colno}: {error.msg}"
-        cut = "" if line.endswith(b"\n") else " (last line: is the file cut off?)"
-        return BadRow(origin, "(line)", where + cut)
+        reason = f"broken JSON at column {error.colno}: {error.msg}"
+        return None, reason, error.lineno
     except RecursionError:
-        return BadRow(origin, "(line)", "JSON nested too deeply")
+        return None, "JSON nested too deeply", 0
     except ValueError as error:  # a key twice, an integer of thousands of digits
-        return BadRow(origin, "(line)", str(error).partition(";")[0])
-    return _as_row(value, origin)
+        return None, str(error).partition(";")[0], 0
 
 
 def _as_row(value: Any, origin: str) -> Row | BadRow:
@@ -140,17 +147,10 @@ def _read_json(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
     if not data.lstrip().startswith(b"["):
         yield from _read_jsonl(io.BytesIO(data), path)
         return
-    try:
-        values = parse_json(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line}: invalid UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: JSON nested too deeply") from None
-    except ValueError as error:  # a key twice, an integer of thousands of digits
-        raise ValueError(f"{path}: {str(error).partition(';')[0]}") from None
+    values, reason, line = _parsed(data)
+    if reason:
+        where = f"{path} line {line}" if line else str(path)
+        raise ValueError(f"{where}: {reason}")
     for number, value in enumerate(values, 1):
         yield _as_row(value, f"{path} row {number}")
 

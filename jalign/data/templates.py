@@ -111,47 +111,41 @@ def _parameters(kind: type) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def limited() -> Iterator[None]:
-    """Raises ValueError where the body takes longer, or more memory.
+def rendering(tokenizer: Any) -> Iterator[None]:
+    """Bounds what the body takes, and says in our words what is wrong in it.
 
-    Not a RowError: another row would take as long again. The time is limited in the
-    main thread, the memory where the system tells (Linux).
+    The time is limited in the main thread, the memory where the system tells (Linux).
+
+    Raises: RowError with the template's own complaint; Uncompiled; ValueError where the
+      body takes longer, or more memory: no RowError, since another row would take as
+      long again.
     """
+    from jinja2 import TemplateSyntaxError
+
     try:
         with _memory_limit(MEMORY), _time_limit(SECONDS):
             yield
+        return
     except TooLong:
         took = f"did not finish within {SECONDS:g} s"
     except MemoryError:
         took = f"needs more than {MEMORY >> 20} MiB of memory"
-    else:
-        return
+    except TemplateSyntaxError as error:
+        raise Uncompiled(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template cannot be "
+            f"compiled: line {error.lineno}: {error.message}; mend it, in "
+            "chat_template.jinja or tokenizer_config.json"
+        ) from None
+    except Exception as error:  # jinja's kinds and whatever a template runs into
+        raise RowError("(chat template)", f"refuses the row: {error}") from None
     raise ValueError(
         f"the tokenizer's chat template {took} on one conversation: it is broken or "
         "hostile; use another model's tokenizer, or mend chat_template"
     )
 
 
-@contextlib.contextmanager
-def rendering(tokenizer: Any) -> Iterator[None]:
-    """`limited`, and what is wrong in the body as RowError with the template's own
-    complaint; ValueError for a template that cannot be compiled, so of no row.
-    """
-    from jinja2 import TemplateSyntaxError
-
-    with limited():
-        try:
-            yield
-        except (MemoryError, TooLong):
-            raise
-        except TemplateSyntaxError as error:
-            raise ValueError(
-                f"{tokenizer.name_or_path or 'the tokenizer'}: its chat template "
-                f"cannot be compiled: line {error.lineno}: {error.message}; mend it, "
-                "in chat_template.jinja or tokenizer_config.json"
-            ) from None
-        except Exception as error:  # jinja's kinds and whatever a template runs into
-            raise RowError("(chat template)", f"refuses the row: {error}") from None
+class Uncompiled(ValueError):
+    """A template that cannot be compiled, so of no row."""
 
 
 class TooLong(Exception):

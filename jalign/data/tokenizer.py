@@ -143,11 +143,8 @@ def encode_pairs(
     """
     prompts = encode_texts(tokenizer, [prompt for prompt, _ in pairs])
     wholes = encode_texts(tokenizer, [prompt + rest for prompt, rest in pairs])
-    merged = [
-        i
-        for i, prompt in enumerate(prompts)
-        if common_prefix(prompt, wholes[i]) < len(prompt)
-    ]
+    shared = map(common_prefix, prompts, wholes)
+    merged = [i for i, n in enumerate(shared) if n < len(prompts[i])]
     unlike = 0
     ways = _apart(tokenizer, [pairs[i][1] for i in merged])
     for i, rests in zip(merged, ways, strict=True):
@@ -157,27 +154,22 @@ def encode_pairs(
         unlike += same is None
         wholes[i] = wholes[i] if same is None else same
     if merged:
-        logger.info(
-            "%d of %d texts merge tokens of prompt and completion",
-            len(merged),
-            len(pairs),
-        )
+        counts = len(merged), len(pairs)
+        logger.info("%d of %d texts merge tokens of prompt and completion", *counts)
     if unlike:
+        counts = unlike, len(pairs)
         logger.warning(
             "%d of %d prompts are not trained with the tokens that sampling sees, as "
             "their last one merges with the completion: move white space at the end of "
             "the prompt to the start of the completion",
-            unlike,
-            len(pairs),
+            *counts,
         )
     eos = tokenizer.eos_token_id
-    return [
-        (
-            ids if len(ids) and ids[-1] == eos else np.append(ids, np.int32(eos)),
-            common_prefix(prompt, ids),
-        )
-        for prompt, ids in zip(prompts, wholes, strict=True)
+    ended = [
+        ids if ids[-1:].tolist() == [eos] else np.append(ids, np.int32(eos))
+        for ids in wholes
     ]
+    return list(zip(ended, map(common_prefix, prompts, wholes), strict=True))
 
 
 def _apart(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[np.ndarray]]:

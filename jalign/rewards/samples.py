@@ -105,15 +105,13 @@ def samples_of_texts(
 ) -> Samples:
     """Samples without ids; a prompt is the conversation that its row asks with, if it
     does, else its text."""
-    found = [attempt(parse_prompt, dict(row)) for row in rows]
-    sources = [
-        source
-        if isinstance(source, Prompt) and isinstance(source.prompt, list)
-        else None
-        for source in found
-    ]
-    texts: Any = prompts, completions, rows
-    return Samples(*texts, sources, (), (), None, ())
+    sources: list[Prompt | None] = [None] * len(rows)
+    for i, row in enumerate(rows):
+        found = attempt(parse_prompt, dict(row))
+        if isinstance(found, Prompt) and isinstance(found.prompt, list):
+            sources[i] = found
+    whole = [dict(row) for row in rows]
+    return Samples(list(prompts), list(completions), whole, sources, (), (), None, ())
 
 
 def sources_of(samples: Samples) -> list[Prompt]:

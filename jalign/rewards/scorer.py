@@ -64,12 +64,11 @@ def model_reward(
         sequences = judged_tokens(tokenizer, known)
         long = sum(len(ids) > limit for ids in sequences)
         if long:
+            counts = long, len(sequences), limit
             _log.warning(
                 "%d of %d texts are longer than the reward model's %d tokens: it is "
                 "read where they are cut",
-                long,
-                len(sequences),
-                limit,
+                *counts,
             )
         cut = [ids[:limit] for ids in sequences]
         return score_tokens(model, params, cut, batch_size=batch_size)
@@ -203,14 +202,14 @@ def _parts(sequences: Sequence, size: int):
 
 def _pad(sequences: Sequence[Tokens], rows: int):
     """Tokens int32 [rows, T] and lengths int32 [rows], of few different shapes."""
-    lengths = np.ones(rows, np.int32)
-    lengths[: len(sequences)] = [len(tokens) for tokens in sequences]
-    longest = int(lengths.max())
-    width = data.bucket_length(longest, 1 << 30)
-    tokens = np.zeros((rows, width), np.int32)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = sequence
-    return tokens, lengths
+    examples = [
+        data.Example(np.asarray(tokens, np.int32), np.zeros(len(tokens), bool))
+        for tokens in sequences
+    ]
+    examples += [data.filler(examples[0])] * (rows - len(examples))
+    width = data.bucket_length(max(map(len, sequences)), 1 << 30)
+    batch = data.collate_tokens(examples, width)
+    return batch.tokens, np.maximum((batch.segment_ids > 0).sum(1), 1).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames="model")
