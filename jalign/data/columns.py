@@ -29,6 +29,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 """What is asked, best first, with the columns that are put behind it. `prompt` is text
 or messages, as it stands; any other one is the user's turn of a conversation."""
 
+ASKING = (*PROMPTS, "context")
 ANSWERS = ("completion", "response", "output", "solution", "answer")
 """What is to be answered, best first."""
 
@@ -65,7 +66,7 @@ REFUSED_SHAPES = {
 """Columns that say it all together, and what to do."""
 KNOWN_COLUMNS = tuple(
     dict.fromkeys(
-        [*TURNS, *PROMPTS, "context", *ANSWERS, "text", *sum(PAIRS, ()), *SYSTEM]
+        [*TURNS, *ASKING, *ANSWERS, "text", *sum(PAIRS, ()), *SYSTEM]
         + [*BESIDE, "history", "margin"]
     )
 )
@@ -124,9 +125,9 @@ def sft_layout(row: dict[str, Any]) -> Layout:
     if prompt and answer:
         layout = _with_system(row, Layout(prompt=prompt, answers=(answer,)))
         others = [] if answer == "completion" else ANSWERS
-        return _check_rest(row, layout, [*_asking(), *others])
+        return _check_rest(row, layout, [*ASKING, *others])
     if _first(row, ["text"]):
-        others = [*_asking(), *ANSWERS, *SYSTEM, "history"]
+        others = [*ASKING, *ANSWERS, *SYSTEM, "history"]
         return _check_rest(row, Layout(text="text"), others)
     null = next((name for name in ANSWERS if prompt and name in row), None)
     if null or answer == "completion":
@@ -148,7 +149,7 @@ def _pair_layout(row: dict[str, Any], refused: dict[str, str]) -> Layout:
     if not prompt and "prompt" in row:
         raise RowError("prompt", "missing or null")
     layout = Layout(prompt=prompt, answers=pair, beside=(*BESIDE, "margin"))
-    return _check_rest(row, _with_system(row, layout), _asking())
+    return _check_rest(row, _with_system(row, layout), ASKING)
 
 
 def prompt_layout(row: dict[str, Any]) -> Layout:
@@ -164,7 +165,7 @@ def prompt_layout(row: dict[str, Any]) -> Layout:
     if turns:
         return _with_system(row, Layout(turns=turns))
     if prompt:
-        return _check_rest(row, _with_system(row, Layout(prompt=prompt)), _asking())
+        return _check_rest(row, _with_system(row, Layout(prompt=prompt)), ASKING)
     raise _unknown(row, "prompt, messages or conversations")
 
 
@@ -222,10 +223,6 @@ def _prompt(row: dict[str, Any]) -> tuple[str, ...]:
     if name is None:
         return ()
     return (name, *(more for more in PROMPTS[name] if not is_blank(row.get(more))))
-
-
-def _asking() -> list[str]:
-    return [*PROMPTS, "context"]
 
 
 def _with_system(row: dict[str, Any], layout: Layout) -> Layout:
