@@ -5,67 +5,50 @@ imported when a function needs them.
 """
 
 from jalign.data.batching import (
-    bucket_length,
-    collate_preferences,
-    collate_tokens,
+    PackedPairs as PackedPairs,
+    PackedRow as PackedRow,
+    bucket_length as bucket_length,
+    collate_preferences as collate_preferences,
+    collate_tokens as collate_tokens,
+    pack as pack,
 )
-from jalign.data.chat import DEFAULT_CHAT_TEMPLATE, ensure_chat_template
-from jalign.data.columns import are_pairs, parse_columns
-from jalign.data.encoding import Example
+from jalign.data.columns import (
+    are_pairs as are_pairs,
+    parse_columns as parse_columns,
+)
+from jalign.data.encoding import Example as Example
 from jalign.data.examples import (
-    PreferenceExample,
-    PromptExample,
-    example_length,
-    filler,
-    preference_examples,
-    prompt_examples,
-    sft_examples,
+    PreferenceExample as PreferenceExample,
+    PromptExample as PromptExample,
+    example_length as example_length,
+    filler as filler,
+    preference_examples as preference_examples,
+    prompt_examples as prompt_examples,
+    sft_examples as sft_examples,
 )
-from jalign.data.layout import balanced_order
+from jalign.data.files import HELD_OUT as HELD_OUT
 from jalign.data.loader import (
-    batch_indices,
-    make_eval_loader,
-    make_loader,
-    num_steps,
+    balanced_order as balanced_order,
+    batch_indices as batch_indices,
+    make_eval_loader as make_eval_loader,
+    make_loader as make_loader,
+    num_steps as num_steps,
 )
-from jalign.data.packing import PackedPairs, PackedRow, pack
-from jalign.data.rows import BadRow, Row, Rows
-from jalign.data.sources import load_rows
-from jalign.data.special_tokens import end_template_at_turn, stop_tokens
-from jalign.data.splits import HELD_OUT
-from jalign.data.tokenizer import check_vocab, load_tokenizer
+from jalign.data.rows import (
+    BadRow as BadRow,
+    Row as Row,
+    Rows as Rows,
+)
+from jalign.data.sources import load_rows as load_rows
+from jalign.data.special_tokens import (
+    DEFAULT_CHAT_TEMPLATE as DEFAULT_CHAT_TEMPLATE,
+    end_template_at_turn as end_template_at_turn,
+    ensure_chat_template as ensure_chat_template,
+    stop_tokens as stop_tokens,
+)
+from jalign.data.tokenizer import (
+    check_vocab as check_vocab,
+    load_tokenizer as load_tokenizer,
+)
 
-__all__ = [
-    "DEFAULT_CHAT_TEMPLATE",
-    "HELD_OUT",
-    "BadRow",
-    "Example",
-    "PackedPairs",
-    "PackedRow",
-    "PreferenceExample",
-    "PromptExample",
-    "Row",
-    "Rows",
-    "are_pairs",
-    "balanced_order",
-    "batch_indices",
-    "bucket_length",
-    "check_vocab",
-    "collate_preferences",
-    "collate_tokens",
-    "end_template_at_turn",
-    "ensure_chat_template",
-    "example_length",
-    "filler",
-    "load_rows",
-    "load_tokenizer",
-    "make_eval_loader",
-    "make_loader",
-    "num_steps",
-    "pack",
-    "parse_columns",
-    "preference_examples",
-    "prompt_examples",
-    "sft_examples",
-    "stop_tokens",
-]
+__all__ = sorted(n for n, value in vars().items() if callable(value) or n.isupper())  # pyright: ignore

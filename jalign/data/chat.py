@@ -3,37 +3,29 @@
 A template that marks `{% generation %}` says itself which tokens are the
 assistant's. For any other, the text of a turn is what the template adds to the
 conversation before it, and it is checked that the template only ever adds.
+
+Many templates know nothing of tools, and one that passes over a turn says nothing about
+it. So the system's and the tools' turns, the calls and the tools are put in once more
+under names that occur nowhere else, and must be found in the text.
 """
 
-import logging
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jalign.data.clock import with_clock
-from jalign.data.limits import MAX_TEXT, check_template, rendering
 from jalign.data.messages import Messages
-from jalign.data.rows import RowError
-from jalign.data.special_tokens import GENERATION_TAG, Tokenizer, end_texts
-from jalign.data.tokenizer import CHUNK, leading_ids
-from jalign.data.written import Seen, check_written
-
-logger = logging.getLogger("jalign.data")
-
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['tool_calls'] %}"
-    "{{ raise_exception('the default chat template knows no tool calls') }}"
-    "{% endif %}"
-    "{{ (message['role'] | capitalize) ~ ':\\n' ~ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}"
-    "{% else %}{{ '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+from jalign.data.rows import RowError, attempt, encode_some
+from jalign.data.special_tokens import (
+    GENERATION_TAG,
+    Tokenizer,
+    end_texts,
+    ensure_chat_template,
 )
-"""For tokenizers without a template: "User:\\nHi\\n\\nAssistant:\\nHello</s>"."""
+from jalign.data.templates import apply_template, render, render_prompt, template_of
+from jalign.data.tokenizer import Spans, encode_spans
 
 
 class Chat(NamedTuple):
@@ -46,6 +38,8 @@ class Chat(NamedTuple):
         of the prompt where that turn continues the prompt's last one (a prefill).
       template_args: extra variables for the template.
       untrained: indices of turns of which no token is trained, though others are.
+      assistant_only: train the assistant's turns, up to and with their EOS; otherwise
+        all that follows the prompt.
     """
 
     messages: Messages
@@ -53,6 +47,7 @@ class Chat(NamedTuple):
     first_turn: int
     template_args: dict[str, Any]
     untrained: Sequence[int] = ()
+    assistant_only: bool = True
 
 
 def join_turns(prompt: Messages, completion: Messages) -> tuple[Messages, int]:
@@ -64,122 +59,52 @@ def join_turns(prompt: Messages, completion: Messages) -> tuple[Messages, int]:
     return [*prompt[:-1], {**first, "content": content}, *rest], len(prompt) - 1
 
 
-def ensure_chat_template(tokenizer: Tokenizer) -> None:
-    """Sets the default template on a tokenizer without one, so that it is exported."""
-    if tokenizer.chat_template:
-        return
-    bos = "{{ bos_token }}" if leading_ids(tokenizer) else ""
-    tokenizer.chat_template = bos + DEFAULT_CHAT_TEMPLATE
-    logger.warning("the tokenizer has no chat template; using jalign's plain one")
-
-
-def render(
-    tokenizer: Tokenizer,
-    messages: Messages,
-    args: dict[str, Any],
-    *,
-    generation_prompt: bool = False,
-    continue_final: bool = False,
-) -> str:
-    """The templated text.
-
-    Raises: RowError with the template's own complaint, or for a text that is too long;
-      ValueError for a template that cannot be compiled or takes too long, see
-      `limits`.
-    """
-    check_template(tokenizer, args)
-    with rendering(tokenizer):
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=with_clock(_template_of(tokenizer, args)),
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            continue_final_message=continue_final,
-            **args,
-        )
-    if len(text) > MAX_TEXT:
-        reason = f"writes {len(text)} characters, more than {MAX_TEXT}"
-        raise RowError("(chat template)", reason)
-    return text
-
-
-def render_prompt(tokenizer: Tokenizer, prompt: Messages, args: dict[str, Any]) -> str:
-    """The text up to where the assistant speaks, or goes on speaking."""
-    if prompt[-1]["role"] == "assistant":
-        return render(tokenizer, prompt, args, continue_final=True)
-    return render(tokenizer, prompt, args, generation_prompt=True)
-
-
 def encode_chats(
-    tokenizer: Tokenizer, chats: Sequence[Chat], *, assistant_only: bool
+    tokenizer: Tokenizer, chats: Sequence[Chat | RowError]
 ) -> list[tuple[np.ndarray, np.ndarray] | RowError]:
     """Encodes conversations to (ids, mask), or to the reason why one cannot be.
 
     Args:
       tokenizer: gets the default template if it has none.
       chats: conversations; tokens of `Chat.prompt` are never trained.
-      assistant_only: train the assistant's turns, up to and with their EOS; otherwise
-        all that follows the prompt.
     """
     if not chats:
         return []
     ensure_chat_template(tokenizer)
     ends = end_texts(tokenizer)
-    results: list[Any] = []
     seen: Seen = {}
-    write = partial(render, tokenizer)
-    for chat in chats:
-        try:
-            check_written(write, chat.messages, chat.template_args, seen)
-            results.append(_text_and_spans(tokenizer, chat, assistant_only, ends))
-        except RowError as error:
-            results.append(error)
-    good = [i for i, item in enumerate(results) if not isinstance(item, RowError)]
-    encoded = _encode_spans(tokenizer, [results[i] for i in good])
-    for i, item in zip(good, encoded, strict=True):
-        results[i] = item
-    return results
+
+    def written(chat: Chat) -> tuple[str, Spans]:
+        check_written(tokenizer, chat.messages, chat.template_args, seen)
+        return _text_and_spans(tokenizer, chat, ends)
+
+    texts = encode_some(chats, lambda good: [attempt(written, chat) for chat in good])
+    return encode_some(texts, partial(encode_spans, tokenizer))
 
 
-Span = tuple[int, int]  # character offsets [start, end) into a text
-Spans = list[Span]
+Write = Callable[..., str]  # turns -> the templated text, as `render`
 
 
 def _text_and_spans(
-    tokenizer: Tokenizer, chat: Chat, assistant_only: bool, ends: Sequence[str]
+    tokenizer: Tokenizer, chat: Chat, ends: Sequence[str]
 ) -> tuple[str, Spans]:
-    text = render(tokenizer, chat.messages, chat.template_args)
-    spans_of, start = _everything, 0
-    if assistant_only:
-        marked = GENERATION_TAG.search(_template_of(tokenizer, chat.template_args))
-        spans_of = _marked_spans if marked else _added_spans
+    write = partial(render, tokenizer, args=chat.template_args)
+    text, start = write(chat.messages), 0
     if chat.prompt:
-        prompt = _prompt_text(tokenizer, chat)
-        _require_prefix(text, prompt, len(chat.prompt))
-        start = len(prompt)
-    spans = [(max(a, start), b) for a, b in spans_of(tokenizer, chat, text, ends)]
+        goes_on = chat.messages[chat.first_turn]["role"] == "assistant"
+        prompt = render_prompt if goes_on else render
+        before = prompt(tokenizer, chat.prompt, chat.template_args)
+        start = _length_of_prefix(text, before, len(chat.prompt))
+    if not chat.assistant_only:
+        spans = [(0, len(text))]
+    elif GENERATION_TAG.search(template_of(tokenizer, chat.template_args)):
+        spans = _marked_spans(tokenizer, chat, text, ends)
+    else:
+        spans = _added_spans(write, chat, text, ends)
+    spans = [(max(a, start), b) for a, b in spans]
     for turn in chat.untrained:
-        spans = _without(spans, *_turn_span(tokenizer, chat, text, turn, ends))
+        spans = _without(spans, *_turn_span(write, chat, text, turn, ends))
     return text, [(a, _end_of_turn(text, a, b, ends)) for a, b in spans if b > a]
-
-
-def _template_of(tokenizer: Tokenizer, args: dict[str, Any]) -> str:
-    """The template that transformers takes: of several, that for tools, or default."""
-    return tokenizer.get_chat_template(None, args.get("tools"))
-
-
-def _prompt_text(tokenizer: Tokenizer, chat: Chat) -> str:
-    closed = chat.messages[chat.first_turn]["role"] != "assistant"
-    if closed:
-        return render(tokenizer, chat.prompt, chat.template_args)
-    return render_prompt(tokenizer, chat.prompt, chat.template_args)
-
-
-def _turn_span(tokenizer: Tokenizer, chat: Chat, text: str, turn: int, ends) -> Span:
-    """All that the template writes for a turn."""
-    before = render(tokenizer, chat.messages[:turn], chat.template_args) if turn else ""
-    _require_prefix(text, before, turn)
-    return len(before), _turn_end(tokenizer, chat, text, turn, len(before), ends)
 
 
 def _without(spans: Spans, start: int, end: int) -> Spans:
@@ -192,23 +117,17 @@ def _without(spans: Spans, start: int, end: int) -> Spans:
     ]
 
 
-def _everything(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
-    return [(0, len(text))]
-
-
 def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
     """Where the template says {% generation %}, plus an end token right behind it."""
-    template = _template_of(tokenizer, chat.template_args)
-    with rendering(tokenizer):
-        encoded = tokenizer.apply_chat_template(
-            chat.messages,
-            chat_template=with_clock(template),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-            **chat.template_args,
-        )
+    encoded = apply_template(
+        tokenizer,
+        chat.messages,
+        chat.template_args,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
     spans = []
     for (start, end), marked in zip(
         encoded["offset_mapping"], encoded["assistant_masks"], strict=True
@@ -219,47 +138,45 @@ def _marked_spans(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
     return spans
 
 
-def _added_spans(tokenizer: Tokenizer, chat: Chat, text: str, ends) -> Spans:
+def _added_spans(write: Write, chat: Chat, text: str, ends) -> Spans:
     """Per assistant turn: from the generation prompt to the end of the turn."""
-    spans = []
-    for i in range(chat.first_turn, len(chat.messages)):
-        if chat.messages[i]["role"] != "assistant":
-            continue
-        if i == 0:
-            raise RowError("messages", "starts with an assistant turn")
-        before = render(
-            tokenizer, chat.messages[:i], chat.template_args, generation_prompt=True
-        )
-        _require_prefix(text, before, i)
-        end = _turn_end(tokenizer, chat, text, i, len(before), ends)
-        spans.append((len(before), end))
-    return spans
+    turns = range(chat.first_turn, len(chat.messages))
+    spoken = [i for i in turns if chat.messages[i]["role"] == "assistant"]
+    if 0 in spoken:
+        raise RowError("messages", "starts with an assistant turn")
+    return [
+        _turn_span(write, chat, text, i, ends, generation_prompt=True) for i in spoken
+    ]
 
 
-def _turn_end(
-    tokenizer: Tokenizer, chat: Chat, text: str, turn: int, start: int, ends
-) -> int:
+def _turn_span(
+    write: Write, chat: Chat, text: str, turn: int, ends, **options: bool
+) -> tuple[int, int]:
+    """What the template writes for a turn, behind what `options` say."""
+    before = write(chat.messages[:turn], **options) if turn else ""
+    start = _length_of_prefix(text, before, turn)
     if turn == len(chat.messages) - 1:
-        return len(text)
-    after = render(tokenizer, chat.messages[: turn + 1], chat.template_args)
+        return start, len(text)
+    after = write(chat.messages[: turn + 1])
     if text.startswith(after):
-        return len(after)
+        return start, len(after)
     # Some templates (Qwen3's) write a turn differently once others follow it.
     found = [(at, end) for end in ends if (at := text.find(end, start)) >= 0]
     if not found:
-        _require_prefix(text, after, turn + 1)
+        _length_of_prefix(text, after, turn + 1)
     at, end = min(found)
-    return at + len(end)
+    return start, at + len(end)
 
 
-def _require_prefix(text: str, prefix: str, turns: int) -> None:
-    if not text.startswith(prefix):
-        raise RowError(
-            "(chat template)",
-            f"rewrites the first {turns} turns when others follow, so the assistant's "
-            "tokens cannot be told apart; pass assistant_only=False, or mark them in "
-            "the template with {% generation %}",
-        )
+def _length_of_prefix(text: str, prefix: str, turns: int) -> int:
+    if text.startswith(prefix):
+        return len(prefix)
+    raise RowError(
+        "(chat template)",
+        f"rewrites the first {turns} turns when others follow, so the assistant's "
+        "tokens cannot be told apart; pass assistant_only=False, or mark them in "
+        "the template with {% generation %}",
+    )
 
 
 def _end_of_turn(text: str, start: int, end: int, ends: Sequence[str]) -> int:
@@ -268,25 +185,107 @@ def _end_of_turn(text: str, start: int, end: int, ends: Sequence[str]) -> int:
     return start + len(stripped) if stripped.endswith(tuple(ends)) else end
 
 
-def _encode_spans(
-    tokenizer: Tokenizer, items: Sequence[tuple[str, Spans]]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    results = []
-    for first in range(0, len(items), CHUNK):
-        chunk = items[first : first + CHUNK]
-        encoded = tokenizer(
-            [text for text, _ in chunk],
-            add_special_tokens=False,  # the template has written them
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for ids, offsets, (_, spans) in zip(
-            encoded["input_ids"], encoded["offset_mapping"], chunk, strict=True
-        ):
-            starts = np.array([start for start, _ in offsets], np.int64)
-            mask = np.zeros(len(ids), bool)
-            for start, end in spans:
-                mask |= (starts >= start) & (starts < end)
-            results.append((np.array(ids, np.int32), mask))
-    return results
+Seen = dict[str, tuple[str, str] | None]
+"""What was found of conversations of the same shape: (field, reason) or None."""
+
+_MARK = "jalign{}mark"  # letters and digits: no template trims or escapes them
+_CHECKED = ("system", "developer", "tool")
+
+
+def check_written(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    args: dict[str, Any],
+    seen: Seen,
+) -> None:
+    """Raises RowError for a turn, a call or tools that the template does not write.
+
+    What the assistant says is not looked at: templates leave earlier thoughts out.
+
+    Args:
+      tokenizer: with the template.
+      messages, args: as they are to be rendered.
+      seen: of the template; each shape of a conversation is rendered but once.
+    """
+    calls = any(turn.get("tool_calls") for turn in messages)
+    special = calls or any(turn["role"] in _CHECKED for turn in messages)
+    if not special and not args.get("tools"):
+        return
+    shape = _shape(messages, args)
+    if shape not in seen:
+        seen[shape] = _unwritten(tokenizer, messages, args)
+    if (found := seen[shape]) is not None:
+        raise RowError(*found)
+
+
+def _unwritten(tokenizer, messages: Messages, args: dict) -> tuple[str, str] | None:
+    marked, wanted = [], []
+    for i, turn in enumerate(messages):
+        turn, marks = _marked_turn(turn, i)
+        marked.append(turn)
+        wanted += [(mark, f"messages[{i}]", what) for mark, what in marks]
+    tools = [
+        _marked_name(tool, f"T{i}") for i, tool in enumerate(args.get("tools", []))
+    ]
+    try:
+        text = render(tokenizer, marked, {**args, "tools": tools} if tools else args)
+    except RowError:  # the row itself is refused as well, in words of its own
+        return None
+    advice = "use a model whose template does, or leave it out of the data"
+    for mark, field, what in wanted:
+        if mark not in text:
+            return field, f"the chat template does not write {what}: {advice}"
+    named = [i for i, tool in enumerate(args.get("tools", [])) if tool != tools[i]]
+    if named and not any(_MARK.format(f"T{i}") in text for i in named):
+        return "tools", f"the chat template writes none of them: {advice}"
+    return None
+
+
+def _marked_turn(turn: dict, i: int) -> tuple[dict, list[tuple[str, str]]]:
+    """The turn under names of its own, and what they are: [(name, what it is)]."""
+    marks = []
+    role, calls = turn["role"], turn.get("tool_calls", [])
+    # An empty system's turn may be left out, but not that a tool said nothing.
+    if role in _CHECKED and (role == "tool" or turn["content"].strip()):
+        marks.append((_MARK.format(i), f"the {role}'s turn"))
+        turn = {**turn, "content": marks[0][0]}
+    marked = [_marked_name(call, f"{i}C{n}") for n, call in enumerate(calls)]
+    for n, call in enumerate(calls):
+        if marked[n] != call:
+            mark = _MARK.format(f"{i}C{n}")
+            marks.append((mark, f"the name of tool call {n}"))
+            if _arguments(call):
+                marks.append((mark + "argument", f"the arguments of tool call {n}"))
+    return ({**turn, "tool_calls": marked} if calls else turn), marks
+
+
+def _marked_name(value: dict[str, Any], mark: str) -> dict[str, Any]:
+    """A call or a tool of another name and with one more argument, if it has any."""
+    function, name = value.get("function"), _MARK.format(mark)
+    if isinstance(function, dict):
+        return {**value, "function": _marked_name(function, mark)}
+    if arguments := _arguments(value):
+        value = {**value, "arguments": {**arguments, f"{name}argument": ""}}
+    return {**value, "name": name} if "name" in value else value
+
+
+def _arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Of a call, decoded; none of what has others, as a tool its parameters."""
+    function = call.get("function", call)
+    found = function.get("arguments") if isinstance(function, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _shape(messages: Messages, args: dict[str, Any]) -> str:
+    """All but what is said: a template may go by the rest."""
+    turns = [
+        [turn["role"], bool(turn["content"].strip()), sorted(turn)]
+        + [
+            [sorted(call), bool(_arguments(call))]
+            for call in turn.get("tool_calls", [])
+        ]
+        for turn in messages
+    ]
+    rest = {name: value for name, value in args.items() if name != "tools"}
+    shape = [turns, rest, bool(args.get("tools"))]
+    return json.dumps(shape, sort_keys=True, default=str)

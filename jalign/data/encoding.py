@@ -1,18 +1,23 @@
 """Parsed rows to token ids and masks, whole: nothing is cut here."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jalign.data import chat as chat_lib
+from jalign.data.chat import Chat, Seen, check_written, encode_chats, join_turns
 from jalign.data.formats import Exchange, Prompt
 from jalign.data.messages import plain_turns
-from jalign.data.rows import RowError
-from jalign.data.special_tokens import end_texts
-from jalign.data.tokenizer import Tokenizer, encode_pairs, encode_plain, encode_texts
-from jalign.data.written import Seen, check_written
+from jalign.data.rows import RowError, attempt, encode_some
+from jalign.data.special_tokens import end_texts, ensure_chat_template, leading_ids
+from jalign.data.templates import render_prompt
+from jalign.data.tokenizer import (
+    Tokenizer,
+    encode_pairs,
+    encode_plain,
+    with_bos,
+)
 
 
 class Example(NamedTuple):
@@ -49,30 +54,33 @@ def encode_exchanges(
 
     Returns: in order, the example or what is wrong with the row.
     """
-    results: list[Any] = [None] * len(exchanges)
-    strings = [i for i, e in enumerate(exchanges) if isinstance(e.completion, str)]
-    pairs: Any = [(exchanges[i].prompt or "", exchanges[i].completion) for i in strings]
-    for i, (ids, start) in zip(strings, encode_pairs(tokenizer, pairs), strict=True):
-        whole: Any = exchanges[i].completion if exchanges[i].prompt is None else None
-        everything = whole is not None or completion_only is False
-        wrong = None if eos_inside else _eos_error(tokenizer, ids, start, whole)
-        mask = np.arange(len(ids)) >= (0 if everything else start)
-        results[i] = wrong or _example(ids, mask, keep_tail)
-    jobs: dict[bool, list[tuple[int, chat_lib.Chat]]] = {True: [], False: []}
     ends = () if eos_inside else end_texts(tokenizer)
-    for i, exchange in enumerate(exchanges):
-        if results[i] is None:
-            only, chat = _chat(exchange, assistant_only, completion_only)
-            results[i] = _eos_in_turns(chat, ends)
-            if results[i] is None:
-                jobs[only].append((i, chat))
-    for only, job in jobs.items():
-        chats = [chat for _, chat in job]
-        encoded = chat_lib.encode_chats(tokenizer, chats, assistant_only=only)
-        for (i, _), item in zip(job, encoded, strict=True):
+
+    def encode_strings(chosen: list[Exchange]) -> Iterator[Example | RowError]:
+        pairs: Any = [(e.prompt or "", e.completion) for e in chosen]
+        encoded = encode_pairs(tokenizer, pairs)
+        for (prompt, text, _args), (ids, start) in zip(chosen, encoded, strict=True):
+            whole: Any = text if prompt is None else None
+            everything = whole is not None or completion_only is False
+            wrong = None if eos_inside else _eos_error(tokenizer, ids, start, whole)
+            mask = np.arange(len(ids)) >= (0 if everything else start)
+            yield wrong or _example(ids, mask, keep_tail)
+
+    def encode_turns(chosen: list[Exchange]) -> Iterator[Example | RowError]:
+        chats = [
+            attempt(_chat, exchange, assistant_only, completion_only, ends)
+            for exchange in chosen
+        ]
+        for item in encode_some(chats, partial(encode_chats, tokenizer)):
             bad = isinstance(item, RowError)
-            results[i] = item if bad else _example(*item, keep_tail)
-    return results
+            yield item if bad else _example(*item, keep_tail=keep_tail)
+
+    found = encode_some(exchanges, encode_strings, _is_strings)
+    return encode_some(found, encode_turns, lambda item: isinstance(item, Exchange))
+
+
+def _is_strings(exchange: Exchange) -> bool:
+    return isinstance(exchange.completion, str)
 
 
 def _eos_error(
@@ -97,35 +105,31 @@ def _eos_error(
     return RowError("text", reason + ", nothing behind it, or use `messages`")
 
 
-def _eos_in_turns(chat: chat_lib.Chat, ends: Sequence[str]) -> RowError | None:
-    """What is wrong with an answer that holds what the template ends a turn with."""
-    for turn in chat.messages[chat.first_turn :]:
+def _chat(
+    exchange: Exchange,
+    assistant_only: bool | None,
+    completion_only: bool | None,
+    ends: Sequence[str],
+) -> Chat:
+    """The conversation. Raises RowError for an answer that holds one of the ends."""
+    prompt: Any = exchange.prompt or []
+    completion: Any = exchange.completion
+    turns, first = join_turns(prompt, completion)
+    only = assistant_only is not False
+    if prompt and completion_only is False:
+        prompt, first, only = [], 0, bool(assistant_only)
+    for turn in turns[first:]:
         held = [end for end in ends if end in turn["content"]]
         if turn["role"] == "assistant" and held:
-            return RowError(
+            raise RowError(
                 "(answer)",
                 f"holds the EOS {held[0]!r}, which the template writes behind it: "
                 "leave it out of the text",
             )
-    return None
-
-
-def _chat(
-    exchange: Exchange, assistant_only: bool | None, completion_only: bool | None
-) -> tuple[bool, chat_lib.Chat]:
-    """The conversation, and whether only the assistant's turns are trained."""
-    prompt: Any = exchange.prompt or []
-    completion: Any = exchange.completion
-    messages, first = chat_lib.join_turns(prompt, completion)
-    marks = [turn.get("train", True) for turn in messages]
-    messages, prompt = plain_turns(messages), plain_turns(prompt)
-    if prompt and completion_only is False:
-        prompt, first, only = [], 0, bool(assistant_only)
-    else:
-        only = assistant_only is not False
-    args = exchange.template_args
-    untrained = [i for i in range(first, len(messages)) if not marks[i]]
-    return only, chat_lib.Chat(messages, prompt, first, args, untrained)
+    marks = [turn.get("train", True) for turn in turns]
+    untrained = [i for i in range(first, len(turns)) if not marks[i]]
+    turns, prompt = plain_turns(turns), plain_turns(prompt)
+    return Chat(turns, prompt, first, exchange.template_args, untrained, only)
 
 
 def _example(ids: np.ndarray, mask: np.ndarray, keep_tail: bool) -> Example | RowError:
@@ -156,28 +160,21 @@ def encode_prompts(
 ) -> list[tuple[str, np.ndarray] | RowError]:
     """Encodes prompts to (text as the model sees it, ids), or to what is wrong."""
     seen: Seen = {}
-    texts = [_prompt_text(prompt, tokenizer, seen) for prompt in prompts]
-    results: list[Any] = list(texts)
-    for encode, kind in ((encode_texts, str), (encode_plain, list)):
-        chosen = [
-            i
-            for i, text in enumerate(texts)
-            if isinstance(text, str) and isinstance(prompts[i].prompt, kind)
-        ]
-        encoded = encode(tokenizer, [str(texts[i]) for i in chosen])
-        for i, ids in zip(chosen, encoded, strict=True):
+    bos = leading_ids(tokenizer)
+
+    def text_of(prompt: Prompt) -> tuple[str, bool]:
+        turns, args = prompt
+        if isinstance(turns, str):
+            return turns, True
+        ensure_chat_template(tokenizer)
+        check_written(tokenizer, turns, args, seen)
+        return render_prompt(tokenizer, turns, args), False
+
+    def encode(found: list[tuple[str, bool]]):
+        encoded = encode_plain(tokenizer, [text for text, _ in found])
+        for (text, is_raw), ids in zip(found, encoded, strict=True):
+            ids = with_bos(bos, ids) if is_raw else ids
             empty = RowError("prompt", "empty, and the tokenizer puts no BOS before it")
-            results[i] = (texts[i], ids) if len(ids) else empty
-    return results
+            yield (text, ids) if len(ids) else empty
 
-
-def _prompt_text(prompt: Prompt, tokenizer: Tokenizer, seen: Seen) -> str | RowError:
-    turns, args = prompt
-    if isinstance(turns, str):
-        return turns
-    chat_lib.ensure_chat_template(tokenizer)
-    try:
-        check_written(partial(chat_lib.render, tokenizer), turns, args, seen)
-        return chat_lib.render_prompt(tokenizer, turns, args)
-    except RowError as error:
-        return error
+    return encode_some([attempt(text_of, prompt) for prompt in prompts], encode)

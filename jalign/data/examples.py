@@ -8,11 +8,18 @@ tenth dropped is a warning, more than half an error, unless bad rows are skipped
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jalign.data.columns import Columns, parse_by_columns
+from jalign.data.columns import (
+    Columns,
+    parse_by_columns,
+    preference_layout,
+    prompt_layout,
+    sft_layout,
+)
 from jalign.data.encoding import (
     Example,
     check_masks_apply,
@@ -21,18 +28,25 @@ from jalign.data.encoding import (
 )
 from jalign.data.formats import (
     Exchange,
+    Preference,
     Prompt,
     parse_preference,
     parse_prompt,
     parse_sft,
 )
-from jalign.data.row_layouts import preference_layout, prompt_layout, sft_layout
-from jalign.data.rows import BadRow, RowError, check_bad_rows_mode, settle
+from jalign.data.rows import (
+    BadRow,
+    RowError,
+    check_bad_rows_mode,
+    encode_some,
+    settle,
+    sort_out,
+    total_rows,
+)
 from jalign.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("jalign.data")
 
-OVER_LENGTH_MODES = ("truncate", "drop")
 MANY_DROPPED, MOST_DROPPED = 0.1, 0.5
 """Shares of the rows above which losing them is a warning, and an error."""
 
@@ -51,6 +65,21 @@ class PreferenceExample(NamedTuple):
     margin: float = 0.0
     ref_chosen_logp: float = 0.0
     ref_rejected_logp: float = 0.0
+
+
+def sides(example: Any) -> tuple[Any, ...]:
+    """The documents of an example: of a pair chosen and rejected, else itself alone."""
+    return example[:2] if isinstance(example, PreferenceExample) else (example,)
+
+
+def side_lengths(example: Any) -> list[int]:
+    """Tokens of each document of an example."""
+    return [len(side.tokens) for side in sides(example)]
+
+
+def example_length(example: Any) -> int:
+    """Tokens of an example; of a pair, of its longer side."""
+    return max(side_lengths(example))
 
 
 def filler(example: Any) -> Any:
@@ -112,16 +141,13 @@ def sft_examples(
         rows too long (with "skip" only if all are); an option that does not apply.
     """
     _check_options(max_length, bad_rows, over_length)
-    records, bad = parse_by_columns(rows, parse_sft, sft_layout, columns)
-    exchanges = [exchange for _, (_, exchange) in records]
-    check_masks_apply(exchanges, assistant_only, completion_only)
-    encoded = encode_exchanges(exchanges, tokenizer, assistant_only, completion_only)
-    good = _without_bad(records, encoded, bad)
-    counts = settle(bad, total_rows(rows), bad_rows)
-    fitted = [_fit(example, max_length, over_length) for example in good]
-    was_long = [len(example.tokens) > max_length for example in good]
-    limit = f"max_length={max_length}"
-    return _finish(rows, fitted, was_long, counts, limit, bad_rows)
+    exchanges = parse_by_columns(rows, parse_sft, sft_layout, columns)
+    masks = {"assistant_only": assistant_only, "completion_only": completion_only}
+    good = [exchange for exchange in exchanges if isinstance(exchange, Exchange)]
+    check_masks_apply(good, **masks)
+    encode = partial(encode_exchanges, tokenizer=tokenizer, **masks)
+    found = sort_out(rows, encode_some(exchanges, encode))
+    return _finish(rows, *found, max_length, bad_rows, over_length)
 
 
 def preference_examples(
@@ -147,27 +173,22 @@ def preference_examples(
     Returns: the pairs and the counts. Raises: ValueError, as `sft_examples`.
     """
     _check_options(max_length, bad_rows, over_length)
-    records, bad = parse_by_columns(rows, parse_preference, preference_layout, columns)
-    found = [preference for _, (_, preference) in records]
-    chosen, rejected = (
-        encode_exchanges(
-            [Exchange(p.prompt, getattr(p, side), p.template_args) for p in found],
-            tokenizer,
-            eos_inside=side == "rejected",
-            keep_tail=keep_tail,
+
+    def encode(found: list[Preference]) -> list[PreferenceExample | RowError]:
+        chosen, rejected = (
+            encode_exchanges(
+                [Exchange(p.prompt, getattr(p, side), p.template_args) for p in found],
+                tokenizer,
+                eos_inside=side == "rejected",
+                keep_tail=keep_tail,
+            )
+            for side in ("chosen", "rejected")
         )
-        for side in ("chosen", "rejected")
-    )
-    pairs = [
-        _pair(c, r, preference.margin)
-        for c, r, preference in zip(chosen, rejected, found, strict=True)
-    ]
-    good = _without_bad(records, pairs, bad)
-    counts = settle(bad, total_rows(rows), bad_rows)
-    fitted = [_fit_pair(pair, max_length, over_length) for pair in good]
-    was_long = [example_length(pair) > max_length for pair in good]
-    limit = f"max_length={max_length}"
-    return _finish(rows, fitted, was_long, counts, limit, bad_rows)
+        return list(map(_pair, chosen, rejected, [p.margin for p in found]))
+
+    parsed = parse_by_columns(rows, parse_preference, preference_layout, columns)
+    found = sort_out(rows, encode_some(parsed, encode))
+    return _finish(rows, *found, max_length, bad_rows, over_length)
 
 
 def prompt_examples(
@@ -188,11 +209,8 @@ def prompt_examples(
     Returns: the prompts and the counts. Raises: ValueError, as `sft_examples`.
     """
     _check_options(max_prompt_length, bad_rows, "drop")
-    good, bad = encode_prompt_rows(rows, tokenizer, columns)
-    counts = settle(bad, total_rows(rows), bad_rows)
-    fitted = [p if len(p.tokens) <= max_prompt_length else None for p in good]
-    name = f"max_prompt_length={max_prompt_length}"
-    return _finish(rows, fitted, [False] * len(good), counts, name, bad_rows)
+    found = encode_prompt_rows(rows, tokenizer, columns)
+    return _finish(rows, *found, max_prompt_length, bad_rows, "drop", "prompt_")
 
 
 def encode_prompt_rows(
@@ -204,35 +222,18 @@ def encode_prompt_rows(
 ) -> tuple[list[PromptExample], list[BadRow]]:
     """The prompts of all rows that have one, whatever their length; the other rows."""
     layout_of = None if quiet else prompt_layout
-    records, bad = parse_by_columns(rows, parse_prompt, layout_of, columns)
-    encoded = encode_prompts(tokenizer, [prompt for _, (_, prompt) in records])
-    prompts = [
-        item
-        if isinstance(item, RowError)
-        else PromptExample(item[1], item[0], dict(row), prompt)
-        for item, (_, (row, prompt)) in zip(encoded, records, strict=True)
-    ]
-    return _without_bad(records, prompts, bad), bad
+    prompts: list[Any] = parse_by_columns(rows, parse_prompt, layout_of, columns)
+    encoded = encode_some(prompts, partial(encode_prompts, tokenizer))
+    for i, item in enumerate(encoded):
+        if not isinstance(item, RowError):
+            encoded[i] = PromptExample(item[1], item[0], dict(rows[i]), prompts[i])
+    return sort_out(rows, encoded)
 
 
-def example_length(example: Any) -> int:
-    """Tokens of an example; of a pair, of its longer side."""
-    if isinstance(example, PreferenceExample):
-        return max(len(example.chosen.tokens), len(example.rejected.tokens))
-    return len(example.tokens)
-
-
-def total_rows(rows: Sequence[dict]) -> int:
-    """Rows of the source, those that could not be read included."""
-    return len(rows) + len(getattr(rows, "bad", ()))
-
-
-def _check_options(max_length: int, bad_rows: str, over_length: str) -> None:
+def _check_options(max_length: int, bad_rows: str, over: str) -> None:
     check_bad_rows_mode(bad_rows)
-    if over_length not in OVER_LENGTH_MODES:
-        raise ValueError(
-            f"over_length must be 'truncate' or 'drop', not {over_length!r}"
-        )
+    if over not in ("truncate", "drop"):
+        raise ValueError(f"over_length must be 'truncate' or 'drop', not {over!r}")
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, not {max_length}")
 
@@ -246,39 +247,40 @@ def _pair(chosen: Any, rejected: Any, margin: float) -> PreferenceExample | RowE
     return PreferenceExample(chosen, rejected, margin)
 
 
-def _without_bad(records, encoded, bad: list[BadRow]) -> list[Any]:
-    """Moves what could not be encoded to the bad rows."""
-    for (origin, _), item in zip(records, encoded, strict=True):
-        if isinstance(item, RowError):
-            bad.append(BadRow(origin, item.field, item.reason))
-    return [item for item in encoded if not isinstance(item, RowError)]
-
-
-def _fit(example: Example, max_length: int, over_length: str) -> Example | None:
-    """Cuts the end off; None where that leaves nothing to train."""
-    if len(example.tokens) <= max_length:
+def _fit(example: Any, max_length: int, over_length: str) -> Any:
+    """Cuts the ends off; None where that leaves nothing to train or to tell apart."""
+    if example_length(example) <= max_length:
         return example
-    cut = Example(example.tokens[:max_length], example.completion_mask[:max_length])
-    return cut if over_length == "truncate" and cut.completion_mask.any() else None
-
-
-def _fit_pair(pair: PreferenceExample, max_length: int, over_length: str):
-    chosen = _fit(pair.chosen, max_length, over_length)
-    rejected = _fit(pair.rejected, max_length, over_length)
-    if chosen is None or rejected is None:
+    if over_length == "drop":
         return None
-    if np.array_equal(chosen.tokens, rejected.tokens):
+    cut = [Example(*(x[:max_length] for x in side)) for side in sides(example)]
+    if not all(side.completion_mask.any() for side in cut):
         return None
-    return pair._replace(chosen=chosen, rejected=rejected)
+    if not isinstance(example, PreferenceExample):
+        return cut[0]
+    same = np.array_equal(cut[0].tokens, cut[1].tokens)
+    return None if same else example._replace(chosen=cut[0], rejected=cut[1])
 
 
-def _finish(rows, fitted, was_long, counts, limit: str, bad_rows: str):
-    """Leaves dropped examples (None) out, counts, and refuses to lose most of them."""
+def _finish(
+    rows: Sequence[dict],
+    good: list[Any],
+    bad: list[BadRow],
+    max_length: int,
+    bad_rows: str,
+    over_length: str,
+    which: str = "",
+) -> tuple[list[Any], dict[str, int]]:
+    """Cuts or drops what is too long, counts, and refuses to lose most of the rows."""
+    total = total_rows(rows)
+    counts = settle(bad, total, bad_rows)
+    fitted = [_fit(example, max_length, over_length) for example in good]
     kept = [example for example in fitted if example is not None]
-    dropped, total = len(fitted) - len(kept), total_rows(rows)
+    dropped = len(fitted) - len(kept)
     lost = (
-        f"{dropped} of the {len(fitted)} usable rows do not fit: with {limit} nothing "
-        "to train or sample from is left of them; raise it"
+        f"{dropped} of the {len(fitted)} usable rows do not fit: with "
+        f"max_{which}length={max_length} nothing to train or sample from is left of "
+        "them; raise it"
     )
     if not kept:
         raise ValueError(lost)
@@ -286,15 +288,12 @@ def _finish(rows, fitted, was_long, counts, limit: str, bad_rows: str):
         raise ValueError(f"{lost}, or pass bad_rows='skip' (--bad-rows skip)")
     if dropped > len(fitted) * MANY_DROPPED:
         logger.warning("%s", lost)
-    if counts["bad_rows"] > total * MANY_DROPPED:
+    if len(bad) > total * MANY_DROPPED:
         reasons = ", ".join(f"{n} x {k[9:]}" for k, n in counts.items() if "/" in k)
-        bad = f"{counts['bad_rows']} of {total} rows are unusable and left out"
-        logger.warning("%s (%s): mend them, or name their columns", bad, reasons)
-    truncated = sum(
-        long and example is not None
-        for long, example in zip(was_long, fitted, strict=True)
-    )
+        unusable = f"{len(bad)} of {total} rows are unusable and left out"
+        logger.warning("%s (%s): mend them, or name their columns", unusable, reasons)
+    whole = sum(before is after for before, after in zip(good, fitted, strict=True))
     result = {"rows": total, "examples": len(kept), "over_length": dropped}
-    result |= {"truncated": truncated, **counts}
+    result |= {"truncated": len(kept) - whole, **counts}
     logger.info("%s", ", ".join(f"{name} {n}" for name, n in result.items() if n))
     return kept, result

@@ -1,4 +1,5 @@
-"""Rows of one file: JSONL, JSON, CSV and TSV, each also compressed, and Parquet.
+"""Files of rows: JSONL, JSON, CSV, TSV, each also compressed, and Parquet; what their
+names and those of their folders say of splits.
 
 Text files are read by our own reader: `datasets` names a broken line relative to a
 block, after 10 MB turns an object where a string was into a string, and makes numbers
@@ -12,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,18 @@ _TEXT = (".jsonl", ".json", ".csv", ".tsv")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (*_TEXT, ".parquet")
 KNOWN = f"{', '.join(SUFFIXES)}; the text ones also with {', '.join(COMPRESSED)}"
+
+_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
+}
+_CANONICAL = {word: name for name, words in _NAMES.items() for word in words}
+# As `datasets` names what it pushes; the name of a split holds no other signs.
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
+
+HELD_OUT = ("test", "validation")
+"""For `load_rows(split=...)`: the first of these that there is, never "train"."""
 
 
 def is_data_file(name: str | Path) -> bool:
@@ -99,19 +113,26 @@ def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
 
 
 def _parse_line(line: bytes, origin: str) -> Row | BadRow:
+    value, reason, _ = _parsed(line)
+    if reason.startswith("broken JSON") and not line.endswith(b"\n"):
+        reason += " (last line: is the file cut off?)"
+    return BadRow(origin, "(line)", reason) if reason else _as_row(value, origin)
+
+
+def _parsed(data: bytes) -> tuple[Any, str, int]:
+    """A JSON value; or what is wrong, and in which line, 0 if that is not known."""
     try:
-        value = parse_json(line.decode("utf-8"))
+        return parse_json(data.decode("utf-8")), "", 0
     except UnicodeDecodeError as error:
-        return BadRow(origin, "(line)", f"invalid UTF-8 at byte {error.start + 1}")
+        line = data.count(b"\n", 0, error.start) + 1
+        return None, f"invalid UTF-8 at byte {error.start + 1}", line
     except json.JSONDecodeError as error:
-        where = f"broken JSON at column {error.colno}: {error.msg}"
-        cut = "" if line.endswith(b"\n") else " (last line: is the file cut off?)"
-        return BadRow(origin, "(line)", where + cut)
+        reason = f"broken JSON at column {error.colno}: {error.msg}"
+        return None, reason, error.lineno
     except RecursionError:
-        return BadRow(origin, "(line)", "JSON nested too deeply")
+        return None, "JSON nested too deeply", 0
     except ValueError as error:  # a key twice, an integer of thousands of digits
-        return BadRow(origin, "(line)", str(error).partition(";")[0])
-    return _as_row(value, origin)
+        return None, str(error).partition(";")[0], 0
 
 
 def _as_row(value: Any, origin: str) -> Row | BadRow:
@@ -126,17 +147,10 @@ def _read_json(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
     if not data.lstrip().startswith(b"["):
         yield from _read_jsonl(io.BytesIO(data), path)
         return
-    try:
-        values = parse_json(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line}: invalid UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: JSON nested too deeply") from None
-    except ValueError as error:  # a key twice, an integer of thousands of digits
-        raise ValueError(f"{path}: {str(error).partition(';')[0]}") from None
+    values, reason, line = _parsed(data)
+    if reason:
+        where = f"{path} line {line}" if line else str(path)
+        raise ValueError(f"{where}: {reason}")
     for number, value in enumerate(values, 1):
         yield _as_row(value, f"{path} row {number}")
 
@@ -212,3 +226,41 @@ def listed_rows(rows: Sequence[Any], name: str) -> Iterator[Row | BadRow]:
         else:
             yield _as_row(row, origin)
     yield from getattr(rows, "bad", ())
+
+
+def named_splits(name: str) -> set[str]:
+    """The splits that the words of a name stand for: "x_train.v2" for {"train"}."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return {_CANONICAL[word] for word in words if word in _CANONICAL}
+
+
+def canonical(split: str) -> str:
+    """ "val" and the like as the name that `datasets` uses; others as they are."""
+    return _CANONICAL.get(split, split)
+
+
+def split_of(file: Path, asked: Sequence[str] = ()) -> str | None:
+    """The split of a file, of which the path below the source is given; None if it
+    names none.
+
+    Args:
+      file: relative path; folders count as the file's own name does.
+      asked: splits asked for: a name that is one of these is that one, whatever it
+        is ("train_sft" is not a word of "train" then).
+
+    Raises: ValueError if the path names several.
+    """
+    name = base_name(file)
+    shard = _SHARD.fullmatch(name)
+    if shard:
+        last = re.split(r"[._]", shard[1])[-1]
+        return shard[1] if shard[1] in asked else _CANONICAL.get(last, shard[1])
+    parts = [*file.parent.parts, name]
+    found = {part for part in parts if part in asked and part not in _CANONICAL}
+    found = found or set().union(*map(named_splits, parts))
+    if len(found) > 1:
+        raise ValueError(
+            f"{file}: its path names the splits {' and '.join(sorted(found))}; rename "
+            "it, or give the files themselves, with commas between them"
+        )
+    return found.pop() if found else None

@@ -1,17 +1,30 @@
 """Rows of every known layout to the formats of TRL, each row on its own.
 
 Standard rows hold strings, conversational ones lists of {"role", "content"}.
-`row_layouts` says which columns are read; docs/data.md has the table. A row is never
+`columns` says which columns are read; docs/data.md has the table. A row is never
 mended silently: what does not fit raises `RowError` with the field and the reason.
 """
 
 import math
+from itertools import takewhile
 from typing import Any, NamedTuple
 
-from jalign.data import compose, row_layouts as layouts
-from jalign.data.compose import Text
-from jalign.data.messages import kind_of, plain_turns, without_nulls
-from jalign.data.rows import RowError, parse_json
+from jalign.data import columns as layouts
+from jalign.data.columns import Layout, is_blank
+from jalign.data.messages import (
+    Messages,
+    Text,
+    expect,
+    parse_history,
+    parse_messages,
+    plain_turns,
+    require_answer,
+    require_content,
+    string,
+    template_args,
+    text_or_turns,
+)
+from jalign.data.rows import RowError, attempt
 
 
 class Exchange(NamedTuple):
@@ -51,28 +64,27 @@ def parse_sft(row: dict) -> Exchange:
     Raises: RowError.
     """
     layout, args = layouts.sft_layout(row), template_args(row)
-    exchange = _exchange(row, layout, args)
-    _refuse_args(exchange.completion, args)
-    return exchange
+    prompt, completion = _exchange(row, layout)
+    _refuse_args(completion, args)
+    return Exchange(prompt, completion, args)
 
 
-def _exchange(row: dict, layout: layouts.Layout, args: dict[str, Any]) -> Exchange:
+def _exchange(row: dict, layout: Layout) -> tuple[Text | None, Text]:
     if layout.turns:
-        turns = compose.conversation(row, layout)
-        compose.require_answer(turns, layout.turns)
-        return Exchange(None, turns, args)
+        turns = _conversation(row, layout)
+        require_answer(turns, layout.turns)
+        return None, turns
     if layout.text:
-        text = compose.string(row, layout.text)
-        compose.require_content(text, layout.text)
-        return Exchange(None, text, args)
-    prompt: Any = compose.prompt_of(row, layout)
-    (completion,) = compose.answers(row, layout)
+        text = string(row[layout.text], layout.text)
+        return None, require_content(text, layout.text)
+    prompt: Any = _prompt(row, layout)
+    (completion,) = _answers(row, layout)
     _same_kind(prompt, completion, layout.answers[0])
     _refuse_repeat(row, layout, prompt, completion)
-    if not layouts.is_blank(row.get("history")):
+    if not is_blank(row.get("history")):
         # Its answers are trained, as LLaMA-Factory has it.
-        return Exchange(None, [*prompt, *completion], args)
-    return Exchange(prompt, completion, args)
+        return None, [*prompt, *completion]
+    return prompt, completion
 
 
 def parse_preference(row: dict) -> Preference:
@@ -87,45 +99,39 @@ def parse_preference(row: dict) -> Preference:
     return Preference(prompt, chosen, rejected, _margin(row), args)
 
 
-def _split_preference(row: dict, layout: layouts.Layout) -> tuple[Text, Text, Text]:
+def _split_preference(row: dict, layout: Layout) -> tuple[Text, Text, Text]:
     """Prompt, chosen and rejected apart, whichever way the row holds the prompt."""
-    chosen, rejected = compose.answers(row, layout)
+    chosen, rejected = _answers(row, layout)
     _same_kind(chosen, rejected, layout.answers[1])
     if not layout.prompt:
         _refuse_equal(layout, chosen, rejected)
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
-        return compose.with_system(prompt, row, layout), chosen, rejected
+        return _with_system(prompt, row, layout), chosen, rejected
     name, *_ = layout.prompt
     if isinstance(row[name], list) or isinstance(chosen, str):
-        prompt = compose.prompt_of(row, layout)
+        prompt = _prompt(row, layout)
         _same_kind(prompt, chosen, layout.answers[0])
         _refuse_repeat(row, layout, prompt, chosen)
         return prompt, chosen, rejected
-    if _answers_only(chosen) and _answers_only(rejected):
+    if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         _refuse_repeat(row, layout, [], chosen)
-        return compose.prompt_turns(row, layout), chosen, rejected
+        return _prompt_turns(row, layout), chosen, rejected
     # As in UltraFeedback: the string repeats a turn of the conversations.
     turns: Any
     turns, chosen, rejected = extract_prompt(chosen, rejected)
-    text = compose.asked_text(row, layout).strip()
+    text = _asked_text(row, layout).strip()
     if not any(turn["content"].strip() == text for turn in turns):
         raise RowError(name, "is no turn of the conversations")
-    return compose.with_system(turns, row, layout), chosen, rejected
+    return _with_system(turns, row, layout), chosen, rejected
 
 
-def _refuse_equal(layout: layouts.Layout, chosen: Text, rejected: Text) -> None:
+def _refuse_equal(layout: Layout, chosen: Text, rejected: Text) -> None:
     first, second = layout.answers
     if chosen == rejected:
         raise RowError(second, f"equals {first}")
 
 
-def _answers_only(turns: Any) -> bool:
-    return turns[0]["role"] == "assistant"
-
-
-def _refuse_repeat(
-    row: dict, layout: layouts.Layout, prompt: Text, answer: Text
-) -> None:
+def _refuse_repeat(row: dict, layout: Layout, prompt: Text, answer: Text) -> None:
     """Refuses answers that begin with the prompt once more."""
     name = layout.answers[0]
     if isinstance(prompt, list) and prompt and answer[: len(prompt)] == prompt:
@@ -161,17 +167,89 @@ def parse_prompt(row: dict) -> Prompt:
     return Prompt(prompt, args)
 
 
-def _asked(row: dict, layout: layouts.Layout) -> Text:
+def _asked(row: dict, layout: Layout) -> Text:
     if layout.answers:
         return _split_preference(row, layout)[0]
     if not layout.turns:
-        return compose.prompt_of(row, layout)
-    turns = compose.conversation(row, layout)
+        return _prompt(row, layout)
+    turns = _conversation(row, layout)
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns:
         raise RowError(layout.turns, "has no turn before the assistant's")
     return turns
+
+
+def _conversation(row: dict, layout: Layout) -> Messages:
+    """The row's conversation, behind the system's turn."""
+    name = layout.turns or ""
+    turns = parse_messages(row[name], name)
+    for other in layouts.TURNS:
+        value = None if other == name else row.get(other)
+        if not is_blank(value) and attempt(parse_messages, value, other) != turns:
+            raise RowError(
+                other,
+                f"says another thing than {name}, which goes before it: leave one out "
+                f"by --columns ignore={other} or ignore={name}",
+            )
+    return _with_system(turns, row, layout)
+
+
+def _prompt(row: dict, layout: Layout) -> Text:
+    """The prompt: as it stands, or as turns with the system's and the history."""
+    name = layout.prompt[0]
+    if isinstance(row[name], list):
+        return _with_system(parse_messages(row[name], name), row, layout)
+    return _prompt_turns(row, layout) if layout.is_chat else string(row[name], name)
+
+
+def _prompt_turns(row: dict, layout: Layout) -> Messages:
+    """A prompt of strings as turns: the system's, the history, the user's."""
+    text, system = _asked_text(row, layout), _system(row, layout)
+    text = require_content(text, layout.prompt[0])
+    start = [{"role": "system", "content": system}] if system else []
+    if not is_blank(row.get("history")):
+        start += parse_history(row["history"])
+    return [*start, {"role": "user", "content": text}]
+
+
+def _asked_text(row: dict, layout: Layout) -> str:
+    """What the user says: the prompt's columns, below each other."""
+    texts = [string(row[name], name) for name in layout.prompt]
+    return "\n\n".join(text for text in texts if text.strip())
+
+
+def _answers(row: dict, layout: Layout) -> list[Any]:
+    """The answers; as turns where the prompt is a conversation."""
+    names = layout.answers
+    answers = [require_content(text_or_turns(row.get(x), x), x) for x in names]
+    prompt = row[layout.prompt[0]] if layout.prompt else None
+    if prompt is not None and (layout.is_chat or isinstance(prompt, list)):
+        for i, answer in enumerate(answers):
+            if isinstance(answer, str):
+                answers[i] = [{"role": "assistant", "content": answer}]
+    return answers
+
+
+def _with_system(turns: Any, row: dict, layout: Layout) -> Any:
+    """A conversation behind the system's turn, of which there is one."""
+    if not is_blank(row.get("history")):
+        raise RowError("history", "stands beside a conversation: put its turns there")
+    text, name = _system(row, layout), layout.system or ""
+    if text and isinstance(turns, str):
+        raise RowError(name, "needs a prompt column, or conversations")
+    if not text:
+        return turns
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *turns]
+    if turns[0]["content"].strip() != text.strip():
+        raise RowError(name, "says another thing than the system's turn")
+    return turns
+
+
+def _system(row: dict, layout: Layout) -> str:
+    name = layout.system
+    return "" if name is None or is_blank(row[name]) else string(row[name], name)
 
 
 def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -181,43 +259,19 @@ def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     that no word is cut, and so that neither completion is empty; what the completions
     still share adds equally to both and cancels in every preference loss.
     """
-    common = 0
-    for a, b in zip(chosen, rejected, strict=False):
-        if a != b:
-            break
-        common += 1
+    pairs = zip(chosen, rejected, strict=False)
+    common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
     if isinstance(chosen, str) and isinstance(rejected, str):
-        common = max(
-            (i for i in range(common) if chosen[i].isspace() and chosen[i:].strip()
-             and rejected[i:].strip()),
-            default=0,
-        )  # fmt: skip
+        spaces = (i for i in range(common) if chosen[i].isspace())
+        fit = (i for i in spaces if chosen[i:].strip() and rejected[i:].strip())
+        common = max(fit, default=0)
     else:
         common = min(common, len(chosen) - 1, len(rejected) - 1)
     if common == 0:
         raise RowError("prompt", "missing, and chosen and rejected share no beginning")
-    prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
-    for field, value in (("chosen", chosen), ("rejected", rejected)):
-        compose.require_content(value, field)
-    return prompt, chosen, rejected
-
-
-def template_args(row: dict) -> dict[str, Any]:
-    """Variables for the chat template: `chat_template_kwargs` and `tools`."""
-    args = without_nulls(row.get("chat_template_kwargs") or {})
-    if not isinstance(args, dict):
-        raise RowError("chat_template_kwargs", f"is {kind_of(args)}, not an object")
-    tools = without_nulls(row.get("tools"))
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = parse_json(tools)
-        except (ValueError, RecursionError) as error:
-            raise RowError("tools", f"broken JSON: {error}") from None
-    if tools and not isinstance(tools, list):
-        raise RowError("tools", f"is {kind_of(tools)}, not a list")
-    if any(not isinstance(tool, dict) for tool in tools or []):
-        raise RowError("tools", "holds what is not an object")
-    return {**args, "tools": tools} if tools else dict(args)
+    require_content(chosen[common:], "chosen")
+    require_content(rejected[common:], "rejected")
+    return chosen[:common], chosen[common:], rejected[common:]
 
 
 def _refuse_args(text: Text, args: dict[str, Any]) -> None:
@@ -240,8 +294,6 @@ def _margin(row: dict) -> float:
     value = row.get("margin")
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RowError("margin", f"is {kind_of(value)}, not a number")
-    if not math.isfinite(value):
+    if not math.isfinite(expect(value, int | float, "margin", "a number")):
         raise RowError("margin", "is not finite")
     return float(value)

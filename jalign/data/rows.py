@@ -1,5 +1,6 @@
 """Rows that remember where they came from, and one report for the bad ones."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -49,25 +50,57 @@ class Rows(list):
         self.bad = tuple(bad)
 
 
-def parse_rows(
-    rows: Sequence[dict], parse: Callable[[dict], T]
-) -> tuple[list[tuple[str, T]], list[BadRow]]:
-    """Parses every row on its own: (origin, record) pairs, and the rows that fail.
+def parse_rows(rows: Sequence[dict], parse: Callable[[dict], T]) -> list[T | RowError]:
+    """What every row is, parsed on its own, or what is wrong with it.
 
     Formats are never guessed from the first row: a mixed data set is either read
     right or reported.
     """
-    records: list[tuple[str, T]] = []
+
+    def parse_row(row: Any) -> T:
+        if not isinstance(row, dict):
+            raise RowError("(row)", f"is {type(row).__name__}, not an object")
+        return parse(row)
+
+    return [attempt(parse_row, row) for row in rows]
+
+
+def attempt(function: Callable[..., T], *args: Any) -> T | RowError:
+    """What the function gives, or the RowError that it raises."""
+    try:
+        return function(*args)
+    except RowError as error:
+        return error
+
+
+def is_good(item: Any) -> bool:
+    return not isinstance(item, RowError)
+
+
+def encode_some(
+    items: Sequence[Any],
+    encode: Callable[[list[Any]], Iterable[Any]],
+    which: Callable[[Any], bool] = is_good,
+) -> list[Any]:
+    """The items, with some of them (all that are no RowError) encoded in one call."""
+    chosen = [which(item) for item in items]
+    found = iter(encode(list(itertools.compress(items, chosen))))
+    return [next(found) if here else x for x, here in zip(items, chosen, strict=True)]
+
+
+def sort_out(rows: Sequence[dict], items: Sequence[Any]) -> tuple[list, list[BadRow]]:
+    """The items of rows that are good, and the rows that could not be used or read."""
     bad: list[BadRow] = list(getattr(rows, "bad", ()))
-    for number, row in enumerate(rows, 1):
-        origin = getattr(row, "origin", f"row {number}")
-        try:
-            if not isinstance(row, dict):
-                raise RowError("(row)", f"is {type(row).__name__}, not an object")
-            records.append((origin, parse(row)))
-        except RowError as error:
-            bad.append(BadRow(origin, error.field, error.reason))
-    return records, bad
+    for number, (row, item) in enumerate(zip(rows, items, strict=True), 1):
+        if isinstance(item, RowError):
+            origin = getattr(row, "origin", f"row {number}")
+            bad.append(BadRow(origin, item.field, item.reason))
+    return [item for item in items if is_good(item)], bad
+
+
+def total_rows(rows: Sequence[dict]) -> int:
+    """Rows of the source, those that could not be read included."""
+    return len(rows) + len(getattr(rows, "bad", ()))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

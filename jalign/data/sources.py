@@ -8,14 +8,16 @@ from typing import Any, NamedTuple, Protocol
 
 from jalign.data.files import (
     KNOWN,
+    canonical,
     dataset_rows,
     is_data_file,
     listed_rows,
+    named_splits,
     read_file,
+    split_of,
     uncompressed_name,
 )
 from jalign.data.rows import BadRow, Row, Rows, settle
-from jalign.data.splits import canonical, named_splits, split_of
 
 logger = logging.getLogger("jalign.data")
 

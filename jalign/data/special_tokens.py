@@ -11,26 +11,50 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jalign.data.limits import TooLong, limited
 from jalign.data.messages import Messages
+from jalign.data.rows import RowError
+from jalign.data.templates import Uncompiled, rendering
 
 logger = logging.getLogger("jalign.data")
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast
 
-_PAD_NAMES = (
-    "<pad>",
-    "<|pad|>",
-    "[PAD]",
-    "<|padding|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-    "<|endoftext|>",
-)
+_PAD_NAMES = ["<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>"]
+_PAD_NAMES += ["<|reserved_special_token_0|>", "<|endoftext|>"]
 GENERATION_TAG = re.compile(r"\{%(-?)(\s*)generation\s*(-?)%\}")
 _END_TAG = re.compile(r"\{%(-?)(\s*)endgeneration\s*(-?)%\}")
 _QUESTION: Messages = [{"role": "user", "content": "q"}]
 _ANSWER = "jalign"  # plain letters: no template trims or escapes them
+
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['tool_calls'] %}"
+    "{{ raise_exception('the default chat template knows no tool calls') }}"
+    "{% endif %}"
+    "{{ (message['role'] | capitalize) ~ ':\\n' ~ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}"
+    "{% else %}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+"""For tokenizers without a template: "User:\\nHi\\n\\nAssistant:\\nHello</s>"."""
+
+
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer itself puts before a raw text: [bos] or []."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+def ensure_chat_template(tokenizer: Tokenizer) -> None:
+    """Sets the default template on a tokenizer without one, so that it is exported."""
+    if tokenizer.chat_template:
+        return
+    bos = "{{ bos_token }}" if leading_ids(tokenizer) else ""
+    tokenizer.chat_template = bos + DEFAULT_CHAT_TEMPLATE
+    logger.warning("the tokenizer has no chat template; using jalign's plain one")
 
 
 def split_turn(tokenizer: Tokenizer) -> tuple[str, str]:
@@ -43,14 +67,12 @@ def split_turn(tokenizer: Tokenizer) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         return "", ""
     turns = [*_QUESTION, {"role": "assistant", "content": _ANSWER}]
-    with limited():
-        try:
+    try:
+        with rendering(tokenizer):
             text = tokenizer.apply_chat_template(turns, tokenize=False)
-        except (MemoryError, TooLong):
-            raise
-        except Exception as error:  # jinja's kinds and whatever a template runs into
-            logger.debug("the chat template refuses a question and answer: %s", error)
-            return "", ""
+    except (RowError, Uncompiled) as error:
+        logger.debug("the chat template refuses a question and answer: %s", error)
+        return "", ""
     head, answer, tail = text.rpartition(_ANSWER)
     return (head + answer, tail) if answer else ("", "")
 
@@ -102,12 +124,8 @@ def settle_pad_token(tokenizer: Tokenizer) -> None:
     tokenizer.pad_token = next(
         (name for name in names if name in vocab and name not in ends), ends[0]
     )
-    logger.info(
-        "the tokenizer's pad token was %r; using %r (id %d)",
-        pad,
-        tokenizer.pad_token,
-        tokenizer.pad_token_id,
-    )
+    using = tokenizer.pad_token, tokenizer.pad_token_id
+    logger.info("the tokenizer's pad token was %r; using %r (id %d)", pad, *using)
 
 
 def end_template_at_turn(tokenizer: Tokenizer) -> None:

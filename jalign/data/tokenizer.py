@@ -8,6 +8,7 @@ import numpy as np
 
 from jalign.data.special_tokens import (
     Tokenizer,
+    leading_ids,
     settle_pad_token,
     split_turn,
     turn_end,
@@ -15,6 +16,8 @@ from jalign.data.special_tokens import (
 
 logger = logging.getLogger("jalign.data")
 
+Spans = list[tuple[int, int]]
+"""Of characters of a text, [start, end)."""
 CHUNK = 1024  # texts a call: Python lists of ids are many times larger than arrays
 
 
@@ -74,21 +77,16 @@ def check_vocab(
         )
 
 
-def leading_ids(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer itself puts before a raw text: [bos] or []."""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and ids[:1] == [bos] else []
-
-
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Raw texts to int32 ids [T], with the tokenizer's BOS exactly once and no EOS."""
-    rows = encode_plain(tokenizer, texts)
-    first = np.array(leading_ids(tokenizer), np.int32)
-    return [
-        row if len(first) and np.array_equal(row[:1], first) else np.append(first, row)
-        for row in rows
-    ]
+    bos = leading_ids(tokenizer)
+    return [with_bos(bos, ids) for ids in encode_plain(tokenizer, texts)]
+
+
+def with_bos(bos: list[int], ids: np.ndarray) -> np.ndarray:
+    """The ids of a text behind its `leading_ids`, which they may begin with already."""
+    begun = bos and ids[:1].tolist() == bos
+    return ids if begun else np.append(np.array(bos, np.int32), ids)
 
 
 def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -108,6 +106,31 @@ def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]
     return rows
 
 
+def encode_spans(
+    tokenizer: Tokenizer, items: Sequence[tuple[str, Spans]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Templated texts to int32 ids [T] and bool masks [T], True in one of the spans."""
+    results = []
+    for first in range(0, len(items), CHUNK):
+        chunk = items[first : first + CHUNK]
+        encoded = tokenizer(
+            [text for text, _ in chunk],
+            add_special_tokens=False,  # the template has written them
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for ids, offsets, (_, spans) in zip(
+            encoded["input_ids"], encoded["offset_mapping"], chunk, strict=True
+        ):
+            starts = np.array([start for start, _ in offsets], np.int64)
+            mask = np.zeros(len(ids), bool)
+            for start, end in spans:
+                mask |= (starts >= start) & (starts < end)
+            results.append((np.array(ids, np.int32), mask))
+    return results
+
+
 def encode_pairs(
     tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[np.ndarray, int]]:
@@ -120,11 +143,8 @@ def encode_pairs(
     """
     prompts = encode_texts(tokenizer, [prompt for prompt, _ in pairs])
     wholes = encode_texts(tokenizer, [prompt + rest for prompt, rest in pairs])
-    merged = [
-        i
-        for i, prompt in enumerate(prompts)
-        if common_prefix(prompt, wholes[i]) < len(prompt)
-    ]
+    shared = map(common_prefix, prompts, wholes)
+    merged = [i for i, n in enumerate(shared) if n < len(prompts[i])]
     unlike = 0
     ways = _apart(tokenizer, [pairs[i][1] for i in merged])
     for i, rests in zip(merged, ways, strict=True):
@@ -134,27 +154,22 @@ def encode_pairs(
         unlike += same is None
         wholes[i] = wholes[i] if same is None else same
     if merged:
-        logger.info(
-            "%d of %d texts merge tokens of prompt and completion",
-            len(merged),
-            len(pairs),
-        )
+        counts = len(merged), len(pairs)
+        logger.info("%d of %d texts merge tokens of prompt and completion", *counts)
     if unlike:
+        counts = unlike, len(pairs)
         logger.warning(
             "%d of %d prompts are not trained with the tokens that sampling sees, as "
             "their last one merges with the completion: move white space at the end of "
             "the prompt to the start of the completion",
-            unlike,
-            len(pairs),
+            *counts,
         )
     eos = tokenizer.eos_token_id
-    return [
-        (
-            ids if len(ids) and ids[-1] == eos else np.append(ids, np.int32(eos)),
-            common_prefix(prompt, ids),
-        )
-        for prompt, ids in zip(prompts, wholes, strict=True)
+    ended = [
+        ids if ids[-1:].tolist() == [eos] else np.append(ids, np.int32(eos))
+        for ids in wholes
     ]
+    return list(zip(ended, map(common_prefix, prompts, wholes), strict=True))
 
 
 def _apart(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[np.ndarray]]:

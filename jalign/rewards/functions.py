@@ -1,7 +1,7 @@
 """Reward functions from a Python file of the user's, with their results checked.
 
 A reward function takes prompts, completions and the data rows they came from, each a
-list of B, or the columns of TRL's form (forms.py), and gives B numbers. Whatever it
+list of B, or the columns of TRL's form (samples.py), and gives B numbers. Whatever it
 gives is checked here once, so that no string, NaN or missing row gets as far as the
 optimizer.
 """
@@ -23,8 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from jalign.rewards.forms import column_arguments, columns_batch, takes_columns
-from jalign.rewards.samples import RewardFn, Samples
+from jalign.rewards.samples import (
+    RewardFn,
+    Samples,
+    column_arguments,
+    columns_batch,
+    takes_columns,
+)
 
 TIMEOUT = 600.0
 """Seconds that a call of a reward function may take, where nothing else is said."""
@@ -82,7 +87,7 @@ def checked(
     The function gets copies: what it does to its lists and rows stays its own.
 
     Args:
-      function: of jalign's form or TRL's (`forms.takes_columns` tells them apart by the
+      function: of jalign's form or TRL's (`takes_columns` tells them apart by the
         signature) -> B real numbers (list, tuple, NumPy or JAX array), or a coroutine
         of them; True and False are 1 and 0. In TRL's form None says that the function
         does not judge a row.
@@ -112,15 +117,13 @@ def checked(
         return judged(of_columns, batch)
 
     def judged(function, batch):
-        try:
-            values = _call(function, batch, timeout)
-        except _Late:
+        values, error = _call(function, batch, timeout)
+        if isinstance(error, _Late):
             raise TimeoutError(
                 f"reward {name} did not return within {timeout:g} s for "
                 f"{len(batch[0])} rows (--reward-timeout)"
-            ) from None
-        except _Raised as raised:
-            error = raised.error
+            )
+        if error is not None:
             where = _failing_row(function, batch, timeout)
             raise ValueError(
                 f"reward {name} raised {type(error).__name__}: {error} {where}"
@@ -134,45 +137,33 @@ class _Late(Exception):
     """The reward function did not come back."""
 
 
-class _Raised(Exception):
-    """The reward function raised `error`, of whatever kind."""
+def _call(
+    function: Callable, batch: list[list], timeout: float | None
+) -> tuple[Any, BaseException | None]:
+    """What function(*batch) gives on copies, or else what it raises, of whatever kind.
 
-    def __init__(self, error: BaseException):
-        super().__init__()
-        self.error = error
-
-
-def _call(function: Callable, batch: list[list], timeout: float | None) -> Any:
-    """function(*batch) on copies, in a thread that is given up after `timeout` seconds.
-
-    Raises: _Late; _Raised. Without a timeout Ctrl-C is not the function's own.
+    With a timeout in a thread, which is given up after so many seconds: `_Late`.
+    Without one Ctrl-C is not the function's own.
     """
     ask = functools.partial(_settled, function, copy.deepcopy(batch))
-    if timeout is None:
-        try:
-            return ask()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            raise _Raised(error) from None
     outcome: list[tuple[Any, BaseException | None]] = []
 
     def run():
         try:
             outcome.append((ask(), None))
         except BaseException as error:
+            if timeout is None and isinstance(error, KeyboardInterrupt):
+                raise
             outcome.append((None, error))
 
-    # A daemon, for one that never ends must not keep the process.
-    thread = threading.Thread(target=run, name="reward", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if not outcome:
-        raise _Late
-    value, error = outcome[0]
-    if error is not None:
-        raise _Raised(error)
-    return value
+    if timeout is None:
+        run()
+    else:
+        # A daemon, for one that never ends must not keep the process.
+        thread = threading.Thread(target=run, name="reward", daemon=True)
+        thread.start()
+        thread.join(timeout)
+    return outcome[0] if outcome else (None, _Late())
 
 
 def _settled(function: Callable, arguments: list[list]) -> Any:
@@ -188,9 +179,8 @@ def _failing_row(function, batch, timeout) -> str:
         left = None if timeout is None else timeout - (time.monotonic() - start)
         if left is not None and left <= 0:
             break
-        try:
-            _call(function, [part[row : row + 1] for part in batch], left)
-        except (_Late, _Raised):
+        alone = [part[row : row + 1] for part in batch]
+        if _call(function, alone, left)[1] is not None:
             return f"(row {row} of {size}: {_excerpt(batch, row)})"
     return f"(on a batch of {size} rows; on none of them alone)"
 

@@ -16,15 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jalign import data, sharding
-from jalign.data.chat import join_turns, render
+from jalign.data.chat import join_turns
 from jalign.data.encoding import encode_prompts
 from jalign.data.formats import Prompt
 from jalign.data.rows import RowError
 from jalign.data.special_tokens import split_turn
+from jalign.data.templates import render
 from jalign.data.tokenizer import encode_pairs, encode_plain, turn_tail_ids
 from jalign.models import Model
-from jalign.rewards.forms import source_of
-from jalign.rewards.samples import RewardFn, Samples, Tokens
+from jalign.rewards.samples import (
+    RewardFn,
+    Samples,
+    Tokens,
+    samples_of_texts,
+    sources_of,
+)
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.rewards")
@@ -54,18 +60,15 @@ def model_reward(
     limit = max_length or model.config.max_position
 
     def reward(prompts, completions, rows, *, samples: Samples | None = None):
-        if samples is None:
-            sources = [source_of(p, r) for p, r in zip(prompts, rows, strict=True)]
-            samples = Samples(prompts, completions, rows, sources, (), (), None, ())
-        sequences = judged_tokens(tokenizer, samples)
+        known = samples or samples_of_texts(prompts, completions, rows)
+        sequences = judged_tokens(tokenizer, known)
         long = sum(len(ids) > limit for ids in sequences)
         if long:
+            counts = long, len(sequences), limit
             _log.warning(
                 "%d of %d texts are longer than the reward model's %d tokens: it is "
                 "read where they are cut",
-                long,
-                len(sequences),
-                limit,
+                *counts,
             )
         cut = [ids[:limit] for ids in sequences]
         return score_tokens(model, params, cut, batch_size=batch_size)
@@ -83,10 +86,7 @@ def judged_tokens(tokenizer: Any, samples: Samples) -> list[np.ndarray]:
     Returns: B arrays int32 [T].
     Raises: ValueError naming the row that the reward model's chat template refuses.
     """
-    sources = [
-        source or Prompt(text, {})
-        for source, text in zip(samples.sources, samples.prompts, strict=True)
-    ]
+    sources = sources_of(samples)
     own = encode_prompts(tokenizer, sources)
     found = _sampled(tokenizer, samples, sources, own)
     for row, (source, prompt) in enumerate(zip(sources, own, strict=True)):
@@ -202,14 +202,14 @@ def _parts(sequences: Sequence, size: int):
 
 def _pad(sequences: Sequence[Tokens], rows: int):
     """Tokens int32 [rows, T] and lengths int32 [rows], of few different shapes."""
-    lengths = np.ones(rows, np.int32)
-    lengths[: len(sequences)] = [len(tokens) for tokens in sequences]
-    longest = int(lengths.max())
-    width = data.bucket_length(longest, 1 << 30)
-    tokens = np.zeros((rows, width), np.int32)
-    for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)] = sequence
-    return tokens, lengths
+    examples = [
+        data.Example(np.asarray(tokens, np.int32), np.zeros(len(tokens), bool))
+        for tokens in sequences
+    ]
+    examples += [data.filler(examples[0])] * (rows - len(examples))
+    width = data.bucket_length(max(map(len, sequences)), 1 << 30)
+    batch = data.collate_tokens(examples, width)
+    return batch.tokens, np.maximum((batch.segment_ids > 0).sum(1), 1).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames="model")

@@ -1,6 +1,11 @@
-"""Rewards, loaded and added up: the terms of `--reward` (terms.py) as one function."""
+"""Rewards, loaded and added up: the terms of `--reward` (terms.py) as one function.
 
-import difflib
+Several rewards as one, an ensemble: Coste et al. 2023, "Reward Model Ensembles Help
+Mitigate Overoptimization" (arXiv:2310.02743): mean, worst-case (`min`) and
+uncertainty-weighted optimization. That is mean - C*var there; `std` is a variant in the
+unit of the reward.
+"""
+
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -10,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jalign.pretrained import Opened, Pretrained, load_pretrained, open_pretrained
-from jalign.rewards.ensembles import column_weights, combine
 from jalign.rewards.functions import TIMEOUT, checked, load_function
 from jalign.rewards.samples import RewardFn, each_reward
 from jalign.rewards.scorer import model_reward
 from jalign.rewards.terms import (
+    Ensemble,
     Rewards,
     RewardTerm,
     Source,
@@ -24,6 +29,7 @@ from jalign.rewards.terms import (
     single_sources,
 )
 from jalign.rewards.verifiers import VERIFIERS
+from jalign.settings import nearest
 
 _log = logging.getLogger("jalign.rewards")
 
@@ -75,13 +81,26 @@ def load_term(
     Raises: ValueError if there is nothing of this name; what load_function and
       load_pretrained raise.
     """
+    return _loaded(_opened(source, timeout), **options)
+
+
+def _opened(source: Source, timeout: float | None) -> RewardFn | Opened:
+    """A function that is ready, or a checkpoint that is still to be loaded."""
     if not isinstance(source, str):
-        return checked(source, name=function_name(source), timeout=timeout), None
+        return checked(source, name=function_name(source), timeout=timeout)
     if source in VERIFIERS:
-        return checked(VERIFIERS[source], name=source), None
+        return checked(VERIFIERS[source], name=source)
     if is_function(source):
-        return load_function(source, timeout=timeout), None
-    scorer = load_pretrained(open_scorer(source), **options)
+        return load_function(source, timeout=timeout)
+    return open_scorer(source)
+
+
+def _loaded(
+    opened: RewardFn | Opened, **options: Any
+) -> tuple[RewardFn, Pretrained | None]:
+    if not isinstance(opened, Opened):
+        return opened, None
+    scorer = load_pretrained(opened, **options)
     return model_reward(*scorer), scorer
 
 
@@ -92,8 +111,7 @@ def open_scorer(source: str) -> Opened:
     """
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     if not Path(source).expanduser().is_dir() and not is_hub_id:
-        close = difflib.get_close_matches(source, VERIFIERS, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = nearest(source, VERIFIERS)
         if "(" in source:
             hint += "; ensembles are mean(A, B, ...) and min(A, B, ...)"
         raise ValueError(
@@ -101,11 +119,6 @@ def open_scorer(source: str) -> Opened:
             f"(OWNER/NAME), and not built in ({', '.join(VERIFIERS)}){hint}"
         )
     return open_pretrained(source, head="scalar")
-
-
-def is_model(source: Source) -> bool:
-    """Whether a source is neither built in nor a function."""
-    return not is_function(source) and source not in VERIFIERS
 
 
 def load_terms(
@@ -126,17 +139,13 @@ def load_terms(
     Raises: as load_term.
     """
     leaves = single_sources(terms)
-    quick = {
-        leaf.name: load_term(leaf.source, timeout=timeout)
-        for leaf in leaves
-        if not is_model(leaf.source)
-    }
-    for leaf in leaves:
-        if leaf.name not in quick:
-            open_scorer(str(leaf.source))
-    loaded = [
-        quick.get(leaf.name) or load_term(leaf.source, **options) for leaf in leaves
-    ]
+
+    def is_model(leaf: RewardTerm) -> bool:
+        return not is_function(leaf.source) and leaf.source not in VERIFIERS
+
+    quick_first = sorted(leaves, key=is_model)
+    opened = {leaf.name: _opened(leaf.source, timeout) for leaf in quick_first}
+    loaded = [_loaded(opened[leaf.name], **options) for leaf in leaves]
     asked = each_reward([f if judge else wrap(f) for f, judge in loaded])
     judges = [judge for _, judge in loaded]
 
@@ -164,6 +173,64 @@ def _summed(columns: RewardFn, weights: Sequence[float]) -> RewardFn:
         return add_up(columns(prompts, completions, rows, samples=samples), weights)
 
     return total
+
+
+def column_weights(terms: Sequence[RewardTerm]) -> dict[str, float]:
+    """Name -> weight of each column of `combine`; 0 for what is only shown."""
+    weights = {term.name: term.weight for term in terms}
+    for term in terms:
+        if term.ensemble:
+            shown = [member.name for member in term.ensemble.members]
+            weights |= dict.fromkeys([*shown, f"{term.name}/member_std"], 0.0)
+    return weights
+
+
+def combine(terms: Sequence[RewardTerm], values: np.ndarray) -> np.ndarray:
+    """The rewards of terms, of those of their single sources.
+
+    Args:
+      terms: N of parse_rewards.
+      values: float32 [B, L], a column for each of `terms.single_sources`.
+
+    Returns: float32 [B, K]: N columns, one a term; then, for each ensemble, those of
+      its members and their standard deviation over them.
+    Raises: ValueError where a member does not judge a row (NaN).
+    """
+    found, shown, start = [], [], 0
+    for term in terms:
+        if term.ensemble is None:
+            found.append(values[:, start])
+            start += 1
+            continue
+        width = len(term.ensemble.members)
+        members, start = values[:, start : start + width], start + width
+        found.append(ensemble_reward(term.ensemble, members))
+        shown += [*members.T, members.std(axis=1)]
+    return np.stack([*found, *shown], axis=1)
+
+
+def ensemble_reward(ensemble: Ensemble, members: np.ndarray) -> np.ndarray:
+    """min or mean - penalty * (std or var) over the members, the population's.
+
+    Args:
+      ensemble: how.
+      members: float32 [B, M].
+
+    Returns: float32 [B].
+    Raises: ValueError where a member does not judge a row (NaN).
+    """
+    if np.isnan(members).any():
+        row, column = map(int, np.argwhere(np.isnan(members))[0])
+        raise ValueError(
+            f"reward {ensemble}: {ensemble.members[column].name} gave None for row "
+            f"{row}; every member of an ensemble judges every row"
+        )
+    if ensemble.how == "min":
+        return members.min(axis=1)
+    exact = members.astype(np.float64)
+    spreads = {"std": exact.std, "var": exact.var}
+    spread = spreads[ensemble.spread](axis=1) if ensemble.spread else 0.0
+    return (exact.mean(axis=1) - ensemble.penalty * spread).astype(np.float32)
 
 
 def add_up(columns: np.ndarray, weights: Sequence[float]) -> np.ndarray:

@@ -10,24 +10,25 @@ over-optimization: the mean, the worst case `min`, and the uncertainty-weighted 
 which is `mean(...) - C*var` in the paper; `std` has the unit of the reward.
 """
 
-import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import PurePath
 from typing import Any, NamedTuple
+
+from jalign.terms import NUMBER, WEIGHT, parse_sum, weight_of
 
 Source = str | Callable[..., Any]
 Rewards = Source | Sequence[Any]
 """What `reward` may be: the text of a sum, a function, or a list of those, each one
 also with its weight, as in ["gsm8k", (0.5, polite)]."""
 
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_WEIGHT = rf"(?:(?P<weight>[+-]?{_NUMBER})\s*\*\s*)?"
-_TERM = re.compile(rf"{_WEIGHT}(?P<source>\S(?:.*\S)?)", re.S)
-_ENSEMBLE = re.compile(rf"\s*{_WEIGHT}(?P<open>\(\s*)?(?P<how>mean|min)\s*\(")
-_PENALTY = re.compile(rf"\s*-\s*(?:(?P<factor>{_NUMBER})\s*\*\s*)?(?P<of>std|var)\s*")
-_PLUS = re.compile(r"\s\+\s")
+_TERM = re.compile(rf"{WEIGHT}(?P<source>\S(?:.*\S)?)", re.S)
+_ENSEMBLE = re.compile(rf"\s*{WEIGHT}(?P<open>\(\s*)?(?P<how>mean|min)\s*\(")
+_PENALTY = re.compile(rf"\s*-\s*(?:(?P<factor>{NUMBER})\s*\*\s*)?(?P<of>std|var)\s*")
+_PLUS = re.compile(r"\s\+(?=\s)")  # one blank may stand between two of them
 
 
 class Ensemble(NamedTuple):
@@ -109,7 +110,7 @@ def _is_number(value: Any) -> bool:
 def _terms_of(part: Any) -> Iterator[RewardTerm]:
     """The terms of one part of a list, not named yet."""
     if isinstance(part, str):
-        yield from (_parse(text, part) for text in _summands(part))
+        yield from parse_sum(f" {part} ", partial(_parse, whole=part), _PLUS, "reward")
     elif callable(part):
         yield RewardTerm(1.0, "", part)
     elif isinstance(part, tuple) and len(part) == 2 and _is_number(part[0]):
@@ -122,52 +123,48 @@ def _terms_of(part: Any) -> Iterator[RewardTerm]:
         )
 
 
-def _summands(text: str) -> Iterator[str]:
-    """The parts between the plus signs that stand outside of ensembles."""
-    padded, start = f" {text} ", 0
-    while True:
-        head = _ENSEMBLE.match(padded, start)
-        plus = _PLUS.search(
-            padded, _closed(padded, head.end(), text) if head else start
-        )
-        yield padded[start : plus.start() if plus else None].strip()
-        if plus is None:
-            return
-        start = plus.end() - 1  # one blank may stand between two of them
-
-
-def _closed(text: str, start: int, whole: str) -> int:
-    """Where the parenthesis that stands open at `start` is closed."""
-    depth = 1
-    for at in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[at], 0)
-        if not depth:
-            return at
-    raise ValueError(f"reward {whole!r}: a parenthesis is not closed")
-
-
-def _parse(part: str, whole: str) -> RewardTerm:
-    """One summand, not named yet."""
+def _parse(text: str, start: int, *, whole: str) -> tuple[RewardTerm, int]:
+    """The summand that starts there, not named yet, and where it ends."""
+    head = _ENSEMBLE.match(text, start)
+    plus = _PLUS.search(text, _closed(text, head.end(), whole) if head else start)
+    end = plus.start() if plus else len(text)
+    part = text[start:end].strip()
     if head := _ENSEMBLE.match(part):
-        return _parse_ensemble(part, head)
+        return _parse_ensemble(part, head), end
     match = _TERM.fullmatch(part)
     if match is None:
         raise ValueError(
             f"reward {whole!r}: expected [WEIGHT*]SOURCE between the plus signs, as "
             "in 'gsm8k + 0.5*style.py:polite'"
         )
-    return RewardTerm(float(match["weight"] or 1.0), "", match["source"])
+    return RewardTerm(weight_of(match), "", match["source"]), end
+
+
+def _closed(text: str, start: int, whole: str) -> int:
+    """Where the parenthesis that stands open at `start` is closed."""
+    for at, depth in _depths(text, start):
+        if not depth:
+            return at
+    raise ValueError(f"reward {whole!r}: a parenthesis is not closed")
+
+
+def _depths(text: str, start: int) -> Iterator[tuple[int, int]]:
+    """Each place, and how many parentheses are open behind it: 1 at the start."""
+    depth = 1
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        yield at, depth
 
 
 def _parse_ensemble(part: str, head: re.Match[str]) -> RewardTerm:
     end, where = _closed(part, head.end(), part), f"reward {part!r}:"
-    sources = [text.strip() for text in _split(part[head.end() : end])]
+    depths = _depths(part, head.end())
+    commas = [at for at, depth in depths if depth == 1 and part[at] == ","]
+    borders = [head.end() - 1, *(at for at in commas if at < end), end]
+    sources = [part[a + 1 : b].strip() for a, b in itertools.pairwise(borders)]
     for source in sources:
-        if (
-            not source
-            or _ENSEMBLE.match(source)
-            or re.match(rf"{_NUMBER}\s*\*", source)
-        ):
+        weighted = re.match(rf"{NUMBER}\s*\*", source)
+        if not source or weighted or _ENSEMBLE.match(source):
             raise ValueError(
                 f"{where} {source!r} is no member of an ensemble: a checkpoint, "
                 "FILE.py:FUNCTION or a built-in check, without a weight"
@@ -193,18 +190,7 @@ def _parse_ensemble(part: str, head: re.Match[str]) -> RewardTerm:
     members = tuple(RewardTerm(1.0, "", source) for source in sources)
     less = (float(penalty["factor"] or 1.0), penalty["of"]) if penalty else (0.0, "")
     ensemble = Ensemble(head["how"], members, *less)
-    return RewardTerm(float(head["weight"] or 1.0), "", part, ensemble)
-
-
-def _split(text: str) -> Iterator[str]:
-    """The members: what stands between the commas, but for those in parentheses."""
-    depth, start = 0, 0
-    for at, sign in enumerate(text):
-        depth += {"(": 1, ")": -1}.get(sign, 0)
-        if sign == "," and not depth:
-            yield text[start:at]
-            start = at + 1
-    yield text[start:]
+    return RewardTerm(weight_of(head), "", part, ensemble)
 
 
 def _named(terms: Sequence[RewardTerm]) -> tuple[RewardTerm, ...]:
@@ -212,12 +198,19 @@ def _named(terms: Sequence[RewardTerm]) -> tuple[RewardTerm, ...]:
     texts = [leaf.source for leaf in leaves if isinstance(leaf.source, str)]
     if twice := [text for text, count in Counter(texts).items() if count > 1]:
         raise ValueError(f"reward: {twice[0]!r} is given twice; add the weights up")
-    names = _path_names(texts)
+    ends = {text: _ends(text) for text in texts}
+
+    def of_path(text: str) -> str:
+        """The shortest end of a path that no other one ends in."""
+        others = {end for other in texts if other != text for end in ends[other]}
+        return next((end for end in ends[text] if end not in others), text)
+
+    names = {text: of_path(text) for text in texts}
     taken = set(names.values())
 
     def free(name: str) -> str:
         """`min`, `min2`, ... for what has no path."""
-        numbered = (f"{name}{n}" if n > 1 else name for n in range(1, 1 << 30))
+        numbered = itertools.chain([name], (f"{name}{n}" for n in itertools.count(2)))
         found = next(x for x in numbered if x not in taken)
         taken.add(found)
         return found
@@ -237,17 +230,6 @@ def _named(terms: Sequence[RewardTerm]) -> tuple[RewardTerm, ...]:
     return tuple(map(named, terms))
 
 
-def _path_names(sources: Sequence[str]) -> dict[str, str]:
-    """Source -> the shortest end of its path that no other one ends in."""
-    ends = {source: _ends(source) for source in sources}
-
-    def name(source: str) -> str:
-        others = {end for s in sources if s != source for end in ends[s]}
-        return next((end for end in ends[source] if end not in others), source)
-
-    return {source: name(source) for source in sources}
-
-
 def _ends(source: str) -> list[str]:
     """ "model", "a/model", ... of a/model; "f", "a.py:f", ... of dir/a.py:f."""
     path, _, name = source.rpartition(":") if is_function(source) else (source, "", "")
@@ -258,7 +240,7 @@ def _ends(source: str) -> list[str]:
 
 def function_name(function: Callable) -> str:
     """A function's own name; a lambda's is "lambda", an object's that of its class."""
-    while isinstance(function, functools.partial):
+    while isinstance(function, partial):
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
     return "lambda" if name == "<lambda>" else name

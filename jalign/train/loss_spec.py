@@ -4,17 +4,18 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import jax
 
+from jalign.settings import nearest
+from jalign.terms import NUMBER, WEIGHT, parse_sum, weight_of
 from jalign.train.loss_table import Entry
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_PLUS = re.compile(r"\+")
 _VALUE = r"(?:[^,+\s]|(?<=[eE])\+)+"  # a plus ends it, but not the one in 1e+3
 _TERM = re.compile(
-    rf"\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?(?P<name>[A-Za-z_]\w*)"
+    rf"\s*{WEIGHT}(?P<name>[A-Za-z_]\w*)"
     rf"(?::(?P<options>\w+={_VALUE}(?:,\w+={_VALUE})*))?\s*"
 )
 
@@ -66,31 +67,24 @@ def parse_losses(
     Raises: ValueError that names the part it cannot use.
     """
     given = {k: v for k, v in (flags or {}).items() if v is not None}
-    terms: dict[str, Term] = {}
-    position = 0
-    while True:
-        match = _TERM.match(text, position)
+
+    def parse_term(text: str, start: int) -> tuple[Term, int]:
+        match = _TERM.match(text, start)
         if match is None:
             raise ValueError(
                 f"loss {text!r}: expected [WEIGHT*]NAME[:OPTION=NUMBER,...] at "
-                f"{text[position:]!r}, as in 'dpo:beta=0.1 + 0.2*sft'"
+                f"{text[start:]!r}, as in 'dpo:beta=0.1 + 0.2*sft'"
             )
-        term = _term(match, table, given)
+        return _term(match, table, given), match.end()
+
+    terms: dict[str, Term] = {}
+    for term in parse_sum(text, parse_term, _PLUS, "loss"):
         if term.name in terms:
             raise ValueError(f"loss {text!r}: {term.name!r} occurs twice; add them up")
         terms[term.name] = term
-        position = match.end()
-        if position == len(text):
-            break
-        if text[position] != "+":
-            raise ValueError(
-                f"loss {text!r}: expected + or the end at {text[position:]!r}"
-            )
-        position += 1
+    known = [option_names(term.entry.function) for term in terms.values()]
     for flag in given:
-        if not any(
-            flag in option_names(term.entry.function) for term in terms.values()
-        ):
+        if not any(flag in names for names in known):
             raise ValueError(f"{flag} is set, but no loss of {text!r} has it: drop it")
     return terms
 
@@ -99,9 +93,7 @@ def _term(match: re.Match, table: Mapping[str, Entry], given) -> Term:
     name = match["name"]
     if name not in table:
         known = ", ".join(sorted(table))
-        close = get_close_matches(name, table, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"loss {name!r} is not one of {known}{hint}")
+        raise ValueError(f"loss {name!r} is not one of {known}{nearest(name, table)}")
     entry = table[name]
     known = option_names(entry.function) - set(entry.keywords)
     options = {k: v for k, v in given.items() if k in known}
@@ -110,31 +102,17 @@ def _term(match: re.Match, table: Mapping[str, Entry], given) -> Term:
         if key not in known:
             names = ", ".join(sorted(known)) or "none"
             raise ValueError(f"loss {name!r} has no option {key!r}; it has: {names}")
-        options[key] = _number(f"{name}:{key}", value)
-    missing = _required(entry.function) - options.keys() - entry.defaults.keys()
-    if missing := sorted(missing - set(entry.keywords)):
-        raise ValueError(
-            f"loss {name!r} needs {missing[0]}: {name}:{missing[0]}=NUMBER"
-        )
-    return Term(float(match["weight"] or 1.0), name, entry, options)
-
-
-def _number(where: str, value: str) -> float:
-    if not re.fullmatch(_NUMBER, value):
-        raise ValueError(f"loss option {where}={value!r} is not a number")
-    return float(value)
+        if not re.fullmatch(f"[+-]?{NUMBER}", value):
+            raise ValueError(f"loss option {name}:{key}={value!r} is not a number")
+        options[key] = float(value)
+    parameters = inspect.signature(entry.function).parameters
+    for key in sorted(known - options.keys() - entry.defaults.keys()):
+        if parameters[key].default is inspect.Parameter.empty:
+            raise ValueError(f"loss {name!r} needs {key}: {name}:{key}=NUMBER")
+    return Term(weight_of(match), name, entry, options)
 
 
 def option_names(function: Callable[..., Any]) -> set[str]:
     """The keyword-only parameters of a loss: its scalars."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def _required(function: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(function).parameters
-    return {
-        n
-        for n in option_names(function)
-        if parameters[n].default is inspect.Parameter.empty
-    }

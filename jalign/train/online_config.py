@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from jalign.data.sources import Source
 from jalign.rewards import parse_rewards
-from jalign.rewards.ensembles import column_weights
+from jalign.rewards.sums import column_weights
 from jalign.rewards.terms import Rewards
 from jalign.train.run_config import RunConfig, check
 

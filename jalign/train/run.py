@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jalign import sharding
-from jalign.data.clock import fixed_clock
+from jalign.data.templates import fixed_clock
 from jalign.settings import as_text
 from jalign.train import inputs as run_inputs
 from jalign.train.checkpoint import Checkpointer, Restored

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jalign import data
-from jalign.data.layout import choose_sizes, sample_batches
+from jalign.data.loader import choose_sizes, sample_batches
 from jalign.generate.engine import bucket_length
 from jalign.train.online_config import OnlineConfig
 from jalign.types import Rollout

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from jalign.data.batching import (
+    PackedPairs,
     bucket_length,
     collate_preferences,
     collate_tokens,
 )
 from jalign.data.encoding import Example
 from jalign.data.examples import PreferenceExample, filler
-from jalign.data.packing import PackedPairs
 
 
 def example(n, first=1, start=1):

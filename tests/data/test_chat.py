@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jalign import data
-from jalign.data.chat import Chat, encode_chats, join_turns, render_prompt
+from jalign.data.chat import Chat, encode_chats, join_turns
 from jalign.data.rows import RowError
+from jalign.data.templates import render_prompt
 from tests.data.conftest import assistant, make_tokenizer, trained, user
 
 TURNS = [user("ab"), assistant("cd"), user("ef"), assistant("gh")]
@@ -13,8 +14,8 @@ TURNS = [user("ab"), assistant("cd"), user("ef"), assistant("gh")]
 
 def encode(tokenizer, messages=TURNS, prompt=(), assistant_only=True):
     turns, first = join_turns(list(prompt), messages)
-    chat = Chat(turns, list(prompt), first, {})
-    (result,) = encode_chats(tokenizer, [chat], assistant_only=assistant_only)
+    chat = Chat(turns, list(prompt), first, {}, assistant_only=assistant_only)
+    (result,) = encode_chats(tokenizer, [chat])
     if isinstance(result, RowError):
         raise result
     ids, mask = result
@@ -118,7 +119,7 @@ def test_a_conversation_cannot_start_with_the_assistant(tokenizer):
 
 
 def test_trap56_templated_text_gets_no_second_bos(marked):
-    (result,) = encode_chats(marked, [Chat(TURNS, [], 0, {})], assistant_only=True)
+    (result,) = encode_chats(marked, [Chat(TURNS, [], 0, {})])
     assert not isinstance(result, RowError)
     ids, mask = result
     assert np.sum(ids == marked.bos_token_id) == 1
@@ -127,9 +128,9 @@ def test_trap56_templated_text_gets_no_second_bos(marked):
 
 def test_chunks_do_not_change_the_result(tokenizer, monkeypatch):
     chats = [Chat([user("a" * i), assistant("b")], [], 0, {}) for i in range(1, 6)]
-    whole = encode_chats(tokenizer, chats, assistant_only=True)
-    monkeypatch.setattr("jalign.data.chat.CHUNK", 2)
-    parts = encode_chats(tokenizer, chats, assistant_only=True)
+    whole = encode_chats(tokenizer, chats)
+    monkeypatch.setattr("jalign.data.tokenizer.CHUNK", 2)
+    parts = encode_chats(tokenizer, chats)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(a[0], b[0])  # pyright: ignore
         np.testing.assert_array_equal(a[1], b[1])  # pyright: ignore

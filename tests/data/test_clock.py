@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 
 from jalign import data
-from jalign.data.clock import fixed_clock
+from jalign.data.templates import fixed_clock
 from tests.train.ppo_world import make_tokenizer
 
 NOW = datetime(2031, 2, 3, 4, 5, 6, 789)

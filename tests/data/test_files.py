@@ -8,7 +8,7 @@ import lzma
 import pytest
 
 from jalign.data import load_rows
-from jalign.data.formats import template_args
+from jalign.data.messages import template_args
 from jalign.data.rows import RowError
 
 ROWS = [{"text": "é\n1"}, {"text": "007"}]

@@ -3,18 +3,21 @@
 import numpy as np
 import pytest
 
-from jalign.data.examples import PreferenceExample
-from jalign.data.layout import (
+from jalign.data.batching import (
     Part,
-    _holds_all,
     assemble,
+    fill_rows,
+    length_of,
+    pack,
+    packed_parts,
+)
+from jalign.data.examples import PreferenceExample
+from jalign.data.loader import (
+    _holds_all,
     balanced_order,
     choose_layout,
     choose_sizes,
-    length_of,
-    packed_parts,
 )
-from jalign.data.packing import fill_rows, pack
 from tests.data.test_batching import example
 
 SAMPLES = [np.arange(i, i + 16) for i in range(0, 64, 16)]

@@ -1,4 +1,4 @@
-"""Tests for jalign/data/limits.py: templates that never end, or fill the memory."""
+"""Tests for jalign/data/templates.py: templates that never end, or fill the memory."""
 
 import json
 import resource
@@ -9,9 +9,9 @@ import time
 import pytest
 
 from jalign import cli
-from jalign.data import limits
-from jalign.data.chat import render
+from jalign.data import templates as limits
 from jalign.data.rows import RowError
+from jalign.data.templates import render
 from jalign.demo import ASSETS
 from tests.data.conftest import make_tokenizer, user
 

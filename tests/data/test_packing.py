@@ -1,10 +1,9 @@
-"""Tests for jalign/data/packing.py."""
+"""Tests for the packing of jalign/data/batching.py."""
 
 import numpy as np
 import pytest
 
-from jalign.data.batching import collate_tokens
-from jalign.data.packing import fill_rows, join, pack
+from jalign.data.batching import collate_tokens, fill_rows, join, pack
 from tests.data.test_batching import example
 
 

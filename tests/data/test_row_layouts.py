@@ -1,4 +1,4 @@
-"""Tests for jalign/data/row_layouts.py, compose.py and formats.py by whole data sets:
+"""Tests for jalign/data/columns.py and formats.py by whole data sets:
 what is read of the rows of published shapes, by the public makers."""
 
 import logging

@@ -1,4 +1,4 @@
-"""Tests for jalign/data/compose.py and formats.py: what a row asks, by all makers."""
+"""Tests for jalign/data/formats.py: what a row asks, by all makers."""
 
 import pytest
 

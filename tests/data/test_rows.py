@@ -2,7 +2,7 @@
 
 import pytest
 
-from jalign.data.rows import BadRow, RowError, Rows, parse_rows, settle
+from jalign.data.rows import BadRow, RowError, Rows, parse_rows, settle, sort_out
 
 
 def parse(row):
@@ -13,13 +13,14 @@ def parse(row):
 
 def test_every_row_is_parsed_on_its_own_and_unread_rows_are_kept():
     rows = Rows([{"n": 1}, {"n": None}], bad=[BadRow("f row 9", "(line)", "broken")])
-    records, bad = parse_rows(rows, parse)
-    assert records == [("row 1", 1)]
+    good, bad = sort_out(rows, parse_rows(rows, parse))
+    assert good == [1]
     assert [b.origin for b in bad] == ["f row 9", "row 2"]
 
 
 def test_what_is_not_an_object_is_named():
-    _, bad = parse_rows(["text"], parse)  # pyright: ignore
+    rows = ["text"]
+    _, bad = sort_out(rows, parse_rows(rows, parse))  # pyright: ignore
     assert bad == [BadRow("row 1", "(row)", "is str, not an object")]
 
 

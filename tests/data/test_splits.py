@@ -1,4 +1,4 @@
-"""Tests for jalign/data/splits.py through `load_rows`: which split is read, and what
+"""Tests for jalign/data/files.py through `load_rows`: which split is read, and what
 of a folder is not."""
 
 import logging

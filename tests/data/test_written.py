@@ -1,9 +1,9 @@
-"""Tests for jalign/data/written.py: what a chat template passes over is refused."""
+"""Tests for jalign/data/chat.py: what a chat template passes over is refused."""
 
 import pytest
 
 from jalign import data
-from jalign.data import written
+from jalign.data import chat as written
 from tests.data.conftest import CHATML, assistant, make_tokenizer, user
 
 _TURN = "'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n'"

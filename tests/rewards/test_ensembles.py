@@ -1,10 +1,10 @@
-"""Tests for jalign/rewards/ensembles.py."""
+"""Tests for the ensembles of jalign/rewards/sums.py."""
 
 import numpy as np
 import pytest
 
 from jalign import models, rewards
-from jalign.rewards.ensembles import column_weights
+from jalign.rewards.sums import column_weights
 from jalign.rewards.terms import parse_rewards
 
 VALUES = np.array([[1.0, 4.0, 7.0, 9.0], [2.0, 2.0, -1.0, 8.0]], np.float32)

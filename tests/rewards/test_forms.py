@@ -1,4 +1,4 @@
-"""Tests for jalign/rewards/forms.py: functions written for TRL work as they are."""
+"""Tests for jalign/rewards/samples.py: functions written for TRL work as they are."""
 
 import functools
 
@@ -8,7 +8,7 @@ import pytest
 from jalign import rewards
 from jalign.data.formats import Prompt
 from jalign.rewards import Samples
-from jalign.rewards.forms import takes_columns
+from jalign.rewards.samples import takes_columns
 
 ASKED = [{"role": "user", "content": "2 + 2?"}]
 ROWS = [

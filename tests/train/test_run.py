@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jalign.data.clock import with_clock
+from jalign.data.templates import with_clock
 from jalign.train.config import RewardConfig, SFTConfig
 from jalign.train.grpo_config import GRPOConfig
 from jalign.train.inputs import STEPS
