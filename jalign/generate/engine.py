@@ -17,7 +17,7 @@ from jalign.generate import inputs, sampling
 from jalign.generate.decode import Queue, decode
 from jalign.generate.inputs import Tokens
 from jalign.models import Model
-from jalign.models.attention import platform_of
+from jalign.models.layers import Head
 from jalign.types import Completion, PyTree
 
 _GROW_FROM = 64  # new tokens; for fewer, two more loops to compile are not worth it
@@ -168,20 +168,18 @@ def _generate(
     """Tokens [P', W], lengths, key data -> (Completion [rows, N], bad [rows])."""
     tokens, lengths, key_data = batch
     params = model.for_decoding(params)
-    unembed = model.unembed(params)
+    head = model.head(params)
     random = _random(jax.random.wrap_key_data(key_data, impl=key_impl), max_new_tokens)
     choose = _chooser(settings, **method)
 
     def step(tokens, positions, cache):
         tokens, positions = tokens[:, None], positions[:, None]
         hidden, cache = model.apply(params, tokens, positions=positions, cache=cache)
-        return _logits(hidden[:, 0], unembed, model.mesh), cache
+        return _logits(hidden[:, 0], head, model.mesh), cache
 
     hidden, prompts = _prefill(model, params, tokens, lengths)
     prompt = jnp.repeat(jnp.arange(len(tokens)), len(random) // len(tokens))
-    first = _first_tokens(
-        hidden, unembed, prompt, random[:, 0], seats, choose, model.mesh
-    )
+    first = _first_tokens(hidden, head, prompt, random[:, 0], seats, choose, model.mesh)
     ignored = jnp.arange(len(random)) >= settings.asked
     queue = Queue(
         prompts=prompts,
@@ -200,7 +198,7 @@ def _generate(
         seats=seats,
         max_new_tokens=max_new_tokens,
         shrink=model.mesh is None,
-        grow=max_new_tokens >= _GROW_FROM and platform_of(model.mesh) == "cpu",
+        grow=max_new_tokens >= _GROW_FROM and model.runs_on.grow_cache,
     )
     return _without_filler(completion, bad & ~ignored, rows, model.mesh)
 
@@ -246,11 +244,11 @@ def _random(keys: jax.Array, length: int) -> jax.Array:
     return sampling.uniforms(jax.vmap(of_row, (0, None))(keys, steps))
 
 
-def _first_tokens(hidden, unembed, prompt, random, seats, choose, mesh):
+def _first_tokens(hidden, head, prompt, random, seats, choose, mesh):
     """The first token of every row: (tokens, logps, stops), each [R]."""
 
     def of(hidden, random):
-        return choose(_logits(hidden, unembed, mesh), random)
+        return choose(_logits(hidden, head, mesh), random)
 
     rows = len(prompt)
     if rows == seats:  # repeated, not gathered, so that no row leaves its device
@@ -264,11 +262,9 @@ def _first_tokens(hidden, unembed, prompt, random, seats, choose, mesh):
     return jax.tree.map(lambda x: x.reshape(-1)[:rows], out)
 
 
-def _logits(hidden: jax.Array, unembed: jax.Array, mesh) -> jax.Array:
-    """hidden [S, D] -> float32 logits [S, V], as `losses.token_logps` forms them."""
-    unembed = unembed.astype(hidden.dtype)
-    logits = jnp.matmul(hidden, unembed, preferred_element_type=jnp.float32)
-    return sharding.constrain(logits, mesh, "batch", "act_vocab")
+def _logits(hidden: jax.Array, head: Head, mesh) -> jax.Array:
+    """hidden [S, D] -> float32 logits [S, V]."""
+    return sharding.constrain(head.logits(hidden), mesh, "batch", "act_vocab")
 
 
 def _without_filler(completion: Completion, bad: jax.Array, rows: int, mesh):

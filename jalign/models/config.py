@@ -60,6 +60,7 @@ class ModelConfig:
       sliding_window: a token sees itself and the window - 1 tokens before it.
       qkv_bias: biases on the query, key and value projections.
       qk_norm: RMS norm of every query and key head before the rotation.
+      final_softcap: c > 0 replaces each logit z by c tanh(z / c); None does not.
       num_labels: 0 for a language model, 1 for a scalar (reward or value) head.
       max_position: pretrained context length, tokens.
       family: a row of families.FAMILIES, for the file format.
@@ -83,6 +84,7 @@ class ModelConfig:
     sliding_window: int | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    final_softcap: float | None = None
     num_labels: int = 0
     max_position: int = 2048
     family: str = "llama"

@@ -211,7 +211,11 @@ def config_to_hf(
     """The dicts of config.json and generation_config.json.
 
     In transformers 4's spelling, which 5 reads too.
+
+    Raises: ValueError where the family's files cannot hold what the config says.
     """
+    if config.final_softcap is not None:
+        raise ValueError(f"{config.family} files cannot hold a final_softcap")
     raw: dict[str, Any] = {
         "architectures": [architecture_of(config)],
         "model_type": config.family,
