@@ -226,7 +226,7 @@ class Decoder(nn.Module):
             cache = cache._replace(k=k, v=v)
         return x, cache
 
-    def _block(self, cache: kv.KVCache | None, policy: Policy | None, **how: Any):
+    def _block(self, cache: kv.KVCache | None, policy: Policy | None, **how) -> Any:
         """Block, as its backward pass wants it."""
         if self.remat:
             return nn.remat(Block, **how)

@@ -1,12 +1,16 @@
 """Model families as data: config keys, and tensor names of the Hugging Face format.
 
-Read by one interpreter in both directions (hf_config, hf_read, hf_write). To add a
-family, add a row; to add a tensor, add a row to TENSORS.
+Read by one interpreter in both directions (hf_config, hf_weights); what a tensor is,
+the optimizer and the count of FLOPs read here too. To add a family, add a row; to add a
+tensor, add a row to TENSORS.
 """
 
+import math
+import re
 from typing import Any, NamedTuple
 
 from jalign.models.config import ModelConfig
+from jalign.sharding.rules import axes_of
 
 
 class Tensor(NamedTuple):
@@ -15,83 +19,100 @@ class Tensor(NamedTuple):
     Attributes:
       name: in the file; "{}" stands for the layer.
       path: of the parameter. A layer's tensor is one row of the stacked array.
-      pattern: how axes are regrouped, einops notation: file -> parameter of a layer.
+      layout: the file's axes, by their logical names; those in brackets are one axis
+        there. The parameter's own axes stand in sharding.rules.
       when: the ModelConfig switch that the tensor depends on: a field, or one of
         "causal" (has an unembedding of its own) and "score"; "" is always.
     """
 
     name: str
     path: str
-    pattern: str
+    layout: str
     when: str = ""
 
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one in each layer."""
+        return "{}" in self.name
 
-_LAYER = "model.layers.{}."
+    @property
+    def kind(self) -> str:
+        """One of the matrices "kernel" and "embedding"; or "scale", "bias"."""
+        return kind_of(self.path)
+
+    @property
+    def pattern(self) -> str:
+        """How axes are regrouped, einops notation: file -> parameter of a layer."""
+        axes = axes_of(self.path) or ()
+        return f"{self.layout} -> {' '.join(filter(None, axes[self.stacked :]))}"
+
+    @property
+    def num_inputs(self) -> int:
+        """Of a kernel: how many of its axes, the first ones, meet the activations."""
+        return len(groups(self.layout)[-1])  # a file has outputs first, then inputs
+
+    def names(self, num_layers: int) -> list[str]:
+        """Its name in each layer, or its one name."""
+        layers = range(num_layers if self.stacked else 1)
+        return [self.name.format(i) for i in layers]
+
+
+MATRICES = ("kernel", "embedding")  # what weight decay takes
+
+
+def kind_of(path: str) -> str:
+    """The kind of the parameter at a path, see `Tensor.kind`."""
+    return path.rpartition("/")[2]
+
+
+def groups(layout: str) -> list[list[str]]:
+    """Axes of a file's tensor: "(n h) d" gives [["n", "h"], ["d"]]."""
+    return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", layout)]
+
+
+def file_shape(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape in the file, from the parameter's (of one layer).
+
+    For example ("(n h) d -> d n h", (64, 8, 16)) gives (128, 64).
+    """
+    left, right = pattern.split(" -> ")
+    sizes = dict(zip(right.split(), shape, strict=True))
+    return tuple(math.prod(sizes[name] for name in group) for group in groups(left))
+
+
+def _layer(name: str, path: str, layout: str, when: str = "") -> Tensor:
+    return Tensor("model.layers.{}." + name, "layers/" + path, layout, when)
+
+
 TENSORS = (
-    Tensor("model.embed_tokens.weight", "embed/embedding", "v d -> v d"),
-    Tensor(_LAYER + "input_layernorm.weight", "layers/attention_norm/scale", "d -> d"),
-    Tensor(
-        _LAYER + "self_attn.q_proj.weight",
-        "layers/attention/q/kernel",
-        "(n h) d -> d n h",
+    Tensor("model.embed_tokens.weight", "embed/embedding", "vocab embed"),
+    _layer("input_layernorm.weight", "attention_norm/scale", "norm"),
+    _layer("self_attn.q_proj.weight", "attention/q/kernel", "(heads head_dim) embed"),
+    _layer(
+        "self_attn.k_proj.weight", "attention/k/kernel", "(kv_heads head_dim) embed"
     ),
-    Tensor(
-        _LAYER + "self_attn.k_proj.weight",
-        "layers/attention/k/kernel",
-        "(k h) d -> d k h",
+    _layer(
+        "self_attn.v_proj.weight", "attention/v/kernel", "(kv_heads head_dim) embed"
     ),
-    Tensor(
-        _LAYER + "self_attn.v_proj.weight",
-        "layers/attention/v/kernel",
-        "(k h) d -> d k h",
+    _layer("self_attn.o_proj.weight", "attention/o/kernel", "embed (heads head_dim)"),
+    _layer("self_attn.q_proj.bias", "attention/q/bias", "(heads head_dim)", "qkv_bias"),
+    _layer(
+        "self_attn.k_proj.bias", "attention/k/bias", "(kv_heads head_dim)", "qkv_bias"
     ),
-    Tensor(
-        _LAYER + "self_attn.o_proj.weight",
-        "layers/attention/o/kernel",
-        "d (n h) -> n h d",
+    _layer(
+        "self_attn.v_proj.bias", "attention/v/bias", "(kv_heads head_dim)", "qkv_bias"
     ),
-    Tensor(
-        _LAYER + "self_attn.q_proj.bias",
-        "layers/attention/q/bias",
-        "(n h) -> n h",
-        "qkv_bias",
-    ),
-    Tensor(
-        _LAYER + "self_attn.k_proj.bias",
-        "layers/attention/k/bias",
-        "(k h) -> k h",
-        "qkv_bias",
-    ),
-    Tensor(
-        _LAYER + "self_attn.v_proj.bias",
-        "layers/attention/v/bias",
-        "(k h) -> k h",
-        "qkv_bias",
-    ),
-    Tensor(
-        _LAYER + "self_attn.q_norm.weight",
-        "layers/attention/q_norm/scale",
-        "h -> h",
-        "qk_norm",
-    ),
-    Tensor(
-        _LAYER + "self_attn.k_norm.weight",
-        "layers/attention/k_norm/scale",
-        "h -> h",
-        "qk_norm",
-    ),
-    Tensor(
-        _LAYER + "post_attention_layernorm.weight",
-        "layers/mlp_norm/scale",
-        "d -> d",
-    ),
-    Tensor(_LAYER + "mlp.gate_proj.weight", "layers/mlp/gate/kernel", "f d -> d f"),
-    Tensor(_LAYER + "mlp.up_proj.weight", "layers/mlp/up/kernel", "f d -> d f"),
-    Tensor(_LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", "d f -> f d"),
-    Tensor("model.norm.weight", "norm/scale", "d -> d"),
-    Tensor("lm_head.weight", "unembed/kernel", "v d -> d v", "causal"),
-    Tensor("score.weight", "score/kernel", "o d -> d o", "score"),
+    _layer("self_attn.q_norm.weight", "attention/q_norm/scale", "head_dim", "qk_norm"),
+    _layer("self_attn.k_norm.weight", "attention/k_norm/scale", "head_dim", "qk_norm"),
+    _layer("post_attention_layernorm.weight", "mlp_norm/scale", "norm"),
+    _layer("mlp.gate_proj.weight", "mlp/gate/kernel", "mlp embed"),
+    _layer("mlp.up_proj.weight", "mlp/up/kernel", "mlp embed"),
+    _layer("mlp.down_proj.weight", "mlp/down/kernel", "embed mlp"),
+    Tensor("model.norm.weight", "norm/scale", "norm"),
+    Tensor("lm_head.weight", "unembed/kernel", "vocab embed", "causal"),
+    Tensor("score.weight", "score/kernel", "labels embed", "score"),
 )
+TENSOR_AT = {row.path: row for row in TENSORS}
 
 # Buffers that older exporters wrote; they hold nothing that is not in the config.
 IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)

@@ -40,7 +40,7 @@ class Platform(NamedTuple):
     interpret: bool = True
     one_query_sums: bool = False
     scores_bytes: int | None = None
-    einsum: Callable[..., jax.Array] = jnp.einsum
+    einsum: Callable[..., Any] = jnp.einsum
     keep: Callable[[jax.Array], jax.Array] = lambda x: x
     scanned: Policy | None = None
     unrolled: Policy | None = None

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,11 @@ from jalign.sharding.rules import (
     PARAM_RULES,
     REPLICATE_IF_UNEVEN,
     LogicalAxes,
+    ParamRules,
+    axes_of,
 )
 
 PyTree = Any
-ParamRules = Sequence[tuple[str, LogicalAxes]]
 AxisRules = Mapping[str, tuple[str, ...]]
 
 
@@ -174,9 +174,7 @@ def _join(path) -> str:
 
 
 def _param_spec(mesh, path, shape, param_rules, axis_rules) -> PartitionSpec:
-    axes = next(
-        (axes for regex, axes in param_rules if re.fullmatch(regex, path)), None
-    )
+    axes = axes_of(path, param_rules)
     if axes is None:
         raise ValueError(f"parameter {path} {tuple(shape)}: no sharding rule matches")
     if len(axes) != len(shape):
