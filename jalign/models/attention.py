@@ -21,6 +21,8 @@ IMPLEMENTATIONS = ("auto", "plain", "blocked", "cudnn", "splash")
 PLAIN_UP_TO = 64 * 64
 LANES = 128  # TPU vector width: lengths and splash's tiles are multiples of it
 SPLASH_BLOCK = 512
+_SPLASH_TILES = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv")
+_SPLASH_TILES += ("block_q_dq", "block_kv_dq")
 # cuDNN takes segments only as a bias [B, 1, T, T]; beyond this length that is too much.
 CUDNN_SEGMENTS_UP_TO = 4096
 
@@ -241,14 +243,7 @@ def _splash(q, k, v, segment_ids=None, *, window, interpret):
     block = min(SPLASH_BLOCK, T + pad)
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * N),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-        ),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(_SPLASH_TILES, block)),
         interpret=interpret,
     )
     q = q * jnp.asarray(H**-0.5, q.dtype)

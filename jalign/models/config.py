@@ -1,5 +1,6 @@
 """What a decoder is: sizes and switches; hashable, so it can be static in a jit."""
 
+import dataclasses
 from dataclasses import dataclass
 
 ROPE_KINDS = ("linear", "llama3", "yarn")
@@ -94,7 +95,8 @@ class ModelConfig:
     generation: str = "{}"
 
     def __post_init__(self):
-        for name in _SIZES:
+        sizes = {f.name for f in dataclasses.fields(self) if f.type is int}
+        for name in sorted(sizes - {"num_labels"}):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} is not a positive integer")
@@ -117,15 +119,3 @@ class ModelConfig:
     def eos_token_id(self) -> int | None:
         """The first end-of-text token, or None."""
         return self.eos_token_ids[0] if self.eos_token_ids else None
-
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "max_position",
-)

@@ -87,12 +87,17 @@ def config_from_hf(
             )
         fields["head_dim"] = width // heads
     theta, scaling = _read_rope(values)
-    fields |= {"rope_theta": theta, "rope_scaling": scaling, "family": family_name}
-    fields |= {"sliding_window": _read_window(values, family)}
-    fields |= {"num_labels": _read_num_labels(raw)}
-    others = {k: v for k, v in (generation or {}).items() if k not in _NOT_KEPT}
-    fields |= {"eos_token_ids": _eos_ids(raw, generation or {}, family.defaults)}
-    fields |= {"generation": json.dumps(others)}
+    generation = generation or {}
+    others = {k: v for k, v in generation.items() if k not in _NOT_KEPT}
+    fields |= {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "family": family_name,
+        "sliding_window": _read_window(values, family),
+        "num_labels": _read_num_labels(raw),
+        "eos_token_ids": _eos_ids(raw, generation, family.defaults),
+        "generation": json.dumps(others),
+    }
     try:
         return ModelConfig(**fields, **family.switches)
     except ValueError as error:  # in the file's words
@@ -197,9 +202,7 @@ def _read_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise ValueError(f"rope type {kind!r} is not supported; known: {ROPE_KINDS}")
     if "factor" not in rope:
         raise ValueError(f"rope type {kind!r} without a factor")
-    fields = {
-        field: rope.get(_ROPE_KEYS.get(field, field)) for field in _ROPE_FIELDS[kind]
-    }
+    fields = {f: rope.get(_ROPE_KEYS.get(f, f)) for f in _ROPE_FIELDS[kind]}
     if fields.get("original_max_position", 1) is None:
         fields["original_max_position"] = values["max_position_embeddings"]
     given = {field: value for field, value in fields.items() if value is not None}

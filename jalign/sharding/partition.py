@@ -33,11 +33,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_parts(mesh: Mesh | None) -> int:
     """How many parts the rows of a batch are cut into, over all devices."""
-    return (
-        1
-        if mesh is None
-        else math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
-    )
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str | None) -> jax.Array:
