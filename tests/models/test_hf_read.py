@@ -1,4 +1,4 @@
-"""Tests for jalign/models/hf_read.py: strictness, sharded reading, golden logits."""
+"""Tests for jalign/models/hf_weights.py: strictness, sharded reading, golden logits."""
 
 import json
 from pathlib import Path
