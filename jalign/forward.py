@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from jalign import losses
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
 from jalign.models import Model
-from jalign.models.attention import platform_of
 from jalign.types import PreferenceBatch, TokenBatch
 
 PyTree = Any
-CPU_LOGITS = 64 << 20  # bytes of logits that exist at once on a CPU device,
-CPU_TOKENS = 64  # unless these are fewer tokens
+FEWEST_TOKENS = 64  # that a chunk has, whatever the platform says of its bytes
 
 
 class TokenStats(NamedTuple):
@@ -39,13 +37,13 @@ class TokenStats(NamedTuple):
 def chunk_size(model: Model) -> int:
     """Tokens of the global batch whose logits exist at once: a fixed number a device.
 
-    Vocabulary and rows are cut over the mesh, so the default serves each device. On a
-    CPU fewer where the vocabulary is large: memory that is new to each step is slow.
+    Vocabulary and rows are cut over the mesh, so the default serves each device; fewer
+    where the platform wants no more bytes of logits than so.
     """
-    tokens = DEFAULT_CHUNK_SIZE
-    if platform_of(model.mesh) == "cpu":
-        fit = max(1, CPU_LOGITS // (4 * model.config.vocab_size))
-        tokens = min(tokens, max(CPU_TOKENS, 1 << fit.bit_length() - 1))
+    tokens, at_once = DEFAULT_CHUNK_SIZE, model.runs_on.logits_bytes
+    if at_once is not None:
+        fit = max(1, at_once // (4 * model.config.vocab_size))
+        tokens = min(tokens, max(FEWEST_TOKENS, 1 << fit.bit_length() - 1))
     return tokens * (model.mesh.size if model.mesh is not None else 1)
 
 
@@ -93,13 +91,14 @@ def logps_and_values(
 
 def _score(model: Model, params: PyTree, hidden, batch, temperature: float, **options):
     """`losses.token_logps` of each token's successor, where it is trained: [B, T]."""
-    rows = in_one_row(model, (hidden, *successors(batch)))
+    rows, head = in_one_row(model, (hidden, *successors(batch))), model.head(params)
     scores = losses.token_logps(
         rows[0],
-        model.unembed(params),
+        head.unembed,
         rows[1],
         mask=rows[2],
         temperature=temperature,
+        softcap=head.softcap,
         chunk_size=chunk_size(model),
         **options,
     )

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jalign import sharding
 from jalign.generate import sampling
 from jalign.models import cache as kv
-from jalign.models.attention import platform_of
 from jalign.types import Completion
 
 Step = Callable[[jax.Array, jax.Array, kv.KVCache], tuple[jax.Array, kv.KVCache]]
@@ -187,15 +186,12 @@ def complete(params, batch, settings, *, model, draw, key_impl, rows, max_new_to
     tokens, lengths, key_data = batch
     scalars, stop_tokens, asked = settings
     params = model.for_decoding(params)
-    unembed = model.unembed(params)
+    head = model.head(params)
     keys = jax.random.wrap_key_data(key_data, impl=key_impl)
     random = sampling.draws(keys, max_new_tokens)
 
-    def logits_of(hidden):  # as `losses.token_logps` forms them
-        logits = jnp.matmul(
-            hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
-        return sharding.constrain(logits, model.mesh, "batch", "act_vocab")
+    def logits_of(hidden):
+        return sharding.constrain(head.logits(hidden), model.mesh, "batch", "act_vocab")
 
     def step(tokens, positions, cache):
         tokens, positions = tokens[:, None], positions[:, None]
@@ -219,7 +215,7 @@ def complete(params, batch, settings, *, model, draw, key_impl, rows, max_new_to
         step,
         choose,
         shrink=model.mesh is None,
-        grow=max_new_tokens >= _GROW_FROM and platform_of(model.mesh) == "cpu",
+        grow=max_new_tokens >= _GROW_FROM and model.runs_on.grow_cache,
     )
     # Rows left that do not divide over the mesh are given to every device.
     axis = "batch" if rows == len(bad) else None

@@ -7,9 +7,9 @@ on axis 0; a `Model` holds the sizes and turns (params, tokens) into hidden stat
 from jalign.models.attention import attend
 from jalign.models.cache import KVCache
 from jalign.models.config import ModelConfig, RopeScaling
+from jalign.models.hf_config import read_config
 from jalign.models.hf_files import model_folder
-from jalign.models.hf_read import load, read_config
-from jalign.models.hf_write import save
+from jalign.models.hf_weights import load, save
 from jalign.models.model import Model, add_scalar_head, add_value_head, split_heads
 
 __all__ = [

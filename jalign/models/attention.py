@@ -1,25 +1,30 @@
-"""Attention behind one function, `attend`, and the plain path that defines it."""
+"""Attention behind one function, `attend`: the plain path defines it, kernels follow.
 
+The kernels, cuDNN on GPU and splash on TPU, and the blocked path take queries and keys
+of the same tokens in order.
+"""
+
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jalign.models.attention_blocked import (
-    MASKED,
-    blocked_attention,
-    heads_in_cache,
-)
-from jalign.models.attention_kernels import (
-    cudnn_attention,
-    cudnn_obstacle,
-    splash_attention,
-)
+from jalign import sharding
+from jalign.models.attention_blocked import MASKED, blocked_attention, heads_in_cache
+from jalign.models.platform import Platform, platform_of
 
 IMPLEMENTATIONS = ("auto", "plain", "blocked", "cudnn", "splash")
 # Below this many query x key pairs a row, the score matrix is small enough to keep.
 PLAIN_UP_TO = 64 * 64
+LANES = 128  # TPU vector width: lengths and splash's tiles are multiples of it
+SPLASH_BLOCK = 512
+_SPLASH_TILES = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv")
+_SPLASH_TILES += ("block_q_dq", "block_kv_dq")
+# cuDNN takes segments only as a bias [B, 1, T, T]; beyond this length that is too much.
+CUDNN_SEGMENTS_UP_TO = 4096
 
 
 def attend(
@@ -35,6 +40,7 @@ def attend(
     implementation: str = "auto",
     in_order: bool | None = None,
     mesh: Mesh | None = None,
+    platform: Platform | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention, softmax(q k / sqrt(H)) v.
 
@@ -57,6 +63,7 @@ def attend(
         a segment count up by one, as in training; T == S when None. All paths but
         plain need it. Outputs at padding (segment 0) are then unspecified but finite.
       mesh: of the arrays, for the kernels.
+      platform: what is best where the arrays are; None: that of the mesh's devices.
 
     Returns: [B, T, N, H] in q's dtype.
     Raises: ValueError where the implementation asked for does not apply.
@@ -65,44 +72,35 @@ def attend(
         raise ValueError("q_segment_ids and kv_segment_ids belong together")
     if in_order is None:
         in_order = q.shape[1] == k.shape[1]
-    if implementation == "auto":
-        implementation = _choose(q, k, q_segment_ids, in_order, platform_of(mesh))
-    elif not in_order:
+    platform = platform_of(mesh) if platform is None else platform
+    if not in_order:
         implementation = "plain"  # decoding: a kernel for training has no say here
+    elif implementation == "auto":
+        implementation = _choose(q, k, q_segment_ids, platform.attention)
     if implementation == "plain":
         mask = attention_mask(
             q_positions, kv_positions, q_segment_ids, kv_segment_ids, sliding_window
         )
-        one = q.shape[1] == 1 and platform_of(mesh) == "cpu"
+        one = q.shape[1] == 1 and platform.one_query_sums
         return (one_query_attention if one else plain_attention)(q, k, v, mask)
+    qkv = q, k, v, q_segment_ids, sliding_window
     if implementation == "blocked":
-        alone = mesh is None and platform_of(mesh) == "cpu"
-        heads = heads_in_cache(q, k) if alone else None
-        return blocked_attention(q, k, v, q_segment_ids, sliding_window, heads=heads)
+        size = platform.scores_bytes if mesh is None else None
+        heads = None if size is None else heads_in_cache(q, k, size)
+        return blocked_attention(*qkv, heads=heads)
     if implementation == "cudnn":
-        return cudnn_attention(q, k, v, q_segment_ids, sliding_window)
+        return cudnn_attention(*qkv)
     if implementation == "splash":
-        interpret = platform_of(mesh) != "tpu"
-        return splash_attention(
-            q, k, v, q_segment_ids, sliding_window, mesh=mesh, interpret=interpret
-        )
+        return splash_attention(*qkv, mesh=mesh, interpret=platform.interpret)
     raise ValueError(f"implementation={implementation!r} is not in {IMPLEMENTATIONS}")
 
 
-def platform_of(mesh: Mesh | None) -> str:
-    """Where arrays of this mesh live: "cpu", "gpu" or "tpu"."""
-    # A mesh may stand for a machine that is not here, as `jalign plan` has it.
-    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-
-
-def _choose(q, k, segment_ids, in_order: bool, platform: str) -> str:
-    if not in_order:
-        return "plain"
-    if platform == "tpu":
-        return "splash"
-    if platform in ("gpu", "cuda") and cudnn_obstacle(q, k, segment_ids) is None:
-        return "cudnn"
-    return "plain" if q.shape[1] * k.shape[1] <= PLAIN_UP_TO else "blocked"
+def _choose(q, k, segment_ids, best: str) -> str:
+    """What "auto" is for tokens in order, where `best` is best for long rows."""
+    if best == "cudnn" and cudnn_obstacle(q, k, segment_ids) is not None:
+        best = "blocked"
+    short = q.shape[1] * k.shape[1] <= PLAIN_UP_TO
+    return "plain" if best == "blocked" and short else best
 
 
 def attention_mask(
@@ -151,3 +149,107 @@ def one_query_attention(
     scores = jnp.where(mask[:, None], scores / math.sqrt(H), MASKED)
     weights = jax.nn.softmax(scores, axis=-1)[..., None]
     return jnp.sum(weights * v, axis=-2).reshape(B, 1, N, H).astype(dtype)
+
+
+def cudnn_obstacle(
+    q: jax.Array, k: jax.Array, segment_ids: jax.Array | None
+) -> str | None:
+    """Why cuDNN's fused attention does not apply, or None.
+
+    Source: jax 0.10's checks in jax/_src/cudnn/fused_attention_stablehlo.py; a head
+    dim of 256 needs a Hopper GPU, and the limit here is that of the older ones.
+    """
+    T, H = q.shape[1], q.shape[-1]
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
+        return f"dtype {q.dtype} is not bfloat16 or float16"
+    if H > 128 or H % 8:
+        return f"head dim {H} is not a multiple of 8 up to 128"
+    if segment_ids is not None and (T % 2 or T > CUDNN_SEGMENTS_UP_TO):
+        return f"segments need an even length up to {CUDNN_SEGMENTS_UP_TO}, not {T}"
+    return None
+
+
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    sliding_window: int | None,
+) -> jax.Array:
+    """cuDNN's flash attention through jax.nn. Raises ValueError where it cannot."""
+    obstacle = cudnn_obstacle(q, k, segment_ids)
+    if obstacle is not None:
+        raise ValueError(f"attention='cudnn' does not apply: {obstacle}")
+    mask = None
+    if segment_ids is not None:
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    window = None if sliding_window is None else (sliding_window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=True,
+        local_window_size=window,
+        implementation="cudnn",
+    )
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    sliding_window: int | None,
+    *,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Splash attention, a Pallas kernel that skips masked blocks, on each shard.
+
+    Args:
+      mesh: rows are cut over its data and fsdp axes, heads over tensor.
+      interpret: run the kernel's logic without a TPU (slow; for tests).
+    """
+    if mesh is not None and k.shape[2] % mesh.shape["tensor"]:
+        # Query and kv heads must be cut alike; where kv heads are too few, repeat.
+        groups = q.shape[2] // k.shape[2]
+        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    axes = ("batch", "time", "act_heads", None)
+    kv_axes = ("batch", "time", "act_kv_heads", None)
+    in_axes, args = [axes, kv_axes, kv_axes], [q, k, v]
+    if segment_ids is not None:
+        in_axes.append(("batch", "time"))
+        args.append(segment_ids)
+    fn = functools.partial(_splash, window=sliding_window, interpret=interpret)
+    return sharding.shard_map(fn, mesh, in_axes, axes)(*args)
+
+
+def _splash(q, k, v, segment_ids=None, *, window, interpret):
+    # Imported here: the module builds tables that only TPU users pay for.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N, H = q.shape[1:]
+    # Zero keys behind the last token are invisible to it, so padding is harmless.
+    # Above a block, to whole blocks; below, to whole lanes.
+    tile = SPLASH_BLOCK if T > SPLASH_BLOCK else LANES
+    pad = -T % tile
+    lengths = ((0, 0), (0, pad), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, lengths).transpose(0, 2, 1, 3) for x in (q, k, v))
+    shape = (T + pad, T + pad)
+    mask = splash.CausalMask(shape)
+    if window is not None:
+        mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    block = min(SPLASH_BLOCK, T + pad)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * N),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(_SPLASH_TILES, block)),
+        interpret=interpret,
+    )
+    q = q * jnp.asarray(H**-0.5, q.dtype)
+    if segment_ids is None:
+        out: Any = jax.vmap(kernel)(q, k, v)
+    else:
+        ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
+    return out.transpose(0, 2, 1, 3)[:, :T].astype(q.dtype)

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jalign.models.platform import KEPT
+
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 PIECE, MAX_BLOCKS = 128, 16
-KEPT = "attention"  # checkpoint_name of what is not to be computed again
-CACHE = 2 << 20  # bytes of scores: what a core or two keep to themselves
 
 
 class Span(NamedTuple):
@@ -103,8 +103,8 @@ def blocked_attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def heads_in_cache(q: jax.Array, k: jax.Array, piece: int = PIECE) -> int:
-    """kv heads of which the scores of a piece [B, heads * G, t, T] fit a CPU's cache.
+def heads_in_cache(q: jax.Array, k: jax.Array, cache: int, piece: int = PIECE) -> int:
+    """kv heads of which the scores of a piece [B, heads * G, t, T] fit a cache, bytes.
 
     Each score is read and written some ten times; from memory that takes longer than
     the products. Shapes as of `blocked_attention`; a divisor of K.
@@ -112,7 +112,7 @@ def heads_in_cache(q: jax.Array, k: jax.Array, piece: int = PIECE) -> int:
     B, T, N, _ = q.shape
     K = k.shape[2]
     bytes_a_head = 4 * B * (N // K) * min(piece, T) * T
-    fit = max(1, CACHE // bytes_a_head)
+    fit = max(1, cache // bytes_a_head)
     return next(n for n in range(min(fit, K), 0, -1) if K % n == 0)
 
 

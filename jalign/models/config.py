@@ -1,5 +1,6 @@
 """What a decoder is: sizes and switches; hashable, so it can be static in a jit."""
 
+import dataclasses
 from dataclasses import dataclass
 
 ROPE_KINDS = ("linear", "llama3", "yarn")
@@ -60,6 +61,7 @@ class ModelConfig:
       sliding_window: a token sees itself and the window - 1 tokens before it.
       qkv_bias: biases on the query, key and value projections.
       qk_norm: RMS norm of every query and key head before the rotation.
+      final_softcap: c > 0 replaces each logit z by c tanh(z / c); None does not.
       num_labels: 0 for a language model, 1 for a scalar (reward or value) head.
       max_position: pretrained context length, tokens.
       family: a row of families.FAMILIES, for the file format.
@@ -83,6 +85,7 @@ class ModelConfig:
     sliding_window: int | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    final_softcap: float | None = None
     num_labels: int = 0
     max_position: int = 2048
     family: str = "llama"
@@ -92,7 +95,8 @@ class ModelConfig:
     generation: str = "{}"
 
     def __post_init__(self):
-        for name in _SIZES:
+        sizes = {f.name for f in dataclasses.fields(self) if f.type is int}
+        for name in sorted(sizes - {"num_labels"}):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} is not a positive integer")
@@ -115,15 +119,3 @@ class ModelConfig:
     def eos_token_id(self) -> int | None:
         """The first end-of-text token, or None."""
         return self.eos_token_ids[0] if self.eos_token_ids else None
-
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "max_position",
-)

@@ -1,7 +1,5 @@
 """The decoder as Linen modules: blocks scanned over stacked parameters, or unrolled."""
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,35 +10,50 @@ from jax.typing import DTypeLike
 
 from jalign import sharding
 from jalign.models import cache as kv
-from jalign.models.attention import attend, platform_of
-from jalign.models.attention_blocked import KEPT
+from jalign.models.attention import attend
 from jalign.models.config import ModelConfig
 from jalign.models.layers import (
     Embedding,
-    GatedMLP,
     Projection,
     RMSNorm,
-    project,
     rope_tables,
     rotate,
-    written_out,
 )
-
-_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(KEPT),
-)
+from jalign.models.platform import PLAIN, Platform, Policy
 
 
-def products(primitive, *args, **params) -> bool:
-    """What is stored for the backward pass: products of matrices and attention.
+class How(NamedTuple):
+    """How all modules of a decoder compute.
 
-    Norms, rotations and gates take no longer to compute again than to write to memory
-    and read back.
+    Attributes:
+      config: the sizes.
+      mesh: for sharding constraints and kernels; None on one device.
+      dtype: of activations and matmul inputs.
+      attention: an implementation of attention.attend.
+      platform: what is best where it runs.
     """
-    # cuDNN's kernel, by the name of jax's primitive; its output cannot be named.
-    fused = primitive.name.startswith("dot_product_attention_fwd")
-    return fused or bool(_PRODUCTS(primitive, *args, **params))
+
+    config: ModelConfig
+    mesh: Mesh | None = None
+    dtype: DTypeLike = jnp.float32
+    attention: str = "plain"
+    platform: Platform = PLAIN
+
+    def constrain(self, x: jax.Array, *logical_axes: str | None) -> jax.Array:
+        return sharding.constrain(x, self.mesh, *logical_axes)
+
+    def norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.config.norm_eps, self.dtype, name=name)
+
+    def projection(
+        self,
+        name: str,
+        equation: str,
+        shape: tuple[int, ...],
+        bias_shape: tuple[int, ...] | None = None,
+    ) -> Projection:
+        product = self.platform.einsum
+        return Projection(equation, shape, bias_shape, self.dtype, product, name=name)
 
 
 class Where(NamedTuple):
@@ -68,109 +81,92 @@ Memory = tuple[jax.Array, jax.Array]  # keys and values of all layers, see kv.KV
 class Attention(nn.Module):
     """Grouped-query attention, with qkv biases and query/key norms where asked for."""
 
-    config: ModelConfig
-    mesh: Mesh | None
-    dtype: DTypeLike
-    attention: str
+    how: How
 
     @nn.compact
     def __call__(self, x, layer, where: Where, memory: Memory | None):
-        c = self.config
-        q = self._project("q", x, c.num_heads, "act_heads")
-        k = self._project("k", x, c.num_kv_heads, "act_kv_heads")
-        v = self._project("v", x, c.num_kv_heads, "act_kv_heads")
+        c, how = self.how.config, self.how
+        q = self._heads("q", x, c.num_heads, "act_heads")
+        k = self._heads("k", x, c.num_kv_heads, "act_kv_heads")
+        v = self._heads("v", x, c.num_kv_heads, "act_kv_heads")
         if c.qk_norm:
-            q = RMSNorm(c.norm_eps, self.dtype, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, self.dtype, name="k_norm")(k)
+            q, k = how.norm("q_norm")(q), how.norm("k_norm")(k)
         q, k = rotate(q, where.cos, where.sin), rotate(k, where.cos, where.sin)
-        q_segments = kv_segments = where.segment_ids
+        segments = where.segment_ids
         if memory is not None:
             all_k, k = kv.write_keys(memory[0], layer, where.slot, k)
             all_v, v = kv.write_values(memory[1], layer, where.slot, v)
             memory = all_k, all_v
-            q_segments = kv_segments = None  # a cache row is one document
+            segments = None  # a cache row is one document
         y = attend(
             q,
             k,
             v,
             q_positions=where.positions,
             kv_positions=where.kv_positions,
-            q_segment_ids=q_segments,
-            kv_segment_ids=kv_segments,
+            q_segment_ids=segments,
+            kv_segment_ids=segments,
             sliding_window=c.sliding_window,
-            implementation=self.attention,
+            implementation=how.attention,
             in_order=memory is None,
-            mesh=self.mesh,
+            mesh=how.mesh,
+            platform=how.platform,
         )
         shape = (c.num_heads, c.head_dim, c.hidden_size)
-        how = {"dtype": self.dtype, "product": _product(self.attention, self.mesh)}
-        return Projection("btnh,nhd->btd", shape, **how, name="o")(y), memory
+        return how.projection("o", "btnh,nhd->btd", shape)(y), memory
 
-    def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
-        c = self.config
-        y = Projection(
-            "btd,dnh->btnh",
-            (c.hidden_size, heads, c.head_dim),
-            bias_shape=(heads, c.head_dim) if c.qkv_bias else None,
-            dtype=self.dtype,
-            product=_product(self.attention, self.mesh),
-            name=name,
-        )(x)
-        return sharding.constrain(y, self.mesh, "batch", "time", axis, None)
+    def _heads(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        c, how = self.how.config, self.how
+        shape = (c.hidden_size, heads, c.head_dim)
+        bias = shape[1:] if c.qkv_bias else None
+        y = how.projection(name, "btd,dnh->btnh", shape, bias)(x)
+        return how.constrain(y, "batch", "time", axis, None)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), SwiGLU (arXiv:2002.05202)."""
+
+    how: How
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        how = self.how
+        D, F = how.config.hidden_size, how.config.intermediate_size
+        gate = how.projection("gate", "btd,df->btf", (D, F))(x)
+        up = how.projection("up", "btd,df->btf", (D, F))(x)
+        hidden = how.constrain(nn.silu(gate) * up, "batch", "time", "act_mlp")
+        return how.projection("down", "btf,fd->btd", (F, D))(hidden)
 
 
 class Block(nn.Module):
     """One pre-norm layer; the carry is (hidden, memory)."""
 
-    config: ModelConfig
-    mesh: Mesh | None
-    dtype: DTypeLike
-    attention: str
+    how: How
 
     @nn.compact
     def __call__(self, carry, layer, where: Where):
-        c, mesh, dtype = self.config, self.mesh, self.dtype
-        constrain = functools.partial(_constrain, mesh=mesh)
+        how = self.how
         x, memory = carry
-        y = RMSNorm(c.norm_eps, dtype, name="attention_norm")(x)
-        attention = Attention(c, mesh, dtype, self.attention, name="attention")
-        y, memory = attention(y, layer, where, memory)
-        x = constrain(x + y, "batch", "time", "act_embed")
-        y = RMSNorm(c.norm_eps, dtype, name="mlp_norm")(x)
-        product = _product(self.attention, mesh)
-        y = GatedMLP(c, dtype, product, name="mlp")(y, constrain)
-        x = constrain(x + y, "batch", "time", "act_embed")
+        y = how.norm("attention_norm")(x)
+        y, memory = Attention(how, name="attention")(y, layer, where, memory)
+        x = how.constrain(x + y, "batch", "time", "act_embed")
+        y = GatedMLP(how, name="mlp")(how.norm("mlp_norm")(x))
+        x = how.constrain(x + y, "batch", "time", "act_embed")
         return (x, memory), None
-
-
-def _product(attention: str, mesh: Mesh | None) -> Callable[..., Any]:
-    """How projections multiply: plain is plain throughout, for forward mode too."""
-    fast = attention != "plain" and platform_of(mesh) == "cpu"
-    return project if fast else jnp.einsum
-
-
-def _constrain(x, *logical_axes, mesh):
-    return sharding.constrain(x, mesh, *logical_axes)
 
 
 class Decoder(nn.Module):
     """Tokens -> hidden states after the final norm.
 
     Attributes:
-      config: the sizes.
-      mesh: for sharding constraints and kernels; None on one device.
-      dtype: of activations and matmul inputs.
+      how: sizes, dtype, mesh and platform.
       remat: whether the backward pass recomputes each block instead of storing it. If
-        not, it recomputes on a CPU or GPU what is no product of matrices.
-      attention: an implementation of attention.attend.
+        not, it recomputes what the platform says.
       unroll: each layer has its own parameters, "layers_0", ..., and its own code.
     """
 
-    config: ModelConfig
-    mesh: Mesh | None = None
-    dtype: DTypeLike = jnp.float32
+    how: How
     remat: bool = False
-    attention: str = "auto"
     unroll: bool = False
 
     @nn.compact
@@ -181,14 +177,11 @@ class Decoder(nn.Module):
         segment_ids: jax.Array | None,
         cache: kv.KVCache | None,
     ) -> tuple[jax.Array, kv.KVCache | None]:
-        c = self.config
-        embed = Embedding(
-            c.vocab_size, c.hidden_size, self.dtype, mesh=self.mesh, name="embed"
-        )
-        x = _constrain(embed(tokens), "batch", "time", "act_embed", mesh=self.mesh)
-        cos, sin = rope_tables(c, positions)
-        if platform_of(self.mesh) == "cpu":
-            cos, sin = written_out(cos), written_out(sin)
+        how, c = self.how, self.how.config
+        sizes = c.vocab_size, c.hidden_size
+        embed = Embedding(*sizes, how.dtype, how.mesh, name="embed")
+        x = how.constrain(embed(tokens), "batch", "time", "act_embed")
+        cos, sin = map(how.platform.keep, rope_tables(c, positions))
         kv_positions, slot = positions, jnp.int32(0)
         if cache is not None:
             seen = positions
@@ -198,35 +191,34 @@ class Decoder(nn.Module):
             kv_positions = cache.positions
         where = Where(positions, segment_ids, cos, sin, kv_positions, slot)
         x, cache = (self._unrolled if self.unroll else self._scanned)(x, where, cache)
-        hidden = RMSNorm(c.norm_eps, self.dtype, name="norm")(x)
+        hidden = how.norm("norm")(x)
         if self.is_initializing():
             self._init_head(hidden)
         return hidden, cache
 
     def _scanned(self, x, where: Where, cache: kv.KVCache | None):
-        c = self.config
+        L = self.how.config.num_layers
         # prevent_cse: the scan already keeps forward and backward apart.
-        block = self._block(cache, ("cpu", "gpu"), prevent_cse=False)
+        block = self._block(cache, self.how.platform.scanned, prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=c.num_layers,
-        )(c, self.mesh, self.dtype, self.attention, name="layers")
+            length=L,
+        )(self.how, name="layers")
         memory = None if cache is None else (cache.k, cache.v)
-        (x, memory), _ = layers((x, memory), jnp.arange(c.num_layers), where)
+        (x, memory), _ = layers((x, memory), jnp.arange(L), where)
         if cache is not None:
             cache = cache._replace(k=memory[0], v=memory[1])
         return x, cache
 
     def _unrolled(self, x, where: Where, cache: kv.KVCache | None):
-        c, memories = self.config, []
-        # A CPU's compiler would drop the barriers that keep this from being undone.
-        block = self._block(cache, ("gpu",))
-        for i in range(c.num_layers):
+        memories = []
+        block = self._block(cache, self.how.platform.unrolled)
+        for i in range(self.how.config.num_layers):
             memory = None if cache is None else (cache.k[i], cache.v[i])
-            layer = block(c, self.mesh, self.dtype, self.attention, name=f"layers_{i}")
+            layer = block(self.how, name=f"layers_{i}")
             (x, memory), _ = layer((x, memory), 0, where)
             memories.append(memory)
         if cache is not None:
@@ -234,18 +226,30 @@ class Decoder(nn.Module):
             cache = cache._replace(k=k, v=v)
         return x, cache
 
-    def _block(self, cache: kv.KVCache | None, platforms: tuple, **how: Any) -> Any:
-        """Block, as its backward pass wants it; products are stored on `platforms`."""
+    def _block(self, cache: kv.KVCache | None, policy: Policy | None, **how) -> Any:
+        """Block, as its backward pass wants it."""
         if self.remat:
             return nn.remat(Block, **how)
-        if cache is None and platform_of(self.mesh) in platforms:
-            return nn.remat(Block, policy=products, **how)
+        if cache is None and policy is not None:
+            return nn.remat(Block, policy=policy, **how)
         return Block
 
     def _init_head(self, hidden: jax.Array) -> None:
         """Creates the head's parameters; Model applies it, outside of the module."""
-        c = self.config
+        c = self.how.config
         name = "score" if c.num_labels else "unembed"
         outputs = c.num_labels or c.vocab_size
         if c.num_labels or not c.tie_embeddings:
             Projection("btd,dv->btv", (c.hidden_size, outputs), name=name)(hidden)
+
+
+def unstack_layers(params: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """{"layers": stacked, ...} -> {"layers_0": ..., "layers_1": ..., ...}."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    leaves, structure = jax.tree.flatten(params["layers"])
+    # A split's gradient is one concatenation; that of slices would be a sum of pads.
+    ones = (1,) * num_layers
+    pieces = [[y[0] for y in jax.lax.split(x, ones)] for x in leaves]
+    for i in range(num_layers):
+        rest[f"layers_{i}"] = structure.unflatten([piece[i] for piece in pieces])
+    return rest

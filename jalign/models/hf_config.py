@@ -1,7 +1,9 @@
 """config.json <-> ModelConfig, both of transformers 4's and 5's spelling."""
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from jalign.models.config import ROPE_KINDS, ModelConfig, RopeScaling
@@ -16,42 +18,39 @@ from jalign.models.families import (
     Family,
     architecture_of,
 )
+from jalign.models.hf_files import read_json
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of generation_config.json that ModelConfig has, or that are not ours to say.
 _NOT_KEPT = {*_TOKEN_KEYS, "transformers_version", "_from_model_config"}
-# RopeScaling field -> key in config.json.
-_ROPE_KEYS = {
-    "factor": "factor",
-    "original_max_position": "original_max_position_embeddings",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-    "truncate": "truncate",
-}
-_ROPE_KEYS_OF = {
+# RopeScaling field -> key in config.json, where that is another.
+_ROPE_KEYS = {"original_max_position": "original_max_position_embeddings"}
+_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "original_max_position",
-        "low_freq_factor",
-        "high_freq_factor",
-    ),
-    "yarn": (
-        "factor",
-        "original_max_position",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
+    "llama3": ("factor", *_ROPE_KEYS, "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", *_ROPE_KEYS, *_YARN, "truncate"),
 }
+
+
+def read_config(path: Path) -> ModelConfig:
+    """ModelConfig of a checkpoint folder, or of a config.json. Errors name the file
+    and the key."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file() and (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} holds an adapter only: merge it into its base model")
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} has no config.json: not a model")
+    generation = file.with_name("generation_config.json")
+    raw, more = read_json(file), read_json(generation) if generation.is_file() else {}
+    try:
+        config = config_from_hf(raw, more)
+        check_token_ids(raw, config.vocab_size)
+        file = generation
+        check_token_ids(more, config.vocab_size)
+        return config
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def config_from_hf(
@@ -88,12 +87,17 @@ def config_from_hf(
             )
         fields["head_dim"] = width // heads
     theta, scaling = _read_rope(values)
-    fields |= {"rope_theta": theta, "rope_scaling": scaling, "family": family_name}
-    fields |= {"sliding_window": _read_window(values, family)}
-    fields |= {"num_labels": _read_num_labels(raw)}
-    others = {k: v for k, v in (generation or {}).items() if k not in _NOT_KEPT}
-    fields |= {"eos_token_ids": _eos_ids(raw, generation or {}, family.defaults)}
-    fields |= {"generation": json.dumps(others)}
+    generation = generation or {}
+    others = {k: v for k, v in generation.items() if k not in _NOT_KEPT}
+    fields |= {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "family": family_name,
+        "sliding_window": _read_window(values, family),
+        "num_labels": _read_num_labels(raw),
+        "eos_token_ids": _eos_ids(raw, generation, family.defaults),
+        "generation": json.dumps(others),
+    }
     try:
         return ModelConfig(**fields, **family.switches)
     except ValueError as error:  # in the file's words
@@ -198,11 +202,21 @@ def _read_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise ValueError(f"rope type {kind!r} is not supported; known: {ROPE_KINDS}")
     if "factor" not in rope:
         raise ValueError(f"rope type {kind!r} without a factor")
-    fields = {field: rope.get(_ROPE_KEYS[field]) for field in _ROPE_KEYS_OF[kind]}
+    fields = {f: rope.get(_ROPE_KEYS.get(f, f)) for f in _ROPE_FIELDS[kind]}
     if fields.get("original_max_position", 1) is None:
         fields["original_max_position"] = values["max_position_embeddings"]
     given = {field: value for field, value in fields.items() if value is not None}
     return theta, RopeScaling(kind, **given)
+
+
+def settled(config: ModelConfig, tokenizer: Any) -> ModelConfig:
+    """The config, agreeing with the tokenizer beside it, if any, on EOS and padding."""
+    if tokenizer is None:
+        return config
+    pad, eos = tokenizer.pad_token_id, (*config.eos_token_ids, tokenizer.eos_token_id)
+    ids = tuple(dict.fromkeys(token for token in eos if token is not None))
+    pad = config.pad_token_id if pad is None else pad
+    return dataclasses.replace(config, eos_token_ids=ids, pad_token_id=pad)
 
 
 def config_to_hf(
@@ -211,7 +225,11 @@ def config_to_hf(
     """The dicts of config.json and generation_config.json.
 
     In transformers 4's spelling, which 5 reads too.
+
+    Raises: ValueError where the family's files cannot hold what the config says.
     """
+    if config.final_softcap is not None:
+        raise ValueError(f"{config.family} files cannot hold a final_softcap")
     raw: dict[str, Any] = {
         "architectures": [architecture_of(config)],
         "model_type": config.family,
@@ -220,7 +238,10 @@ def config_to_hf(
     eos = list(config.eos_token_ids)
     raw["eos_token_id"] = eos if len(eos) > 1 else config.eos_token_id
     raw |= {"hidden_act": "silu", "torch_dtype": dtype, "initializer_range": 0.02}
-    raw |= {"rope_theta": config.rope_theta, "rope_scaling": _write_rope(config)}
+    raw |= {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _write_rope(config.rope_scaling),
+    }
     raw |= _write_window(config)
     if config.num_labels:
         raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -230,12 +251,11 @@ def config_to_hf(
     return raw, json.loads(config.generation) | ids
 
 
-def _write_rope(config: ModelConfig) -> dict[str, Any] | None:
-    scaling = config.rope_scaling
+def _write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    fields = {_ROPE_KEYS[f]: getattr(scaling, f) for f in _ROPE_KEYS_OF[scaling.kind]}
-    given = {key: value for key, value in fields.items() if value is not None}
+    fields = {f: getattr(scaling, f) for f in _ROPE_FIELDS[scaling.kind]}
+    given = {_ROPE_KEYS.get(f, f): x for f, x in fields.items() if x is not None}
     return {"rope_type": scaling.kind} | given
 
 

@@ -1,7 +1,8 @@
-"""The files of a checkpoint folder: found, bounded, and read slice by slice."""
+"""The files of a checkpoint folder: found and bounded, read by slices, and written."""
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import numpy as np
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_OLD_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _MAX_JSON_BYTES = 64 * 2**20
 # Of a weight file: the names and shapes of some 200,000 tensors.
 _MAX_HEADER_BYTES = 32 * 2**20
@@ -170,3 +172,45 @@ class WeightFiles:
         if root.parent.name == "snapshots":
             root = root.parent.parent
         return file.resolve().is_relative_to(root)
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Writes it whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Writes its files so that transformers 4 and 5 read the same tokenizer.
+
+    5 calls a tokenizer without a class of its own by a name that 4 does not know, and
+    lists more special tokens under a key that 4 expects to be an object.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    for key in ("backend", "is_local", "local_files_only"):
+        values.pop(key, None)  # of the loading, not of the tokenizer
+    write_json(file, values)
+
+
+def remove_weights(folder: Path, but: set[str]) -> None:
+    """Removes the weight files of an older checkpoint, but those of these names."""
+    for file in folder.iterdir():
+        if _OLD_FILES.fullmatch(file.name) and file.name not in but:
+            file.unlink()
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    temporary = file.with_name(file.name + ".tmp")
+    # transformers refuses files that do not say which framework they are for.
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, file)

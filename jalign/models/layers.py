@@ -1,4 +1,4 @@
-"""The pieces of a decoder block: projections, RMS norm, rotary embedding, gated MLP.
+"""The pieces of a decoder block: projections, embedding, RMS norm, rotation, head.
 
 Parameters are float32 and cast to the activation dtype where they are used; norms and
 rotations compute in float32.
@@ -7,6 +7,7 @@ rotations compute in float32.
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,12 +33,11 @@ class Projection(nn.Module):
     shape: tuple[int, ...]
     bias_shape: tuple[int, ...] | None = None
     dtype: DTypeLike = jnp.float32
-    kernel_init: Callable[..., jax.Array] = _kernel_init
     product: Callable[..., jax.Array] = jnp.einsum
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", self.kernel_init, self.shape, jnp.float32)
+        kernel = self.param("kernel", _kernel_init, self.shape, jnp.float32)
         kernel = kernel.astype(self.dtype)
         y = self.product(self.equation, x.astype(self.dtype), kernel)
         if self.bias_shape is None:
@@ -45,41 +45,6 @@ class Projection(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
         # Cast last: so its gradient, a sum over all tokens, adds up in float32.
         return y + jnp.broadcast_to(bias, y.shape).astype(self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """jnp.einsum whose gradient transposes the narrower of two tall matrices.
-
-    For a CPU. The kernel's gradient is x^T dy. XLA on a CPU copies what it transposes,
-    and left alone it transposes dy, together with all that dy is computed from. Unlike
-    jnp.einsum it has no forward mode (jax.jvp).
-    """
-    return jnp.einsum(equation, x, kernel)
-
-
-def _project_forward(equation, x, kernel):
-    return jnp.einsum(equation, x, kernel), (x, kernel)
-
-
-def _project_backward(equation, saved, d_y):
-    x, kernel = saved
-    inputs, y_axes = equation.split("->")
-    x_axes, kernel_axes = inputs.split(",")
-    d_x = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", d_y, kernel)
-    first, second = (x_axes, x), (y_axes, d_y)
-    if x.size > d_y.size:
-        first, second = second, first
-    axes = "".join(
-        axis for side in (first[0], second[0]) for axis in kernel_axes if axis in side
-    )
-    d_kernel = jnp.einsum(f"{first[0]},{second[0]}->{axes}", first[1], second[1])
-    # The barrier keeps XLA from turning the product round to save this small copy.
-    d_kernel = jax.lax.optimization_barrier(d_kernel)
-    return d_x, jnp.einsum(f"{axes}->{kernel_axes}", d_kernel)
-
-
-project.defvjp(_project_forward, _project_backward)
 
 
 class Embedding(nn.Module):
@@ -156,23 +121,6 @@ class RMSNorm(nn.Module):
         return (normed * scale).astype(self.dtype)
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), SwiGLU (arXiv:2002.05202)."""
-
-    config: ModelConfig
-    dtype: DTypeLike = jnp.float32
-    product: Callable[..., jax.Array] = jnp.einsum
-
-    @nn.compact
-    def __call__(self, x: jax.Array, constrain: Callable[..., jax.Array]) -> jax.Array:
-        D, F = self.config.hidden_size, self.config.intermediate_size
-        how = {"dtype": self.dtype, "product": self.product}
-        gate = Projection("btd,df->btf", (D, F), **how, name="gate")(x)
-        up = Projection("btd,df->btf", (D, F), **how, name="up")(x)
-        hidden = constrain(nn.silu(gate) * up, "batch", "time", "act_mlp")
-        return Projection("btf,fd->btd", (F, D), **how, name="down")(hidden)
-
-
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Rotary angle per position of each pair of dimensions.
 
@@ -242,15 +190,6 @@ def rope_tables(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def written_out(x: jax.Array) -> jax.Array:
-    """x itself, computed once and kept.
-
-    XLA on a CPU computes a cosine anew in each operation that reads it, for each head
-    of each layer, and drops an optimization barrier; an exact product it cannot undo.
-    """
-    return jnp.matmul(x, jnp.eye(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)
-
-
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + H/2), Hugging Face's layout of the rotary embedding.
 
@@ -264,3 +203,22 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class Head(NamedTuple):
+    """From hidden states to logits: softcap(hidden @ unembed).
+
+    Attributes:
+      unembed: [D, V], in the parameters' dtype.
+      softcap: c > 0 replaces each logit z by c tanh(z / c); None does not.
+    """
+
+    unembed: jax.Array
+    softcap: float | None = None
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V], as `losses.token_logps` forms them."""
+        unembed = self.unembed.astype(hidden.dtype)
+        logits = jnp.matmul(hidden, unembed, preferred_element_type=jnp.float32)
+        cap = self.softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,6 +1,7 @@
 """A model is its config and how to run it; the parameters are a dict beside it."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jalign import sharding
-from jalign.models import heads
-from jalign.models.attention import IMPLEMENTATIONS, platform_of
+from jalign.models.attention import IMPLEMENTATIONS
 from jalign.models.cache import KVCache, init_cache
 from jalign.models.config import ModelConfig
-from jalign.models.decoder import Decoder
+from jalign.models.decoder import Decoder, How, unstack_layers
+from jalign.models.layers import Head
+from jalign.models.platform import Platform, platform_of
 
 Params = dict[str, Any]
-_UNROLL_UP_TO = {"cpu": 16, "gpu": 32}  # layers; compile time grows with them
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,16 @@ class Model:
       mesh: of sharding.make_mesh, for constraints on activations; None on one device.
       dtype: of activations, matmul inputs and the cache; parameters keep their own.
       remat: recompute blocks in the backward pass, to store one [B, T, D] a layer.
-        Without it a CPU or GPU recomputes what is no product of matrices (a CPU not
-        where it unrolls).
+        Without it the platform says what is stored.
       attention: "auto", "plain", "blocked", "cudnn" or "splash", see `attend`. Only
-        "plain" has forward mode (jax.jvp).
+        "plain" has forward mode (jax.jvp), on every platform.
       unroll: compile every layer by itself rather than one for all: slower to
         compile, faster to run where copies cost (no slices of stacked arrays). None
-        does so on a CPU with a cache, for up to 16 layers, and on a GPU for up to 32.
+        does so for as many layers as the platform says.
       value_head: a language model has a scalar head as well, "score", on the same
         hidden states: a policy and its critic in one.
+      platform: a row of models.platform; None is that of the mesh's devices. PLAIN is
+        the definition, has forward mode, and knows no "auto" but "plain".
     """
 
     config: ModelConfig
@@ -49,6 +51,7 @@ class Model:
     attention: str = "auto"
     unroll: bool | None = None
     value_head: bool = False
+    platform: Platform | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -57,34 +60,29 @@ class Model:
                 f"attention={self.attention!r} is not one of {sorted(IMPLEMENTATIONS)}"
             )
 
-    def _decoder(self, unroll: bool) -> Decoder:
-        return Decoder(
-            self.config,
-            self.mesh,
-            self.dtype,
-            self.remat,
-            self.attention,
-            unroll,
-        )
+    @property
+    def runs_on(self) -> Platform:
+        """What is best where this model runs."""
+        row = platform_of(self.mesh) if self.platform is None else self.platform
+        plain = self.attention == "plain"  # throughout, for forward mode
+        return row._replace(einsum=jnp.einsum) if plain else row
 
     @property
     def unrolled(self) -> bool:
-        """Whether `apply` runs layer by layer instead of scanning over them.
+        """Whether `apply` with a cache runs layer by layer instead of scanning."""
+        return self._unrolls(self.runs_on.unroll_decoding)
 
-        With unroll=None and on a CPU only where there is a cache.
-        """
-        if self.unroll is not None:
-            return self.unroll
-        return self.config.num_layers <= _UNROLL_UP_TO.get(platform_of(self.mesh), 0)
+    def _unrolls(self, up_to: int) -> bool:
+        return self.config.num_layers <= up_to if self.unroll is None else self.unroll
 
     def _init(self, key: jax.Array) -> Params:
         # On a mesh-free twin: two tokens do not divide over devices.
-        decoder = Decoder(self.config, attention="plain")
+        decoder = Decoder(How(self.config))
         zeros = jnp.zeros((1, 2), jnp.int32)
         params = dict(decoder.init(key, zeros, zeros, None, None)["params"])
         if self.has_scalar_head:
             head_key = jax.random.fold_in(key, 1)
-            params["score"] = heads.init_score_head(head_key, self.config.hidden_size)
+            params["score"] = init_score_head(head_key, self.config.hidden_size)
         return params
 
     def init(self, key: jax.Array) -> Params:
@@ -96,11 +94,10 @@ class Model:
         Returns: nested dict, layers stacked on axis 0; matrices normal with standard
           deviation 0.02, norms 1, biases 0. Equal on every mesh.
         """
-        options, shardings = None, None
-        if platform_of(self.mesh) == "cpu" and not isinstance(key, jax.core.Tracer):
-            # LLVM otherwise spends 7 s on optimizing the random bits. (Inside of
-            # another jit the outer one's options hold.)
-            options = {"xla_backend_optimization_level": 0}
+        options, shardings, effort = None, None, self.runs_on.init_effort
+        # Inside of another jit the outer one's options hold.
+        if effort is not None and not isinstance(key, jax.core.Tracer):
+            options = {"xla_backend_optimization_level": effort}
         if self.mesh is not None:
             shardings = sharding.param_shardings(self.mesh, self.param_shapes())
         init = jax.jit(self._init, out_shardings=shardings, compiler_options=options)
@@ -139,16 +136,37 @@ class Model:
         if positions is None:
             steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(steps, tokens.shape)
-        unroll = self.unrolled
-        if self.unroll is None and cache is None and "layers" in params:
-            # On a CPU training gains nothing from it, and stores more.
-            unroll = unroll and platform_of(self.mesh) == "gpu"
-        if unroll and "layers" in params:
+        unroll, stacked = self.unrolled, "layers" in params
+        if cache is None and stacked:
+            unroll = self._unrolls(self.runs_on.unroll_training)
+        if unroll and stacked:
             params = unstack_layers(params, self.config.num_layers)
-        variables = {"params": params}
-        return self._decoder(unroll).apply(
-            variables, tokens, positions, segment_ids, cache
+        how = How(self.config, self.mesh, self.dtype, self.attention, self.runs_on)
+        return Decoder(how, self.remat, unroll).apply(
+            {"params": params}, tokens, positions, segment_ids, cache
         )  # pyright: ignore[reportReturnType]
+
+    def head(self, params: Params) -> Head:
+        """What turns hidden states into logits; `unembed` is only a part of it."""
+        return Head(self.unembed(params), self.config.final_softcap)
+
+    def logits(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """All logits, float32 [B, T, V], scaled and capped as the family has it.
+
+        To look at, not to train with: for that they are too many, see
+        `losses.token_logps`. Arguments as of `apply`.
+        """
+        hidden, _ = self.apply(
+            params, tokens, positions=positions, segment_ids=segment_ids
+        )
+        return self.head(params).logits(hidden)
 
     def unembed(self, params: Params) -> jax.Array:
         """The matrix [D, V] from hidden states to logits, in the parameters' dtype."""
@@ -167,7 +185,8 @@ class Model:
         """Reward or value of each position: [B, T, D] -> float32 [B, T]."""
         if not self.has_scalar_head:
             raise ValueError("this is a language model: it has no scalar head")
-        return heads.score(params, hidden)
+        kernel = params["score"]["kernel"].astype(jnp.float32)
+        return jnp.einsum("btd,do->bto", hidden.astype(jnp.float32), kernel)[..., 0]
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of at most `length` tokens."""
@@ -206,16 +225,14 @@ class Model:
         return dataclasses.replace(self, **changes)
 
 
-def unstack_layers(params: Params, num_layers: int) -> Params:
-    """{"layers": stacked, ...} -> {"layers_0": ..., "layers_1": ..., ...}."""
-    rest = {name: value for name, value in params.items() if name != "layers"}
-    leaves, structure = jax.tree.flatten(params["layers"])
-    # A split's gradient is one concatenation; that of slices would be a sum of pads.
-    ones = (1,) * num_layers
-    pieces = [[y[0] for y in jax.lax.split(x, ones)] for x in leaves]
-    for i in range(num_layers):
-        rest[f"layers_{i}"] = structure.unflatten([piece[i] for piece in pieces])
-    return rest
+def init_score_head(key: jax.Array, hidden_size: int) -> dict[str, jax.Array]:
+    """A new head, {"kernel": float32 [D, 1]}, normal with variance 1 / (D + 1).
+
+    Source: Stiennon et al. 2020 (arXiv:2009.01325), as Huang et al. 2024
+    (arXiv:2403.17031) describe it.
+    """
+    kernel = jax.random.normal(key, (hidden_size, 1), jnp.float32)
+    return {"kernel": kernel / math.sqrt(hidden_size + 1)}
 
 
 def add_scalar_head(
@@ -267,7 +284,7 @@ def split_heads(
 
 def _new_head(model: Model, key: jax.Array) -> Params:
     """The head's parameters, where the mesh wants them."""
-    head = heads.init_score_head(key, model.config.hidden_size)
+    head = init_score_head(key, model.config.hidden_size)
     if model.mesh is not None:
         shardings = sharding.param_shardings(model.mesh, model.param_shapes())
         kernel, where = np.asarray(head["kernel"]), shardings["score"]["kernel"]

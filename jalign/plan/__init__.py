@@ -57,8 +57,7 @@ def _plan(config: PlanConfig, model_config) -> Plan:
 def _model_config(model):
     """ModelConfig of what `plan` takes; of a hub model only config.json is fetched."""
     from jalign.models import ModelConfig
-    from jalign.models.hf_config import config_from_hf
-    from jalign.models.hf_read import read_config
+    from jalign.models.hf_config import config_from_hf, read_config
 
     if isinstance(model, ModelConfig):
         return model

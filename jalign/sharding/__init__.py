@@ -5,9 +5,14 @@ axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp,
 """
 
 from jalign.sharding.compiling import announced, batch_words
-from jalign.sharding.host import give_back_compiler_memory
-from jalign.sharding.machines import Machine, machine, topology_devices
-from jalign.sharding.mesh import abstract_mesh, make_mesh, parse_mesh
+from jalign.sharding.mesh import (
+    Machine,
+    abstract_mesh,
+    machine,
+    make_mesh,
+    parse_mesh,
+    topology_devices,
+)
 from jalign.sharding.multihost import (
     agree,
     barrier,
@@ -39,7 +44,6 @@ __all__ = [
     "batch_words",
     "constrain",
     "gather",
-    "give_back_compiler_memory",
     "initialize",
     "is_main_process",
     "machine",

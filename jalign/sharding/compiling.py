@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jalign.sharding.host import give_back_compiler_memory
-
 _log = logging.getLogger("jalign")
 
 
@@ -36,7 +34,6 @@ def announced(
         if calling and not started:
             started.append(words(*args, **kwargs))
             _log.info("compiling %s, once", started[0])
-            give_back_compiler_memory()
         return function(*args, **kwargs)
 
     jitted = jax.jit(traced, **options)

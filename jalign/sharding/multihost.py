@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jalign.sharding.partition import batch_sharding
+from jalign.sharding.partition import batch_parts, batch_sharding
 
 PyTree = Any
 _log = logging.getLogger("jalign.sharding")
@@ -108,7 +108,7 @@ def process_slice(mesh: Mesh | None = None) -> tuple[int, int]:
     """
     if mesh is None:
         return jax.process_index(), jax.process_count()
-    num_blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    num_blocks = batch_parts(mesh)
     blocks: dict[int, set[int]] = {}
     indices = batch_sharding(mesh).devices_indices_map((num_blocks,))
     for device, (block,) in indices.items():
@@ -141,7 +141,7 @@ def put_batch(batch: PyTree, mesh: Mesh | None) -> PyTree:
         return jax.tree.map(jnp.asarray, batch)
     sharding = batch_sharding(mesh)
     _, count = process_slice(mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] // count
+    ways = batch_parts(mesh) // count
 
     def put(path, rows):
         rows = np.asarray(rows)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,11 @@ from jalign.sharding.rules import (
     PARAM_RULES,
     REPLICATE_IF_UNEVEN,
     LogicalAxes,
+    ParamRules,
+    axes_of,
 )
 
 PyTree = Any
-ParamRules = Sequence[tuple[str, LogicalAxes]]
 AxisRules = Mapping[str, tuple[str, ...]]
 
 
@@ -33,11 +33,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_parts(mesh: Mesh | None) -> int:
     """How many parts the rows of a batch are cut into, over all devices."""
-    return (
-        1
-        if mesh is None
-        else math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
-    )
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in AXIS_RULES["batch"])
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str | None) -> jax.Array:
@@ -174,9 +172,7 @@ def _join(path) -> str:
 
 
 def _param_spec(mesh, path, shape, param_rules, axis_rules) -> PartitionSpec:
-    axes = next(
-        (axes for regex, axes in param_rules if re.fullmatch(regex, path)), None
-    )
+    axes = axes_of(path, param_rules)
     if axes is None:
         raise ValueError(f"parameter {path} {tuple(shape)}: no sharding rule matches")
     if len(axes) != len(shape):

@@ -1,12 +1,16 @@
 """The two tables: parameter path -> logical axes; logical axis -> mesh axes.
 
-Data, no logic. A path is the keys from the root joined by "/"; the first rule whose
+A path is the keys from the root joined by "/"; the first rule whose
 regex matches the whole path wins. Layers are stacked, so their axis 0 is "layers".
 """
 
-LogicalAxes = tuple[str | None, ...]
+import re
+from collections.abc import Sequence
 
-PARAM_RULES: tuple[tuple[str, LogicalAxes], ...] = (
+LogicalAxes = tuple[str | None, ...]
+ParamRules = Sequence[tuple[str, LogicalAxes]]
+
+PARAM_RULES: ParamRules = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"layers/attention/q/kernel", ("layers", "embed", "heads", "head_dim")),
     (r"layers/attention/[kv]/kernel", ("layers", "embed", "kv_heads", "head_dim")),
@@ -20,7 +24,7 @@ PARAM_RULES: tuple[tuple[str, LogicalAxes], ...] = (
     (r"layers/(attention|mlp)_norm/scale", ("layers", "norm")),
     (r"norm/scale", ("norm",)),
     (r"unembed/kernel", ("embed", "vocab")),
-    (r"score/kernel", ("embed", None)),
+    (r"score/kernel", ("embed", "labels")),
 )
 
 AXIS_RULES: dict[str, tuple[str, ...]] = {
@@ -33,6 +37,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "norm": (),
+    "labels": (),
     # activations
     "batch": ("data", "fsdp"),
     "time": (),
@@ -46,3 +51,9 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 # Weights of these axes are replicated where the mesh axis does not divide them:
 # a model with 4 kv heads may run on tensor=8, each pair of shards holding the same.
 REPLICATE_IF_UNEVEN = frozenset({"kv_heads"})
+
+
+def axes_of(path: str, param_rules: ParamRules = PARAM_RULES) -> LogicalAxes | None:
+    """The logical axes of a parameter, or None where no rule matches its path."""
+    matches = (axes for regex, axes in param_rules if re.fullmatch(regex, path))
+    return next(matches, None)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jalign import sharding
+from jalign.models.families import kind_of
 
 _log = logging.getLogger("jalign.train")
 FIRST = ("loss", "learning_rate", "grad_norm", "num_tokens")
@@ -57,17 +58,13 @@ def training_flops_per_token(params: Any) -> float:
     Attention scores and rematerialization are not counted, the input embedding only
     where it is also the output matrix.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    sizes = {
+    rows = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
-        for path, leaf in leaves
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    tied = not {"unembed/kernel", "score/kernel"} & sizes.keys()
-    return 6.0 * sum(
-        size
-        for name, size in sizes.items()
-        if name.endswith("kernel") or (tied and name == "embed/embedding")
-    )
+    kernels = {path: n for path, n in rows.items() if kind_of(path) == "kernel"}
+    tied = all(path.startswith("layers/") for path in kernels)
+    return 6.0 * (sum(kernels.values()) + tied * rows.get("embed/embedding", 0))
 
 
 OnStep = Callable[[int, dict[str, Any]], None]

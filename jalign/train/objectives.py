@@ -27,6 +27,7 @@ from jalign.forward import (
     valid_pairs,
 )
 from jalign.losses.chunked import sum_over_logits
+from jalign.losses.logps import cap_logits
 from jalign.models import Model
 from jalign.types import Loss, PreferenceBatch, TokenBatch
 
@@ -56,16 +57,18 @@ def make_sft_objective(
     """
     if terms is None:
         terms = {"sft": functools.partial(_cross_entropy, label_smoothing, z_loss)}
-    row_fn = functools.partial(_sft_rows, terms=tuple(terms.items()))
+    named = tuple(terms.items())
 
     def objective(params: PyTree, batch: TokenBatch, key: jax.Array) -> Loss:
         del key
         arrays = hidden_states(model, params, batch), *successors(batch)
         hidden, targets, mask = in_one_row(model, arrays)
+        head = model.head(params)
+        row_fn = functools.partial(_sft_rows, softcap=head.softcap, terms=named)
         total, (parts, nll, entropy, correct) = sum_over_logits(
             row_fn,
             hidden,
-            model.unembed(params),
+            head.unembed,
             targets,
             mask,
             chunk_size=chunk_size(model),
@@ -243,8 +246,9 @@ def _dpo(beta: float, label_smoothing: float, inputs):
     return losses.dpo_loss(*logps, beta=beta, label_smoothing=label_smoothing)
 
 
-def _sft_rows(logits, targets, *, terms):
+def _sft_rows(logits, targets, *, softcap, terms):
     """A chunk's loss, and (its parts, nll, entropy, accuracy)."""
+    logits = cap_logits(logits, softcap)
     logps = losses.logps_from_logits(logits, targets)
     inputs = {"logits": logits, "targets": targets, "logps": logps}
     loss, parts = sum_terms(dict(terms), inputs)

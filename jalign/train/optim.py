@@ -4,12 +4,16 @@ Order of the chain: clip the global norm, scale by the optimizer's statistics, a
 decoupled weight decay (matrices only), scale by the learning-rate schedule.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from jalign.models import families
 
 PyTree = Any
 
@@ -152,8 +156,14 @@ def current_learning_rate(opt_state: PyTree, schedule: optax.Schedule) -> jax.Ar
     return jnp.asarray(schedule(counts[0][1]))
 
 
-def _names(path) -> list[str]:
-    return [str(getattr(part, "key", part)) for part in path]
+def _by_path(function: Callable[[str, Any], Any], params: PyTree) -> PyTree:
+    """function(path, leaf) of every leaf; a path is as in models.families."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(
+            jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+        ),
+        params,
+    )
 
 
 def decay_mask(params: PyTree) -> PyTree:
@@ -161,9 +171,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
     By name, since layers are stacked: a stacked bias has three axes.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: _names(path)[-1] in ("kernel", "embedding"), params
-    )
+    return _by_path(lambda path, _: families.kind_of(path) in families.MATRICES, params)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
@@ -175,15 +183,14 @@ def muon_dimensions(params: PyTree) -> PyTree:
     """
 
     def of(path, leaf):
-        names = _names(path)
-        if names[0] != "layers" or names[-1] != "kernel":
+        row = families.TENSOR_AT.get(path)
+        if row is None or not row.stacked or row.kind != "kernel":
             return None
-        # [L, N, H, D] maps heads to embed; every other kernel maps axis 1 to the rest.
-        inputs = (1, 2) if names[-2] == "o" else (1,)
-        outputs = tuple(range(inputs[-1] + 1, leaf.ndim))
+        last = 1 + row.num_inputs
+        inputs, outputs = tuple(range(1, last)), tuple(range(last, leaf.ndim))
         return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 
-    return jax.tree_util.tree_map_with_path(of, params)
+    return _by_path(of, params)
 
 
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
@@ -227,19 +234,12 @@ def _match_adam_rms(updates: PyTree, params: PyTree) -> PyTree:
         if spec is None:
             return update
         sides = [
-            _product(update.shape[axis] for axis in axes)
+            math.prod(update.shape[axis] for axis in axes)
             for axes in (spec.reduction_axis, spec.output_axis)
         ]
         return update * (0.2 * max(sides) ** 0.5)
 
     return jax.tree.map(scale, updates, dims)
-
-
-def _product(sizes) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 _SCALE_BY = {

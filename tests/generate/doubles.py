@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jalign.models import cache as kv
+from jalign.models.layers import Head
+from jalign.models.platform import CPU
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class HistoryModel:
     max_position: int = 64
     mesh: Any = None
     num_labels: int = 0
+    runs_on = CPU
 
     @property
     def config(self):
@@ -65,6 +68,9 @@ class HistoryModel:
         age = positions[:, :, None] - seen[:, None, :]
         weights = jnp.where(visible & (age >= 0), 0.7 ** jnp.maximum(age, 0), 0.0)
         return jnp.einsum("bts,bsv->btv", weights, x), cache
+
+    def head(self, params):
+        return Head(self.unembed(params))
 
     def unembed(self, params):
         return params["table"]

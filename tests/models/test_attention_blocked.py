@@ -62,7 +62,7 @@ def test_spans_cover_queries_once_and_skip_masked_keys():
 )
 def test_as_many_heads_at_once_as_fit_a_cache(batch, length, heads, want):
     q, k = np.zeros((batch, length, 2 * heads, 8)), np.zeros((batch, length, heads, 8))
-    assert heads_in_cache(q, k) == want  # pyright: ignore
+    assert heads_in_cache(q, k, 2 << 20) == want  # pyright: ignore
 
 
 @pytest.mark.parametrize("heads", [None, 1])

@@ -1,4 +1,4 @@
-"""Tests for jalign/models/attention_kernels.py: splash interpreted, cuDNN's guards."""
+"""Tests for the kernels of attention: splash interpreted, cuDNN's guards."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from jalign import sharding
-from jalign.models.attention import attention_mask, plain_attention
-from jalign.models.attention_kernels import cudnn_obstacle, splash_attention
+from jalign.models.attention import (
+    attention_mask,
+    cudnn_obstacle,
+    plain_attention,
+    splash_attention,
+)
 from tests.models.rows import packed_rows, random_qkv
 
 IDS, POSITIONS = packed_rows([[100, 40], [60, 90]], 150)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from jalign.models import Model, cache as kv, decoder
+from jalign.models import Model, cache as kv
+from jalign.models.platform import GPU, PLAIN, products
 from tests.models.rows import packed_rows
 from tests.models.tiny import CONFIGS, random_params, random_tokens
 
@@ -126,8 +127,8 @@ def test_the_fused_kernel_of_a_gpu_is_not_run_twice():
         for x in vars(fused_attention_stablehlo).values()
         if isinstance(getattr(x, "name", None), str) and "attention_fwd" in x.name
     ]
-    assert names and all(decoder.products(Named(name)) for name in names)
-    assert not decoder.products(Named("dot_product_attention_bwd_wrapper"))
+    assert names and all(products(Named(name)) for name in names)
+    assert not products(Named("dot_product_attention_bwd_wrapper"))
 
 
 def test_products_are_stored_and_elementwise_work_is_done_again():
@@ -135,27 +136,24 @@ def test_products_are_stored_and_elementwise_work_is_done_again():
         return jnp.sum(jnp.sin(jnp.exp(x @ w)))
 
     x, w = jnp.ones((3, 4)), jnp.ones((4, 5))
-    again = jax.checkpoint(fn, policy=decoder.products)
+    again = jax.checkpoint(fn, policy=products)
     jaxpr = str(jax.make_jaxpr(jax.grad(again))(x, w))
     assert jaxpr.count(" exp ") > str(jax.make_jaxpr(fn)(x, w)).count(" exp ")
     forward = jaxpr.count("dot_general") - 1  # one of them is the gradient
     assert forward == 1
 
 
-def test_unrolled_layers_of_a_gpu_store_products_only(monkeypatch):
+def test_unrolled_layers_of_a_gpu_store_products_only():
     model = Model(CONFIGS["llama"], attention="plain", unroll=True)
     params, tokens = random_params(model), random_tokens((2, 12))
 
-    def loss(params):
-        return (model.apply(params, tokens)[0] ** 2).sum()
-
     def operations(platform):
-        monkeypatch.setattr(decoder, "platform_of", lambda mesh: platform)
+        there = model.replace(platform=platform)
 
-        def fresh(params):  # jax keeps traces by function
-            return loss(params)
+        def loss(params):
+            return (there.apply(params, tokens)[0] ** 2).sum()
 
-        return list(equations(jax.make_jaxpr(jax.grad(fresh))(params)))
+        return list(equations(jax.make_jaxpr(jax.grad(loss))(params)))
 
     def of_weights(operations):  # without batch dimensions: not attention's
         dots = [x for x in operations if x.primitive.name == "dot_general"]
@@ -164,9 +162,9 @@ def test_unrolled_layers_of_a_gpu_store_products_only(monkeypatch):
     def gates(operations):
         return sum(x.primitive.name == "logistic" for x in operations)
 
-    everything, products = operations("tpu"), operations("gpu")
-    assert of_weights(products) == of_weights(everything) > 0
-    assert gates(products) == 2 * gates(everything) > 0
+    everything, dots = operations(PLAIN), operations(GPU)
+    assert of_weights(dots) == of_weights(everything) > 0
+    assert gates(dots) == 2 * gates(everything) > 0
 
 
 def equations(jaxpr):

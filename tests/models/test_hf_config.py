@@ -6,8 +6,7 @@ import time
 import pytest
 
 from jalign import cli
-from jalign.models.hf_config import config_from_hf, config_to_hf
-from jalign.models.hf_read import read_config
+from jalign.models.hf_config import config_from_hf, config_to_hf, read_config
 from tests.models.tiny import CONFIGS
 
 RAW = config_to_hf(CONFIGS["llama"])[0]

@@ -1,4 +1,4 @@
-"""Tests for jalign/models/hf_read.py: strictness, sharded reading, golden logits."""
+"""Tests for jalign/models/hf_weights.py: strictness, sharded reading, golden logits."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jalign import sharding
 from jalign.models import Model, load, read_config, save
-from jalign.models.hf_read import file_shape
+from jalign.models.families import file_shape
 from tests.models.tiny import CONFIGS, random_params
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))

@@ -1,4 +1,4 @@
-"""Tests for jalign/models/hf_write.py."""
+"""Tests for jalign/models/hf_weights.py: writing."""
 
 import json
 

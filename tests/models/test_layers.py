@@ -8,11 +8,11 @@ import pytest
 from jalign.models.layers import (
     Embedding,
     RMSNorm,
-    project,
     rope_frequencies,
     rope_tables,
     rotate,
 )
+from jalign.models.platform import project
 from tests.models.tiny import CONFIGS
 
 

@@ -1,10 +1,9 @@
-"""Tests for jalign/sharding/host.py."""
+"""The command gives the memory of compilations back: jalign/cli.py."""
 
 import jax
 import pytest
 
-from jalign import sharding
-from jalign.sharding import host
+from jalign import cli
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -36,11 +35,11 @@ def test_memory_is_given_back_after_long_compilations(
     listeners, library = [], FakeLibrary()
     name = "register_event_duration_secs_listener"
     monkeypatch.setattr(jax.monitoring, name, listeners.append)
-    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: library)
-    host.give_back_compiler_memory.cache_clear()
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: library)
+    cli.give_back_compiler_memory.cache_clear()
     for _ in range(2):  # it listens once
-        sharding.give_back_compiler_memory()
-    host.give_back_compiler_memory.cache_clear()
+        cli.give_back_compiler_memory()
+    cli.give_back_compiler_memory.cache_clear()
     (listener,) = listeners
     listener(event, seconds, backend="cpu")
     assert library.calls == calls

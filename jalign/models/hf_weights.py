@@ -1,0 +1,291 @@
+"""Weights to and from Hugging Face checkpoints, by the table of families.TENSORS.
+
+Reading is strict, and tensor by tensor to its shards: only safetensors files are ever
+opened (a pickle can run code), and only after their headers have shown that they hold
+exactly the tensors of the model. Writing goes one weight file at a time.
+"""
+
+import functools
+import itertools
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jalign import sharding
+from jalign.models import families, hf_files
+from jalign.models.config import ModelConfig
+from jalign.models.hf_config import config_to_hf, read_config, settled
+from jalign.models.hf_files import WeightFiles
+from jalign.models.model import Model, Params
+
+_log = logging.getLogger("jalign.models")
+_DTYPES = ("F32", "F16", "BF16")
+Flat = dict[str, Any]
+"""Path, such as "norm/scale" -> the parameter, its shape, or its sharding."""
+
+
+def load(
+    path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    attention: str = "auto",
+) -> tuple[Model, Params]:
+    """Loads a Hugging Face checkpoint of a family in families.FAMILIES.
+
+    Every process reads only the slices that its devices hold. Peak host memory is one
+    stacked leaf (one kind of tensor over all layers), not the model.
+
+    Args:
+      path: a folder, or a hub id such as "org/name", which is downloaded.
+      mesh: of sharding.make_mesh; None puts everything on the default device.
+      dtype: of activations and matmul inputs, see Model.
+      param_dtype: of the parameters; float32 for training.
+      remat, attention: see Model.
+
+    Returns: the model and its parameters. A ...ForSequenceClassification with one
+      label gives a model with a scalar head (num_labels=1).
+    Raises: FileNotFoundError where there is no checkpoint. ValueError that lists all
+      missing, unexpected, duplicate, misshapen and non-finite tensors, and wrong types.
+    """
+    folder = hf_files.model_folder(path)
+    config = read_config(folder)
+    model = Model(config, mesh, dtype, remat, attention)  # pyright: ignore[reportArgumentType]
+    shapes: Flat = flatten_dict(model.param_shapes(), sep="/")
+    with WeightFiles(folder) as files:
+        problems = _header_problems(files, config, shapes)
+        if problems:
+            raise ValueError(_report(folder, problems))
+        params = _read_params(files, model, shapes, jnp.dtype(param_dtype), problems)
+    if problems:
+        raise ValueError(_report(folder, problems))
+    count = sum(math.prod(x.shape) for x in shapes.values())
+    _log.info("loaded %s: %s, %.1fM parameters", folder, config.family, count / 1e6)
+    return model, unflatten_dict(params, sep="/")
+
+
+def _report(folder: Path, problems: list[str], most: int = 20) -> str:
+    lines = [f"{folder}: {len(problems)} problem(s) with the weights"]
+    lines += [f"  {problem}" for problem in problems[:most]]
+    if len(problems) > most:
+        lines.append(f"  ... and {len(problems) - most} more")
+    return "\n".join(lines)
+
+
+def _header_problems(
+    files: WeightFiles, config: ModelConfig, shapes: Flat
+) -> list[str]:
+    """Compares the files' headers with the model; reads no weights."""
+    want: dict[str, tuple[int, ...]] = {}
+    for row in families.tensors_of(config):
+        shape = shapes[row.path].shape
+        expected = families.file_shape(row.pattern, shape[row.stacked :])
+        want |= dict.fromkeys(row.names(shape[0]), expected)
+    problems = list(files.problems)
+    problems += [f"missing tensor {name}" for name in want if name not in files]
+    for name in files:
+        got, dtype = files.shape(name), files.dtype(name)
+        if name in want and got != want[name]:
+            problems.append(f"{name} has shape {got}, the config says {want[name]}")
+        elif name in want and dtype not in _DTYPES:
+            problems.append(f"{name} has dtype {dtype}, not one of {_DTYPES}")
+        elif name not in want and not _allowed(files, config, name):
+            problems.append(f"unexpected tensor {name} {got}")
+    return problems
+
+
+def _allowed(files: WeightFiles, config: ModelConfig, name: str) -> bool:
+    """Whether a tensor that the model lacks is one of the known harmless ones."""
+    if any(re.fullmatch(pattern, name) for pattern in families.IGNORED_TENSORS):
+        return True
+    original = families.TIED_ORIGINAL
+    if name != families.TIED_COPY or not config.tie_embeddings or config.num_labels:
+        return False
+    if original not in files or files.shape(name) != files.shape(original):
+        return False
+    return np.array_equal(files.read(name), files.read(original))
+
+
+def _read_params(
+    files: WeightFiles, model: Model, shapes: Flat, dtype, problems: list[str]
+) -> Flat:
+    """All parameters, one stacked leaf after the other; notes the bad tensors."""
+    shardings: Flat = {}
+    if model.mesh is not None:
+        placed = sharding.param_shardings(model.mesh, model.param_shapes())
+        shardings = flatten_dict(placed, sep="/")
+    params: Flat = {}
+    for row in families.tensors_of(model.config):
+        shape = shapes[row.path].shape
+        read = _leaf_reader(files, row, shape, dtype, problems)
+        if not shardings:
+            params[row.path] = jnp.asarray(read((slice(None),) * len(shape)))
+            continue
+        value = jax.make_array_from_callback(shape, shardings[row.path], read)
+        # Wait, so that the host copy is freed before the next leaf is read.
+        params[row.path] = value.block_until_ready()
+    return params
+
+
+def _leaf_reader(
+    files: WeightFiles, row: families.Tensor, shape, dtype, problems: list[str]
+) -> Callable[[Any], np.ndarray]:
+    """Index of a stacked parameter -> that slice, read from the files.
+
+    Devices that hold the same slice share one read.
+    """
+
+    def tensor(name: str, spans) -> np.ndarray:
+        x = _read_part(files, name, row.pattern, shape[row.stacked :], spans)
+        x = x.astype(dtype)
+        if not np.isfinite(x.astype(np.float32)).all():
+            problems.append(f"{name} is not finite")
+        return x
+
+    @functools.cache
+    def read(spans: tuple[tuple[int, int], ...]) -> np.ndarray:
+        if not row.stacked:
+            return tensor(row.name, spans)
+        (first, last), *inner = spans
+        out = np.empty([stop - start for start, stop in spans], dtype)
+        for i in range(first, last):
+            out[i - first] = tensor(row.name.format(i), inner)
+        return out
+
+    def at(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return read(tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True)))
+
+    return at
+
+
+def _read_part(files: WeightFiles, name: str, pattern: str, shape, spans):
+    """The part of a tensor that spans of its parameter cover, regrouped as that is."""
+    left, right = pattern.split(" -> ")
+    sizes = dict(zip(right.split(), shape, strict=True))
+    span_of = dict(zip(right.split(), spans, strict=True))
+    cut, parts = [], {}
+    for outer, *rest in families.groups(left):
+        # Of a group such as (n h) the outer axis is cut and the rest are whole.
+        width = math.prod(sizes[axis] for axis in rest)
+        start, stop = span_of[outer]
+        cut.append(slice(start * width, stop * width))
+        parts |= {outer: stop - start} | {axis: sizes[axis] for axis in rest}
+    return einops.rearrange(files.read(name, tuple(cut)), pattern, **parts)
+
+
+def save(
+    path: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer: Any = None,
+    *,
+    max_shard_size: int = 2_000_000_000,
+) -> None:
+    """Writes a checkpoint that transformers (4 and 5) and `load` read.
+
+    Collective: every process calls it, process 0 writes. Host memory: a stacked leaf
+    and a weight file. An older checkpoint in the folder is replaced; its config.json
+    goes first and the new one comes last, so that a torn write is no model.
+
+    Args:
+      path: the folder, created where it is missing.
+      model, params: as of `load`; weights keep the dtype of the parameters.
+      tokenizer: of transformers, written beside the weights; or None.
+      max_shard_size: bytes; a file holds at most that much, but at least one tensor.
+
+    Raises: ValueError where params do not fit the model, or are not finite; nothing
+      is touched then.
+    """
+    folder, write = Path(path), sharding.is_main_process()
+    shapes = jax.tree.map(lambda x: x.shape, params)
+    if shapes != jax.tree.map(lambda x: x.shape, model.param_shapes()):
+        raise ValueError("params do not have the names and shapes of the model")
+    flat: Flat = flatten_dict(params, sep="/")
+    for row in families.tensors_of(model.config):
+        if not sharding.gather(_all_finite(flat[row.path])):
+            raise ValueError(f"{path} is not written: {row.path} is not finite")
+    dtype = str(flat["embed/embedding"].dtype)
+    config, generation = config_to_hf(settled(model.config, tokenizer), dtype)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+    written = _write_weights(folder, model.config, flat, max_shard_size, write)
+    if write:
+        hf_files.remove_weights(folder, but=written)
+        if tokenizer is not None:
+            hf_files.save_tokenizer(folder, tokenizer)
+        hf_files.write_json(folder / "generation_config.json", generation)
+        hf_files.write_json(folder / "config.json", config)
+        _log.info("wrote %s: %d weight file(s)", folder, len(written))
+    sharding.barrier(f"models.save {path}")
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
+
+
+def _write_weights(
+    folder: Path, config: ModelConfig, params: Flat, max_bytes: int, write: bool
+) -> set[str]:
+    """Writes files as they fill up; returns the names of all weight files."""
+    plan = _plan(config, params, max_bytes)
+    total = len(plan)
+    names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, 1 + total)]
+    names = [hf_files.WEIGHTS] if total == 1 else names
+    tensors = _tensors(config, params)
+    for name, part in zip(names, plan, strict=True):
+        pending = {key: x for key, x in itertools.islice(tensors, len(part)) if write}
+        if write:
+            hf_files.write_tensors(folder / name, pending)
+    if total == 1:
+        return {*names}
+    if write:
+        size = sum(x.size * x.dtype.itemsize for x in params.values())
+        weight_map = {t: name for name, ts in zip(names, plan, strict=True) for t in ts}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        hf_files.write_json(folder / hf_files.INDEX, index)
+    return {*names, hf_files.INDEX}
+
+
+def _plan(config: ModelConfig, params: Flat, max_bytes: int) -> list[list[str]]:
+    """Tensor names of each file, in the order in which they are written."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for row in families.tensors_of(config):
+        leaf = params[row.path]
+        names = row.names(leaf.shape[0])
+        num_bytes = leaf.size // len(names) * leaf.dtype.itemsize
+        for name in names:
+            if files[-1] and size + num_bytes > max_bytes:
+                files.append([])
+                size = 0
+            files[-1].append(name)
+            size += num_bytes
+    return files
+
+
+def _tensors(config: ModelConfig, params: Flat) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every tensor, gathering one stacked leaf at a time."""
+    for row in families.tensors_of(config):
+        leaf = sharding.gather(params[row.path])
+        parts = leaf if row.stacked else [leaf]
+        left, right = row.pattern.split(" -> ")
+        for name, part in zip(row.names(len(leaf)), parts, strict=True):
+            x = einops.rearrange(part, f"{right} -> {left}")
+            assert x.shape == families.file_shape(row.pattern, part.shape)
+            yield name, np.ascontiguousarray(x)
