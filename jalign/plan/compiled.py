@@ -44,7 +44,7 @@ def compile_step(config: PlanConfig, model_config, mesh) -> tuple[Row, ...]:
 def _objective(config: PlanConfig, model) -> Any:
     """The recipe's, with its default settings."""
     from jalign.train import objectives, policy_objectives
-    from jalign.train.grpo_config import GRPOOptions
+    from jalign.train.online_config import GRPOOptions
 
     grpo = GRPOOptions()
     make_grpo = functools.partial(

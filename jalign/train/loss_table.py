@@ -185,3 +185,10 @@ REGISTRY: Mapping[str, Mapping[str, Entry]] = {
     "grpo": _GROUP,
 }
 """Command -> name -> Entry."""
+BOUNDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "sft": {"label_smoothing": (">= 0", "< 1"), "z_loss": (">= 0",)},
+    "reward": {},
+    "dpo": {"beta": ("> 0",), "label_smoothing": (">= 0", "< 0.5")},
+    "grpo": {"clip_eps": ("> 0",), "clip_eps_high": ("> 0",)},
+}
+"""Command -> option of its losses -> bounds, as `settings.number` takes them."""
