@@ -11,17 +11,18 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from jalign.settings import nested
 from jalign.train.loss_table import REGISTRY
 
 # Field of a nested config, or base class whose fields stand apart -> its heading; other
 # nested configs are called as their field.
 HEADINGS = {
     "DataOptions": "data",
+    "PlanOptions": "plan",
     "optim": "optimizer",
     "compute": "memory and time",
     "kl": "KL penalty",
@@ -39,7 +40,7 @@ EXAMPLES = {
     "--out runs/grpo --group-size 8",
     "generate": '--model runs/dpo/model --prompt "What is a prime?" --chat',
     "eval": "--model runs/dpo/model --ref-model runs/sft/model --data pairs.jsonl",
-    "plan": '--model MODEL --recipe dpo --topology v5e:4x4 --mesh "fsdp=16"',
+    "plan": '--model MODEL --topology v5e:4x4 --mesh "fsdp=16" --batch-size 64',
 }
 
 
@@ -114,7 +115,11 @@ def docstrings_of(config_class: type) -> dict[str, str]:
     """Field -> the string that stands below it in the source, in one line."""
     found: dict[str, str] = {}
     for base in reversed(config_class.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        try:
+            source = inspect.getsource(base)
+        except OSError:  # of make_dataclass: its fields have their bases' texts
+            continue
+        (tree,) = ast.parse(textwrap.dedent(source)).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
@@ -141,7 +146,7 @@ def parse(
     groups = groups_of(config_class, MAIN)
     groups |= groups_of(launch_class, "launch")
     known = {option.name for group in groups.values() for option in group.options}
-    names = ", ".join(REGISTRY.get(command, ()))
+    names = ", ".join(REGISTRY.get(command.split()[-1], ()))
     fields: list[Any] = [("config", _CONFIG, None)]
     for number, (heading, group) in enumerate(groups.items()):
         options = [
@@ -170,7 +175,7 @@ def parse(
         for number, group in enumerate(groups.values())
         for option in group.options
     }
-    return build(config_class, values), build(launch_class, values)
+    return nested(config_class, values), nested(launch_class, values)
 
 
 # Never reaches tyro but as a line of the help: cli.expand_yaml has taken it out.
@@ -186,7 +191,8 @@ _CONFIG = Annotated[
 
 def example(command: str) -> str:
     """A whole command line, cut into lines for a terminal between the options."""
-    parts = re.split(r" (?=--)", f"jalign {command} {EXAMPLES[command]}")
+    options = EXAMPLES[command.split()[0]]
+    parts = re.split(r" (?=--)", f"jalign {command} {options}")
     lines = [parts[0]]
     for part in parts[1:]:
         if len(lines[-1]) + len(part) < 66:
@@ -266,16 +272,3 @@ def speak_of_flags(text: str, known: set[str]) -> str:
 
     names = r"`([a-z]\w*)`|(?<![\w:,./\[-])([a-z]+(?:_[a-z]+)+)(?![\w=])"
     return re.sub(names, flag, text)
-
-
-def build(config_class: type, values: Mapping[str, Any]) -> Any:
-    """The config of flat values; those of nested configs are picked by name."""
-    hints = typing.get_type_hints(config_class)
-    return config_class(**dict(_built(config_class, hints, values)))
-
-
-def _built(config_class, hints, values) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(config_class):
-        kind = hints[field.name]
-        nested = dataclasses.is_dataclass(kind)
-        yield field.name, build(kind, values) if nested else values[field.name]  # type: ignore[arg-type]

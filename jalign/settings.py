@@ -69,6 +69,16 @@ def flags_of(config_class: Any) -> dict[str, Any]:
     return flat
 
 
+def required(config_class: Any) -> list[str]:
+    """The fields without a default."""
+    return [
+        field.name
+        for field in dataclasses.fields(config_class)
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+
+
 def settings_or(
     config_class: type[Config], config: Config | None, settings: Mapping[str, Any]
 ) -> Config:
@@ -138,13 +148,7 @@ def _made(config_class: Any, settings: Mapping[str, Any]) -> Any:
     for name in settings:
         if name not in known:
             raise ValueError(f"unknown setting {name!r}{nearest(name, known)}")
-    missing = [
-        field.name
-        for field in dataclasses.fields(config_class)
-        if field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        and field.name not in settings
-    ]
+    missing = [name for name in required(config_class) if name not in settings]
     if missing:
         raise ValueError(f"{config_class.__name__} needs {', '.join(missing)} as well")
     return nested(config_class, settings)
