@@ -52,14 +52,12 @@ class Option(NamedTuple):
       kind: its type.
       default: dataclasses.MISSING where it has to be given.
       text: its docstring, in one line.
-      group: the heading that it stands under.
     """
 
     name: str
     kind: Any
     default: Any
     text: str
-    group: str
 
 
 class Group(NamedTuple):
@@ -85,19 +83,19 @@ def groups_of(config_class: type, heading: str, made: Any = None) -> dict[str, G
         for name in inspect.get_annotations(base)
     }
     found = {heading: Group(first_paragraph(config_class), [])}
-    nested = []
+    inner = []
     for field in dataclasses.fields(config_class):
         default = default_of(field) if made is None else getattr(made, field.name)
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
             title = HEADINGS.get(field.name, field.name.replace("_", " "))
-            nested.append(groups_of(kind, title, default))  # type: ignore[arg-type]
+            inner.append(groups_of(kind, title, default))  # type: ignore[arg-type]
             continue
         title, owner = apart.get(field.name, (heading, config_class))
         group = found.setdefault(title, Group(first_paragraph(owner), []))
         text = texts.get(field.name, "")
-        group.options.append(Option(field.name, kind, default, text, title))
-    for more in nested:
+        group.options.append(Option(field.name, kind, default, text))
+    for more in inner:
         found |= more
     for group in found.values():  # what has to be given stands first
         group.options.sort(key=lambda o: o.default is not dataclasses.MISSING)
