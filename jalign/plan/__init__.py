@@ -162,12 +162,10 @@ def _changes(current: Plan) -> Iterator[tuple[str, dict[str, Any], dict[str, int
 
     lean = computed(remat=True, dtype="bfloat16")
     yield "with --remat", computed(remat=True), mesh
-    yield "with --remat --dtype bfloat16", lean, mesh
-    ways = mesh["data"] * mesh["fsdp"]
-    for parts in range(
-        config.compute.microbatches + 1, update_rows(config) // ways + 1
-    ):
+    most = update_rows(config) // (mesh["data"] * mesh["fsdp"])
+    for parts in range(config.compute.microbatches + 1, most + 1):
         yield f"with --microbatches {parts}", computed(microbatches=parts), mesh
+    yield "with --remat --dtype bfloat16", lean, mesh
     for factor in (2, 4, 8, 16, 32, 64):
         more = mesh | {"fsdp": mesh["fsdp"] * factor}
         words = f"on {math.prod(more.values())} devices with fsdp={more['fsdp']}"
