@@ -12,7 +12,7 @@ import jalign as ja
 from benchmarks import assets, measure, rewards, settings
 from benchmarks.measure import Outcome
 from jalign.train import SampleConfig
-from jalign.train.ppo_config import KLConfig
+from jalign.train.online_config import KLConfig
 
 
 def sft(model: str) -> Outcome:

@@ -31,8 +31,16 @@ COMMANDS = {
     "grpo": ("jalign.train", "GRPOConfig", "run_grpo", "groups in place of a critic"),
     "generate": ("jalign.commands", "GenerateConfig", "run_generate", "sample text"),
     "eval": ("jalign.commands", "EvalConfig", "run_eval", "held-out measures"),
-    "plan": ("jalign.plan", "PlanConfig", "run_plan", "will it fit, before you launch"),
 }
+RECIPES = [name for name, row in COMMANDS.items() if row[0] == "jalign.train"]
+for _name in RECIPES:
+    _plan = COMMANDS[_name][1].replace("Config", "Plan")
+    COMMANDS[f"plan {_name}"] = ("jalign.plan", _plan, "run_plan", "")
+PLAN_USAGE = (
+    f"usage: jalign plan {{{','.join(RECIPES)}}} [OPTIONS]\n\n"
+    "Will it fit, before you launch? As in `jalign plan sft --model MODEL`: options\n"
+    "of that run, of which --model alone has to be given, --topology and --compile."
+)
 RESUMABLE = ("demo", "sft", "reward", "dpo", "ppo", "grpo")
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_PREEMPTED = 0, 1, 2, 75
 
@@ -65,6 +73,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"jalign {importlib.import_module('jalign').__version__}")
         return EXIT_OK
     name, *rest = args
+    if name == "plan":
+        if not rest or rest[0] in {"-h", "--help"}:
+            print(PLAN_USAGE)
+            return EXIT_OK if rest else EXIT_USER
+        if rest[0] not in RECIPES:
+            near = nearest(rest[0], RECIPES)
+            return fail(f"plan which run? {rest[0]!r} is none{near}\n\n{PLAN_USAGE}")
+        name = f"plan {rest.pop(0)}"
     if name not in COMMANDS:
         return fail(f"unknown command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -113,7 +129,9 @@ def until_a_run_is_open() -> Iterator[None]:
 
 def usage() -> str:
     """The overview that `jalign --help` prints."""
-    rows = "\n".join(f"  {name:<10} {row[3]}" for name, row in COMMANDS.items())
+    words = {name: row[3] for name, row in COMMANDS.items() if row[3]}
+    words["plan"] = "will a run fit, before you launch: jalign plan sft --model MODEL"
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in words.items())
     return (
         "usage: jalign COMMAND [--config FILE.yaml] [OPTIONS]\n\n"
         f"{rows}\n\n`jalign COMMAND --help` lists its options."
@@ -133,7 +151,7 @@ def run(name: str, args: list[str]) -> int:
     try:
         config, launch = parse(name, args, config_class, Launch)
     except SystemExit as stop:
-        if not stop.code and name in EXAMPLES:  # after --help
+        if not stop.code and name.split()[0] in EXAMPLES:  # after --help
             print(f"\nexample: {example(name)}")
         raise
     start_jax(launch)

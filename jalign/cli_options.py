@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from jalign.settings import flags_of, settings_or
+from jalign.settings import nested
 from jalign.train.loss_table import REGISTRY
 
 # Field of a nested config, or base class whose fields stand apart -> its heading; other
 # nested configs are called as their field.
 HEADINGS = {
     "DataOptions": "data",
+    "PlanOptions": "plan",
     "optim": "optimizer",
     "compute": "memory and time",
     "kl": "KL penalty",
@@ -39,7 +40,7 @@ EXAMPLES = {
     "--out runs/grpo --group-size 8",
     "generate": '--model runs/dpo/model --prompt "What is a prime?" --chat',
     "eval": "--model runs/dpo/model --ref-model runs/sft/model --data pairs.jsonl",
-    "plan": '--model MODEL --recipe dpo --topology v5e:4x4 --mesh "fsdp=16"',
+    "plan": '--model MODEL --topology v5e:4x4 --mesh "fsdp=16" --batch-size 64',
 }
 
 
@@ -51,14 +52,12 @@ class Option(NamedTuple):
       kind: its type.
       default: dataclasses.MISSING where it has to be given.
       text: its docstring, in one line.
-      group: the heading that it stands under.
     """
 
     name: str
     kind: Any
     default: Any
     text: str
-    group: str
 
 
 class Group(NamedTuple):
@@ -84,19 +83,19 @@ def groups_of(config_class: type, heading: str, made: Any = None) -> dict[str, G
         for name in inspect.get_annotations(base)
     }
     found = {heading: Group(first_paragraph(config_class), [])}
-    nested = []
+    inner = []
     for field in dataclasses.fields(config_class):
         default = default_of(field) if made is None else getattr(made, field.name)
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
             title = HEADINGS.get(field.name, field.name.replace("_", " "))
-            nested.append(groups_of(kind, title, default))  # type: ignore[arg-type]
+            inner.append(groups_of(kind, title, default))  # type: ignore[arg-type]
             continue
         title, owner = apart.get(field.name, (heading, config_class))
         group = found.setdefault(title, Group(first_paragraph(owner), []))
         text = texts.get(field.name, "")
-        group.options.append(Option(field.name, kind, default, text, title))
-    for more in nested:
+        group.options.append(Option(field.name, kind, default, text))
+    for more in inner:
         found |= more
     for group in found.values():  # what has to be given stands first
         group.options.sort(key=lambda o: o.default is not dataclasses.MISSING)
@@ -114,7 +113,11 @@ def docstrings_of(config_class: type) -> dict[str, str]:
     """Field -> the string that stands below it in the source, in one line."""
     found: dict[str, str] = {}
     for base in reversed(config_class.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        try:
+            source = inspect.getsource(base)
+        except OSError:  # of make_dataclass: its fields have their bases' texts
+            continue
+        (tree,) = ast.parse(textwrap.dedent(source)).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
@@ -141,7 +144,7 @@ def parse(
     groups = groups_of(config_class, MAIN)
     groups |= groups_of(launch_class, "launch")
     known = {option.name for group in groups.values() for option in group.options}
-    names = ", ".join(REGISTRY.get(command, ()))
+    names = ", ".join(REGISTRY.get(command.split()[-1], ()))
     fields: list[Any] = [("config", _CONFIG, None)]
     for number, (heading, group) in enumerate(groups.items()):
         options = [
@@ -170,11 +173,7 @@ def parse(
         for number, group in enumerate(groups.values())
         for option in group.options
     }
-
-    def built(kind: type) -> Any:
-        return settings_or(kind, None, {name: values[name] for name in flags_of(kind)})
-
-    return built(config_class), built(launch_class)
+    return nested(config_class, values), nested(launch_class, values)
 
 
 # Never reaches tyro but as a line of the help: cli.expand_yaml has taken it out.
@@ -190,7 +189,8 @@ _CONFIG = Annotated[
 
 def example(command: str) -> str:
     """A whole command line, cut into lines for a terminal between the options."""
-    parts = re.split(r" (?=--)", f"jalign {command} {EXAMPLES[command]}")
+    options = EXAMPLES[command.split()[0]]
+    parts = re.split(r" (?=--)", f"jalign {command} {options}")
     lines = [parts[0]]
     for part in parts[1:]:
         if len(lines[-1]) + len(part) < 66:

@@ -1,4 +1,4 @@
-"""Settings of a run by the flat names of their flags, and as text for a reader.
+"""Settings of a run: the bounds of numbers, the flat names of flags, a text to read.
 
 A config is a frozen dataclass with others inside, `DPOConfig(model=..., optim=
 OptimConfig(learning_rate=...))`; on the command line and in `run_dpo(model=...,
@@ -7,12 +7,58 @@ learning_rate=...)` it is flat, since no name is there twice.
 
 import dataclasses
 import difflib
+import operator
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+_HOLDS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
+
+def number(default: Any, *bounds: str, why: str = "") -> Any:
+    """A field of a Checked config with its bounds, as in number(0.9, ">= 0", "< 1").
+
+    Args:
+      default: None is an option that is unset, and within all bounds.
+      bounds: the lower one, and then the upper one where there is one.
+      why: said after the message.
+    """
+    after = f": {why}" if why else ""
+    return dataclasses.field(default=default, metadata={"bounds": (bounds, after)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A config whose numbers keep to the bounds beside their defaults.
+
+    What fields say to each other is checked by the subclass, in __post_init__.
+    """
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            bounds, after = field.metadata.get("bounds", ((), ""))
+            check_bounds(field.name, getattr(self, field.name), bounds, after)
+
+
+def check(ok: bool, message: str) -> None:
+    """Raises ValueError with the message unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+def check_bounds(name: str, value: Any, bounds: Iterable[str], after: str = "") -> None:
+    """Raises ValueError for a number out of its bounds; None is within all."""
+    parts = [bound.split(maxsplit=2) for bound in bounds]
+    if value is None or all(_HOLDS[sign](value, float(x)) for sign, x, *_ in parts):
+        return
+    said = next(iter(bounds))
+    if len(parts) == 2:
+        (low, start), (high, end) = parts
+        left, right = "[" if low == ">=" else "(", "]" if high == "<=" else ")"
+        said = f"in {left}{start}, {end}{right}"
+    raise ValueError(f"{name} must be {said}, got {value}{after}")
 
 
 def flags_of(config_class: Any) -> dict[str, Any]:
@@ -21,6 +67,16 @@ def flags_of(config_class: Any) -> dict[str, Any]:
     for name, kind in _kinds(config_class).items():
         flat |= flags_of(kind) if dataclasses.is_dataclass(kind) else {name: kind}
     return flat
+
+
+def required(config_class: Any) -> list[str]:
+    """The fields without a default."""
+    return [
+        field.name
+        for field in dataclasses.fields(config_class)
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
 
 
 def settings_or(
@@ -92,20 +148,14 @@ def _made(config_class: Any, settings: Mapping[str, Any]) -> Any:
     for name in settings:
         if name not in known:
             raise ValueError(f"unknown setting {name!r}{nearest(name, known)}")
-    missing = [
-        field.name
-        for field in dataclasses.fields(config_class)
-        if field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-        and field.name not in settings
-    ]
+    missing = [name for name in required(config_class) if name not in settings]
     if missing:
         raise ValueError(f"{config_class.__name__} needs {', '.join(missing)} as well")
-    return _nested(config_class, settings)
+    return nested(config_class, settings)
 
 
-def _nested(config_class: Any, settings: Mapping[str, Any]) -> Any:
-    """The config with each setting in the dataclass that has it."""
+def nested(config_class: Any, settings: Mapping[str, Any]) -> Any:
+    """The config with each setting in the dataclass that has it; others are ignored."""
     given = {}
     for name, kind in _kinds(config_class).items():
         if name in settings:
@@ -114,5 +164,5 @@ def _nested(config_class: Any, settings: Mapping[str, Any]) -> Any:
         elif not dataclasses.is_dataclass(kind):
             continue
         elif inner := settings.keys() & flags_of(kind).keys():
-            given[name] = _nested(kind, {key: settings[key] for key in inner})
+            given[name] = nested(kind, {key: settings[key] for key in inner})
     return config_class(**given)

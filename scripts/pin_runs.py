@@ -20,7 +20,7 @@ from typing import Any
 
 from jalign import train
 from jalign.demo import ASSETS
-from jalign.train.ppo_config import CriticConfig
+from jalign.train.online_config import CriticConfig
 
 TIMES = {"step_time", "tokens_per_second", "eps", "time/rollout", "time/update"}
 PROMPTS = str(ASSETS / "prompts_train.jsonl")

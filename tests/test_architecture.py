@@ -35,14 +35,14 @@ MAY_IMPORT = {
     | {"rewards", "forward", "texts"},
     "figures": {"figures"},
     "report": {"figures"},
-    "plan": {"types", "models", "sharding", "losses", "train", "plan"},
+    "plan": {"types", "settings", "models", "sharding", "losses", "train", "plan"},
     "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
     | {"forward", "rewards", "evaluate", "report", "pretrained", "settings"}
     | {"terms"},
     "demo": ANY,
     "commands": ANY,
     "cli": ANY,
-    "cli_options": {"train", "settings"},
+    "cli_options": {"settings", "train"},
     "__main__": ANY,
 }
 THIRD_PARTY = {

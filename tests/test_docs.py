@@ -24,7 +24,8 @@ def commands(text: str):
     """Yields the words of every `jalign ...` line of the shell blocks."""
     for block in SHELL.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
-            found = re.search(r"(?:^|\s)jalign (\w+)(.*)$", line.split("#")[0])
+            words = r"(?:^|\s)jalign (plan \w+|\w+)(.*)$"
+            found = re.search(words, re.sub(" +", " ", line.split("#")[0]))
             if found and found[1] in cli.COMMANDS:
                 yield found[1], shlex.split(found[2].rstrip("& "))
 

@@ -23,6 +23,7 @@ entropy_coef=0.0 max_new_tokens=64 temperature=1.0 top_k=0 top_p=1.0 stop_token_
 reward_clip=None missing_eos_penalty=None reward_timeout=600.0
 eval_reward=None stop_kl=None """
 ONLINE = ROWS + RUN + ONLINE
+PLAN = " topology=None compile=False"
 # "!" is a flag that must be given.
 FLAGS = {
     "demo": """out=runs/demo seed=0 sft_steps=144 reward_steps=340 ppo_steps=56
@@ -43,9 +44,6 @@ FLAGS = {
     "eval": """model=! data=! split=None columns=None task=auto ref_model=None
         reward=None reward_timeout=600.0 limit=None batch_size=16 max_length=1024
         max_new_tokens=128 temperature=1.0 seed=0 mesh=None bad_rows=error out=None""",
-    "plan": """model=! recipe=sft topology=None mesh= batch_size=8 max_length=2048
-        microbatches=1 dtype=bfloat16 remat=True optimizer=adamw shared_trunk=False
-        compile=False""",
 }
 LAUNCH = """coordinator=None num_processes=None process_id=None cpu_devices=None
 compilation_cache=True traceback=False"""
@@ -77,9 +75,21 @@ def table(text: str) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in text.split())
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", FLAGS)
 def test_flags_and_their_defaults(command):
     assert flags_of(config_of(command)) == table(FLAGS[command])
+
+
+@pytest.mark.parametrize("recipe", cli.RECIPES)
+def test_flags_of_a_plan_are_the_runs_without_what_is_not_read(recipe):
+    given = table(FLAGS[recipe] + PLAN) | {"data": "", "out": ""}
+    if given.get("reward"):
+        given["reward"] = "REWARD_MODEL"
+    assert flags_of(config_of(f"plan {recipe}")) == given
+
+
+def test_every_command_is_pinned():
+    assert cli.COMMANDS.keys() == FLAGS.keys() | {f"plan {r}" for r in cli.RECIPES}
 
 
 def test_flags_of_the_launch():

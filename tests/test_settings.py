@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 from jalign import cli, settings, train
-from jalign.train.ppo_config import PPOConfig
+from jalign.train.online_config import PPOConfig
 
 GIVEN = {"model": "m", "data": [{"prompt": "a"}] * 3, "out": "o"}
 

@@ -19,7 +19,7 @@ from jalign import data, evaluate, report, train
 from jalign.demo import task
 from jalign.pretrained import Pretrained, load_pretrained
 from jalign.texts import sample_completions
-from jalign.train.ppo_config import CriticConfig, KLConfig, ScoreOptions
+from jalign.train.online_config import CriticConfig, KLConfig, ScoreOptions
 
 _log = logging.getLogger("jalign.demo")
 

@@ -7,66 +7,124 @@ the compiler for the real training step, for a TPU slice even on a laptop (libtp
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jalign import sharding
-from jalign.plan.compiled import compile_step
-from jalign.plan.estimate import estimate
-from jalign.plan.table import Plan, PlanConfig, Row
+from jalign.models import ModelConfig
+from jalign.models.hf_config import config_from_hf, read_config
+from jalign.plan.estimate import Plan, Row, estimate
+from jalign.plan.recipes import RECIPES, compiled_bytes, update_rows
+from jalign.settings import flags_of, nearest, required, settings_or
+from jalign.train.config import RunConfig
 
-__all__ = ["Plan", "PlanConfig", "Row", "plan", "run_plan"]
+__all__ = ["Plan", "PlanOptions", "Row", "plan", "run_plan"]
+
+# Of what a run must be given: a plan takes it, so that it can be asked in the words of
+# the run, and does not need it.
+_UNREAD = {"data": "", "out": "", "reward": "REWARD_MODEL"}
+_NOTES = {
+    "arguments": "parameters, moments, batch",
+    "outputs": "not in place of arguments",
+    "temporaries": "gradients, activations, ...",
+}
 
 
-def plan(model: str | dict | Any, **settings) -> Plan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Where the run is to fit, and how closely to look."""
+
+    topology: str | None = None
+    """Machine, as v5e:4x4, v5p:4x4x4 or h100:8; unset means the devices here."""
+    compile: bool = False
+    """Also compile the real step, for the TPU topology or for the devices here."""
+
+
+def _plan_class(recipe: str) -> Any:
+    """The config class of `jalign plan RECIPE`: the recipe's own with PlanOptions."""
+    own, kinds = RECIPES[recipe].config, flags_of(RECIPES[recipe].config)
+    return dataclasses.make_dataclass(
+        own.__name__.replace("Config", "Plan"),
+        [
+            (name, kinds[name], dataclasses.field(default=_UNREAD[name]))
+            for name in required(own)
+            if name in _UNREAD
+        ],
+        bases=(PlanOptions, own),
+        namespace={"__doc__": f"Will it fit? What `jalign {recipe}` takes of memory."},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+_PLANS = {recipe: _plan_class(recipe) for recipe in RECIPES}
+SFTPlan, RewardPlan, DPOPlan, PPOPlan, GRPOPlan = _PLANS.values()
+
+
+def plan(
+    config: RunConfig | str,
+    model: str | Mapping | ModelConfig | None = None,
+    *,
+    topology: str | None = None,
+    compile: bool = False,
+    **settings: Any,
+) -> Plan:
     """The memory plan of a run.
 
     Args:
+      config: the run's, an SFTConfig to a GRPOConfig; or its command, "sft" to "grpo",
+        whose settings follow by the flags' names, as in run_sft.
       model: a directory, a hub id, the path of a config.json, an HF config as a dict,
-        or a models.ModelConfig.
-      settings: the other fields of PlanConfig.
+        or a models.ModelConfig; None takes the config's.
+      topology, compile: as in PlanOptions.
 
     Returns: Plan; `print` shows its table.
     Raises: ValueError as the training command would: mesh, divisibility, settings.
     """
-    name = model if isinstance(model, str) else "config"
-    return _plan(PlanConfig(model=name, **settings), _model_config(model))
-
-
-def run_plan(config: PlanConfig) -> str:
-    """The table for `jalign plan`."""
-    return str(_plan(config, _model_config(config.model)))
-
-
-def _plan(config: PlanConfig, model_config) -> Plan:
-    machine = sharding.machine(config.topology)
-    sizes = sharding.parse_mesh(config.mesh)
+    run = _run_config(config, model, settings)
+    model_config = _model_config(run.model if model is None else model)
+    machine = sharding.machine(topology)
+    sizes = sharding.parse_mesh(run.mesh)
     mesh = sharding.abstract_mesh(machine.num_devices, **sizes)
-    result = estimate(config, model_config, mesh, machine)
-    if config.compile:
-        devices = sharding.topology_devices(config.topology)
+    result = estimate(run, model_config, mesh, machine)
+    if compile:
+        devices = sharding.topology_devices(topology)
         real = sharding.make_mesh(devices=devices, **sizes)
-        compiled = compile_step(config, model_config, real)
-        result = dataclasses.replace(result, compiled=compiled)
+        found = compiled_bytes(run, model_config, real)
+        rows = tuple(Row(k, size, _NOTES.get(k, "")) for k, size in found.items())
+        result = dataclasses.replace(result, compiled=rows)
     if result.fits is False:
-        advice = _advice(config, model_config, result)
+        advice = _advice(model_config, result)
         result = dataclasses.replace(result, advice=advice)
     return result
 
 
-def _model_config(model):
-    """ModelConfig of what `plan` takes; of a hub model only config.json is fetched."""
-    from jalign.models import ModelConfig
-    from jalign.models.hf_config import config_from_hf, read_config
+def run_plan(config: Any) -> str:
+    """The table for `jalign plan RECIPE`."""
+    return str(plan(config, topology=config.topology, compile=config.compile))
 
+
+def _run_config(config: RunConfig | str, model: Any, settings: dict) -> RunConfig:
+    """The config that `plan` is given, or of the recipe and the settings given."""
+    if not isinstance(config, str):
+        return settings_or(type(config), config, settings)
+    if config not in _PLANS:
+        known, near = ", ".join(_PLANS), nearest(config, _PLANS)
+        raise ValueError(f"recipe {config!r} is not one of {known}{near}")
+    if model is not None:
+        settings["model"] = model if isinstance(model, str) else "config"
+    return settings_or(_PLANS[config], None, settings)
+
+
+def _model_config(model: str | Mapping | ModelConfig) -> ModelConfig:
+    """ModelConfig of what `plan` takes; of a hub model only config.json is fetched."""
     if isinstance(model, ModelConfig):
         return model
-    if isinstance(model, dict):
-        return config_from_hf(model)
+    if isinstance(model, Mapping):
+        return config_from_hf(dict(model))
     path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
-    if not path.is_file():
-        path = _hub_file(model)
-    return read_config(path)
+    return read_config(path if path.is_file() else _hub_file(model))
 
 
 def _hub_file(model: str) -> Path:
@@ -80,27 +138,36 @@ def _hub_file(model: str) -> Path:
         ) from error
 
 
-def _advice(config, model_config, current: Plan) -> str:
+def _advice(model_config: ModelConfig, current: Plan) -> str:
     """The nearest setting whose estimate fits."""
-    mesh = sharding.abstract_mesh(math.prod(current.mesh.values()), **current.mesh)
-
-    def try_(mesh, **changes):
-        changed = dataclasses.replace(config, **changes)
-        return estimate(changed, model_config, mesh, current.machine).fits
-
-    if not config.remat and try_(mesh, remat=True):
-        return "it would fit with --remat"
-    per_device = config.batch_size // (current.mesh["data"] * current.mesh["fsdp"])
-    for parts in range(config.microbatches + 1, per_device + 1):
-        if config.batch_size % parts == 0 and try_(mesh, microbatches=parts):
-            return f"it would fit with --microbatches {parts}"
-    for factor in (2, 4, 8, 16, 32, 64):
-        sizes = current.mesh | {"fsdp": current.mesh["fsdp"] * factor}
-        count = math.prod(sizes.values())
-        rows = dict(batch_size=config.batch_size * factor)
+    for words, changes, sizes in _changes(current):
+        mesh = sharding.abstract_mesh(math.prod(sizes.values()), **sizes)
         try:
-            if try_(sharding.abstract_mesh(count, **sizes), **rows):
-                return f"it would fit on {count} devices with fsdp={sizes['fsdp']}"
+            config = dataclasses.replace(current.config, **changes)
+            if estimate(config, model_config, mesh, current.machine).fits:
+                return f"it would fit {words}"
         except ValueError:
             continue
     return "try a smaller max_length, tensor > 1, or optimizer adafactor"
+
+
+def _changes(current: Plan) -> Iterator[tuple[str, dict[str, Any], dict[str, int]]]:
+    """(in words, changed fields, mesh) of runs that need less, the nearest first; some
+    are no valid config."""
+    config, mesh = current.config, current.mesh
+
+    def computed(**changes) -> dict[str, Any]:
+        return {"compute": dataclasses.replace(config.compute, **changes)}
+
+    lean = computed(remat=True, dtype="bfloat16")
+    yield "with --remat", computed(remat=True), mesh
+    most = update_rows(config) // (mesh["data"] * mesh["fsdp"])
+    for parts in range(config.compute.microbatches + 1, most + 1):
+        yield f"with --microbatches {parts}", computed(microbatches=parts), mesh
+    yield "with --remat --dtype bfloat16", lean, mesh
+    for factor in (2, 4, 8, 16, 32, 64):
+        more = mesh | {"fsdp": mesh["fsdp"] * factor}
+        words = f"on {math.prod(more.values())} devices with fsdp={more['fsdp']}"
+        rows = {"batch_size": config.batch_size * factor}
+        yield words, rows, more
+        yield f"{words}, --remat and --dtype bfloat16", rows | lean, more

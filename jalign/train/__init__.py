@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from jalign.forward import make_reference_fn
 from jalign.train.checkpoint import Checkpointer
 from jalign.train.config import (
+    ComputeOptions,
     DPOConfig,
     DPOOptions,
     RewardConfig,
     RewardOptions,
+    RunConfig,
     SFTConfig,
     SFTOptions,
 )
 from jalign.train.evaluations import Callbacks
-from jalign.train.grpo_config import GRPOConfig, GRPOOptions
 from jalign.train.loop import Diverged, Preempted, fit
 from jalign.train.loss_spec import parse_losses
 from jalign.train.metrics import MetricsWriter
@@ -27,15 +28,19 @@ from jalign.train.objectives import (
     make_reward_objective,
     make_sft_objective,
 )
-from jalign.train.online_config import SampleConfig
+from jalign.train.online_config import (
+    GRPOConfig,
+    GRPOOptions,
+    PPOConfig,
+    PPOOptions,
+    SampleConfig,
+)
 from jalign.train.optim import OptimConfig, make_optimizer
 from jalign.train.policy_objectives import (
     make_grpo_objective,
     make_ppo_objective,
     make_value_objective,
 )
-from jalign.train.ppo_config import PPOConfig, PPOOptions
-from jalign.train.run_config import ComputeOptions, RunConfig
 from jalign.train.step import abstract_state, init_state, make_train_step
 
 if TYPE_CHECKING:

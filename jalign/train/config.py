@@ -1,13 +1,169 @@
-"""What a user picks for the offline recipes: frozen dataclasses, flat in use.
+"""What a user picks for a run: what all recipes share, and SFT, reward models and DPO.
 
-A contradiction raises ValueError here, naming both fields; nothing is rewritten.
+Frozen dataclasses, flat in use; bounds stand beside the defaults. A contradiction
+raises ValueError here, naming the fields; nothing is rewritten.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+from jalign.data.columns import parse_columns
+from jalign.data.sources import Source
+from jalign.settings import Checked, check, check_bounds, nearest, number
 from jalign.train.loss_spec import Term, parse_losses
-from jalign.train.loss_table import REGISTRY
-from jalign.train.run_config import RunConfig, check
+from jalign.train.loss_table import BOUNDS, REGISTRY
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Checked):
+    """Which rows of its `data` a run trains on, and which it holds out."""
+
+    split: str | None = None
+    """Split of `data` to train on; unset takes train, or what has no splits whole."""
+    eval_data: Source | None = None
+    """Held-out rows, measured before and after training."""
+    eval_split: str | None = None
+    """Their split, of `data` if `eval_data` is unset; unset takes test or validation,
+    and never train."""
+    columns: str | None = None
+    """Names of columns, such as "prompt=question,completion=answer,ignore=label";
+    the usual ones (prompt, completion, chosen, rejected, messages, text, ...) need
+    none."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be used: stop, or count and leave out."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        parse_columns(self.columns)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out rows."""
+        return self.eval_data is not None or self.eval_split is not None
+
+
+@dataclass(frozen=True)
+class OptimConfig(Checked):
+    """Optimizer and learning-rate schedule."""
+
+    learning_rate: float = number(1e-5, ">= 0")
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = number(0, ">= 0")
+    """Steps of linear rise to the peak."""
+    end_fraction: float = number(0.0, ">= 0", "<= 1")
+    """Share of the peak that linear and cosine end with."""
+    optimizer: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
+    """muon takes the matrices inside the layers; its other parameters go by Adam."""
+    weight_decay: float = number(0.0, ">= 0")
+    """Decoupled decay of the matrices (not of norms and biases), times the rate."""
+    b1: float = number(0.9, ">= 0", "< 1")
+    """Share of Adam's mean of the gradients that stays at each step."""
+    b2: float = number(0.999, ">= 0", "< 1")
+    """The same of its mean of their squares."""
+    # At 0, Adam divides 0 by 0 where a parameter has had no gradient yet.
+    eps: float = number(1e-8, "> 0")
+    """Added to the root of that mean, which divides."""
+    max_grad_norm: float = number(1.0, ">= 0")
+    """Clip the global gradient norm to this; 0 clips nothing."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            not (self.schedule == "constant" and self.end_fraction),
+            "schedule 'constant' does not fall: end_fraction "
+            f"{self.end_fraction} needs schedule 'linear' or 'cosine'",
+        )
+        check(
+            not (self.optimizer == "adam" and self.weight_decay),
+            f"optimizer 'adam' has no weight_decay (got {self.weight_decay}); "
+            "use optimizer 'adamw'",
+        )
+
+
+@dataclass(frozen=True)
+class ComputeOptions(Checked):
+    """Memory against time: none of these changes what is computed, but for bfloat16."""
+
+    microbatches: int = number(1, ">= 1")
+    """Parts each update is cut into; their gradients are added."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products; parameters and losses are float32 always."""
+    remat: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(DataOptions):
+    """The fields of every run; a subclass adds its recipe's own."""
+
+    model: str
+    """Model to train: a directory in HF format or a hub id."""
+    data: Source
+    """Training rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split."""
+    out: str
+    """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
+    steps: int | None = number(None, ">= 1")
+    """Optimizer steps; overrides epochs."""
+    epochs: float = number(1.0, "> 0")
+    """Passes over the data, when steps is unset."""
+    batch_size: int = number(8, ">= 1")
+    """Rows (pairs) of a step, over all devices."""
+    max_length: int = number(1024, ">= 2")
+    """Longest row in tokens; what is longer loses its end."""
+    seed: int = number(0, ">= 0", f"< {2**32}")
+    """Of the order of the rows, fresh parameters and sampling."""
+    mesh: str | None = None
+    """Such as "fsdp=8,tensor=2"; unset puts all devices on fsdp."""
+    eval_every: int | None = number(None, ">= 1")
+    """Steps between held-out measurements; unset measures before and after only."""
+    keep_best: str | None = None
+    """A held-out figure, such as loss, accuracy or reward: OUT/model is then the
+    checkpoint that was best by it, of those measured."""
+    patience: int | None = number(None, ">= 1")
+    """The run ends after so many measurements without a better one of keep_best."""
+    checkpoint_every: int = number(100, ">= 0")
+    """Steps between checkpoints; 0 saves only at the end."""
+    resume: bool = True
+    """Continue from the newest good checkpoint in OUT."""
+    reschedule: bool = False
+    """Continue with another number of steps, although the learning rate depends on it:
+    what is left of the run follows the new schedule."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.holds_out or self.eval_every is None,
+            "eval_every needs held-out rows: eval_data or eval_split",
+        )
+        check(
+            self.keep_best is None or self.eval_every is not None,
+            "keep_best chooses among measurements: set eval_every, too",
+        )
+        check(
+            self.patience is None or self.keep_best is not None,
+            "patience waits for a better keep_best: set it, too",
+        )
+        best, known = self.keep_best, self.figures
+        check(
+            best is None or best in known,
+            f"keep_best {best!r} is not one of {', '.join(known)}"
+            f"{nearest(best or '', known)}",
+        )
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Held-out figures that keep_best may name, by default those of pairs; the
+        first is watched anyway."""
+        return "accuracy", "log_loss", "margin"
+
+    @property
+    def watched(self) -> str:
+        """The held-out figure by which the model is judged."""
+        return self.keep_best or self.figures[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +184,7 @@ class OfflineConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class SFTOptions:
+class SFTOptions(Checked):
     """What is particular to supervised fine-tuning."""
 
     packing: bool = False
@@ -45,40 +201,38 @@ class SFTOptions:
     """Weight of log(Z)^2, which keeps the logits' scale down."""
 
     def __post_init__(self):
-        _check_scalars(self.terms(), smoothing_below=1.0)
+        super().__post_init__()
+        self.terms()
 
     def terms(self) -> dict[str, Term]:
         """The losses to sum, with the flags as their options."""
-        flags = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-        return parse_losses(self.loss, REGISTRY["sft"], _given(flags))
+        smoothing, z_loss = self.label_smoothing or None, self.z_loss or None
+        return parse_terms("sft", self.loss, label_smoothing=smoothing, z_loss=z_loss)
 
 
 @dataclass(frozen=True)
-class RewardOptions:
+class RewardOptions(Checked):
     """What is particular to reward models."""
 
     loss: str = "bradley_terry"
     """A loss, or a sum such as "bradley_terry + 0.01*center"."""
-    center_coef: float = 0.0
+    center_coef: float = number(0.0, ">= 0")
     """Weight of (chosen + rejected)^2, which holds rewards near 0; try 0.01."""
 
     def __post_init__(self):
+        super().__post_init__()
         check(
-            self.center_coef >= 0, f"center_coef must be >= 0, got {self.center_coef}"
-        )
-        terms = self.terms()
-        check(
-            not self.center_coef or "center" not in terms,
+            "center" not in self.terms() or not self.center_coef,
             "center is in --loss already: drop --center-coef",
         )
 
     def terms(self) -> dict[str, Term]:
         """The losses to sum."""
-        return parse_losses(self.loss, REGISTRY["reward"])
+        return parse_terms("reward", self.loss)
 
 
 @dataclass(frozen=True)
-class DPOOptions:
+class DPOOptions(Checked):
     """What is particular to direct preference optimization."""
 
     loss: str = "dpo"
@@ -89,12 +243,13 @@ class DPOOptions:
     """Assumed share of flipped preferences, in [0, 0.5)."""
 
     def __post_init__(self):
-        _check_scalars(self.terms(), smoothing_below=0.5)
+        super().__post_init__()
+        self.terms()
 
     def terms(self) -> dict[str, Term]:
         """The losses to sum, with the flags as their options."""
-        flags = {"beta": self.beta} | _given({"label_smoothing": self.label_smoothing})
-        return parse_losses(self.loss, REGISTRY["dpo"], flags)
+        smoothing = self.label_smoothing or None
+        return parse_terms("dpo", self.loss, beta=self.beta, label_smoothing=smoothing)
 
     @property
     def reward_beta(self) -> float:
@@ -121,22 +276,12 @@ class RewardConfig(OfflineConfig):
 
     reward: RewardOptions = field(default_factory=RewardOptions)
 
-    @property
-    def figures(self) -> tuple[str, ...]:
-        """What keep_best may name."""
-        return "accuracy", "log_loss", "margin"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(OfflineConfig):
     """Direct preference optimization; the model itself is the reference."""
 
     dpo: DPOOptions = field(default_factory=DPOOptions)
-
-    @property
-    def figures(self) -> tuple[str, ...]:
-        """What keep_best may name."""
-        return "accuracy", "log_loss", "margin"
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,22 +294,14 @@ class DPOConfig(OfflineConfig):
             )
 
 
-def _check_scalars(terms: dict[str, Term], smoothing_below: float) -> None:
-    """Holds the options of every loss, from a flag or from --loss, to their ranges."""
+def parse_terms(command: str, text: str, **flags: float | None) -> dict[str, Term]:
+    """The terms of a --loss, with options from flags or from the text in their BOUNDS.
+
+    Raises: ValueError as parse_losses; for an option out of its bounds.
+    """
+    terms = parse_losses(text, REGISTRY[command], flags)
     for name, term in terms.items():
-        scalars, where = term.settings, f"(loss {name!r})"
-        beta = scalars.get("beta", 1.0)
-        check(beta > 0, f"beta must be > 0, got {beta} {where}")
-        z_loss = scalars.get("z_loss", 0.0)
-        check(z_loss >= 0, f"z_loss must be >= 0, got {z_loss} {where}")
-        smoothing = scalars.get("label_smoothing", 0.0)
-        check(
-            0 <= smoothing < smoothing_below,
-            f"label_smoothing must be in [0, {smoothing_below:g}), got {smoothing} "
-            f"{where}",
-        )
-
-
-def _given(flags: dict[str, float]) -> dict[str, float]:
-    """The flags that are not at their default of 0."""
-    return {name: value for name, value in flags.items() if value}
+        for option, bounds in BOUNDS[command].items():
+            value = term.settings.get(option)
+            check_bounds(option, value, bounds, f" (loss {name!r})")
+    return terms

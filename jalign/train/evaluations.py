@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jalign.train.run_config import RunConfig
+from jalign.train.config import RunConfig
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")

@@ -9,7 +9,7 @@ import numpy as np
 from jalign import losses
 from jalign.losses.group_advantages import EPS
 from jalign.rewards import mean_of_judged
-from jalign.train.grpo_config import GRPOOptions
+from jalign.train.online_config import GRPOOptions
 from jalign.train.rollout import ROLLOUT_KL, Scored, reference_kl
 from jalign.types import Rollout
 

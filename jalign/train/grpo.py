@@ -18,7 +18,7 @@ from jalign import data
 from jalign.models import Model
 from jalign.train.actors import Cast, local_rows
 from jalign.train.group_rollout import group_metrics, make_group_rollout
-from jalign.train.grpo_config import GRPOConfig, GRPOOptions
+from jalign.train.online_config import GRPOConfig, GRPOOptions
 from jalign.train.optim import OptimConfig
 from jalign.train.policy_objectives import make_grpo_objective
 from jalign.train.rollout import (

@@ -12,8 +12,8 @@ from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
 from jalign.settings import as_text
 from jalign.train.batches import measured_batches
+from jalign.train.config import RunConfig
 from jalign.train.evaluations import Evaluations
-from jalign.train.run_config import RunConfig
 
 PyTree = Any
 _log = logging.getLogger("jalign.train")

@@ -71,6 +71,11 @@ def _with_reference(function, **defaults: float) -> Entry:
     return Entry(function, _PAIR + _REFS, defaults=_BETA | defaults)
 
 
+def _of_whole_batch(function) -> Entry:
+    inputs = (*_PAIR, *_REFS, "mask")
+    return Entry(function, inputs, defaults=_BETA, whole_batch=True)
+
+
 _SFT = {
     "sft": Entry(sft.cross_entropy, ("logits", "targets")),
     "dft": Entry(sft.dft_loss, ("logps",)),
@@ -98,15 +103,8 @@ _PREFERENCE = {
     "sppo_hard": _with_reference(preference.sppo_hard_loss),
     "apo_zero": _with_reference(preference.apo_zero_loss),
     "apo_down": _with_reference(preference.apo_down_loss),
-    "aot": Entry(
-        aot.aot_loss, (*_PAIR, *_REFS, "mask"), defaults=_BETA, whole_batch=True
-    ),
-    "aot_unpaired": Entry(
-        aot.aot_unpaired_loss,
-        (*_PAIR, *_REFS, "mask"),
-        defaults=_BETA,
-        whole_batch=True,
-    ),
+    "aot": _of_whole_batch(aot.aot_loss),
+    "aot_unpaired": _of_whole_batch(aot.aot_unpaired_loss),
     "cpo": Entry(reference_free.cpo_loss, _PAIR, defaults=_BETA),
     "simpo": Entry(reference_free.simpo_loss, _AVERAGE_PAIR, defaults={"beta": 2.0}),
     "alphapo": Entry(
@@ -142,37 +140,25 @@ def _rloo(
 
 
 def _policy(function, inputs, reduction, advantages=_SCALED, **defaults) -> Entry:
-    return Entry(
-        function,
-        inputs,
-        defaults=defaults,
-        advantages=advantages,
-        reduction=reduction,
-    )
+    how = {"advantages": advantages, "reduction": reduction}
+    return Entry(function, inputs, defaults=defaults, **how)
 
 
-_clipped = functools.partial(_policy, ppo.ppo_policy_loss, _TOKEN)
+_clipped = functools.partial(_policy, ppo.ppo_policy_loss, _TOKEN, **_CLIP)
+_gspo = functools.partial(_policy, sequence_policy.gspo_loss, _SEQUENCE, **_GSPO_CLIP)
 _GROUP = {
-    "grpo": _clipped(reduce.sequence_mean, **_CLIP),
-    "dr_grpo": _clipped(reduce.fixed_length_mean, _CENTERED, **_CLIP),
-    "dapo": _clipped(reduce.token_mean, **_CLIP),
-    "bnpo": _clipped(reduce.token_mean, **_CLIP),
-    "gspo": _policy(
-        sequence_policy.gspo_loss, _SEQUENCE, reduce.sequence_mean, **_GSPO_CLIP
-    ),
-    "luspo": _policy(
-        sequence_policy.gspo_loss, _SEQUENCE, reduce.sequence_sum_mean, **_GSPO_CLIP
-    ),
+    "grpo": _clipped(reduce.sequence_mean),
+    "dr_grpo": _clipped(reduce.fixed_length_mean, _CENTERED),
+    "dapo": _clipped(reduce.token_mean),
+    "bnpo": _clipped(reduce.token_mean),
+    "gspo": _gspo(reduce.sequence_mean),
+    "luspo": _gspo(reduce.sequence_sum_mean),
     "gmpo": _policy(sequence_policy.gmpo_loss, _SEQUENCE, reduce.sequence_mean),
     "cispo": _policy(policy.cispo_loss, _TOKEN, reduce.token_mean, max_ratio=5.0),
     "sapo": _policy(policy.sapo_loss, _TOKEN, reduce.sequence_mean),
     "vespo": _policy(sequence_policy.vespo_loss, _SEQUENCE, reduce.token_mean),
     "rloo": _policy(
-        _rloo,
-        _SEQUENCE,
-        reduce.sequence_mean,
-        leave_one_out_advantages,
-        **_CLIP,
+        _rloo, _SEQUENCE, reduce.sequence_mean, leave_one_out_advantages, **_CLIP
     ),
     "reinforce": _policy(
         policy.reinforce_loss, ("logps", "advantages"), reduce.token_mean
@@ -185,3 +171,10 @@ REGISTRY: Mapping[str, Mapping[str, Entry]] = {
     "grpo": _GROUP,
 }
 """Command -> name -> Entry."""
+BOUNDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "sft": {"label_smoothing": (">= 0", "< 1"), "z_loss": (">= 0",)},
+    "reward": {},
+    "dpo": {"beta": ("> 0",), "label_smoothing": (">= 0", "< 0.5")},
+    "grpo": {"clip_eps": ("> 0",), "clip_eps_high": ("> 0",)},
+}
+"""Command -> option of its losses -> bounds, as `settings.number` takes them."""

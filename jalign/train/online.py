@@ -13,7 +13,6 @@ from jalign.train import grpo, ppo
 from jalign.train.actors import Cast, load_cast, make_actors, with_gold
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluations
 from jalign.train.folder import whole_folder
-from jalign.train.grpo_config import GRPOConfig
 from jalign.train.held_out import before_and_after, write_report
 from jalign.train.inputs import (
     examples_digest,
@@ -21,10 +20,9 @@ from jalign.train.inputs import (
     tokenizer_inputs,
 )
 from jalign.train.loop import SkipGuard, row_namer
-from jalign.train.online_config import OnlineConfig
+from jalign.train.online_config import GRPOConfig, OnlineConfig, PPOConfig
 from jalign.train.online_eval import evaluate_prompts
 from jalign.train.online_loop import State, divide, fit
-from jalign.train.ppo_config import PPOConfig
 from jalign.train.rows import load_run_rows
 from jalign.train.run import (
     Clock,

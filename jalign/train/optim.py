@@ -6,84 +6,17 @@ decoupled weight decay (matrices only), scale by the learning-rate schedule.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jalign.models import families
+from jalign.settings import check
+from jalign.train.config import OptimConfig
 
 PyTree = Any
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Optimizer and learning-rate schedule."""
-
-    learning_rate: float = 1e-5
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls after the warm-up."""
-    warmup_steps: int = 0
-    """Steps of linear rise to the peak."""
-    end_fraction: float = 0.0
-    """Share of the peak that linear and cosine end with."""
-    optimizer: Literal["adamw", "adam", "adafactor", "muon"] = "adamw"
-    """muon takes the matrices inside the layers; its other parameters go by Adam."""
-    weight_decay: float = 0.0
-    """Decoupled decay of the matrices (not of norms and biases), times the rate."""
-    b1: float = 0.9
-    """Share of Adam's mean of the gradients that stays at each step."""
-    b2: float = 0.999
-    """The same of its mean of their squares."""
-    eps: float = 1e-8
-    """Added to the root of that mean, which divides."""
-    max_grad_norm: float = 1.0
-    """Clip the global gradient norm to this; 0 clips nothing."""
-
-    def __post_init__(self):
-        _check(
-            self.learning_rate >= 0,
-            f"learning_rate must be >= 0, got {self.learning_rate}",
-        )
-        _check(
-            self.warmup_steps >= 0,
-            f"warmup_steps must be >= 0, got {self.warmup_steps}",
-        )
-        for name in ("b1", "b2"):
-            value = getattr(self, name)
-            _check(0 <= value < 1, f"{name} must be in [0, 1), got {value}")
-        # At 0, Adam divides 0 by 0 where a parameter has had no gradient yet.
-        _check(self.eps > 0, f"eps must be > 0, got {self.eps}")
-        _check(
-            0 <= self.end_fraction <= 1,
-            f"end_fraction must be in [0, 1], got {self.end_fraction}",
-        )
-        _check(
-            not (self.schedule == "constant" and self.end_fraction),
-            "schedule 'constant' does not fall: end_fraction "
-            f"{self.end_fraction} needs schedule 'linear' or 'cosine'",
-        )
-        _check(
-            self.weight_decay >= 0,
-            f"weight_decay must be >= 0, got {self.weight_decay}",
-        )
-        _check(
-            not (self.optimizer == "adam" and self.weight_decay),
-            f"optimizer 'adam' has no weight_decay (got {self.weight_decay}); "
-            "use optimizer 'adamw'",
-        )
-        _check(
-            self.max_grad_norm >= 0,
-            f"max_grad_norm must be >= 0, got {self.max_grad_norm}",
-        )
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
 
 
 def depends_on_length(config: OptimConfig) -> bool:
@@ -100,7 +33,7 @@ def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """
     peak, end = config.learning_rate, config.learning_rate * config.end_fraction
     warmup = config.warmup_steps
-    _check(
+    check(
         warmup < max(total_steps, 1),
         f"warmup_steps {warmup} must be less than the run's {total_steps} steps",
     )

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jalign import data, losses
 from jalign.models import Model
 from jalign.train.actors import Cast, load_cast, local_rows
+from jalign.train.online_config import PPOConfig, PPOOptions
 from jalign.train.optim import OptimConfig
 from jalign.train.policy_objectives import make_ppo_objective, make_value_objective
-from jalign.train.ppo_config import PPOConfig, PPOOptions
 from jalign.train.rollout import (
     ROLLOUT_KL,
     Actors,

@@ -1,37 +1,14 @@
-"""The rows of a run: the flags that say which, and how they are read."""
+"""The rows of a run, read as its flags say."""
 
 import logging
 import operator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from jalign import data
 from jalign.data.sources import Source
+from jalign.train.config import DataOptions
 
 _log = logging.getLogger("jalign.train")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Which rows of its `data` a run trains on, and which it holds out."""
-
-    split: str | None = None
-    """Split of `data` to train on; unset takes train, or what has no splits whole."""
-    eval_data: Source | None = None
-    """Held-out rows, measured before and after training."""
-    eval_split: str | None = None
-    """Their split, of `data` if `eval_data` is unset; unset takes test or validation,
-    and never train."""
-    columns: str | None = None
-    """Names of columns, such as "prompt=question,completion=answer,ignore=label";
-    the usual ones (prompt, completion, chosen, rejected, messages, text, ...) need
-    none."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """What to do with rows that cannot be used: stop, or count and leave out."""
-
-    def __post_init__(self):
-        data.parse_columns(self.columns)
 
 
 def load_run_rows(

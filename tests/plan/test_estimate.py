@@ -26,7 +26,8 @@ LARGE = ModelConfig(
     num_kv_heads=8,
     head_dim=128,
 )
-ON_16 = dict(topology="v5e:4x4", mesh="fsdp=16", batch_size=16)
+LEAN = dict(dtype="bfloat16", remat=True, max_length=2048)
+ON_16 = dict(topology="v5e:4x4", mesh="fsdp=16", batch_size=16, **LEAN)
 
 
 def _bytes(result, name):
@@ -41,7 +42,7 @@ def test_parameters_are_the_bytes_that_a_device_really_holds():
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     params = jax.tree.leaves(jax.device_put(zeros, places))
     first = [x.addressable_shards[0].data.nbytes for x in params]
-    result = plan.plan(TINY, mesh="data=2,fsdp=2,tensor=2", max_length=16)
+    result = plan.plan("sft", TINY, mesh="data=2,fsdp=2,tensor=2", max_length=16)
     assert _bytes(result, "parameters") == sum(first)
     assert _bytes(result, "gradients") == sum(first)
     moments = _bytes(result, "optimizer state") - 2 * sum(first)
@@ -49,7 +50,7 @@ def test_parameters_are_the_bytes_that_a_device_really_holds():
 
 
 def test_adam_state_of_8b_on_16_chips():
-    result = plan.plan(LARGE, **ON_16)
+    result = plan.plan("sft", LARGE, **ON_16)
     assert result.num_parameters == 8_030_261_248
     assert _bytes(result, "parameters") == pytest.approx(4 * 8.03e9 / 16, rel=1e-3)
     assert _bytes(result, "optimizer state") == pytest.approx(8 * 8.03e9 / 16, rel=1e-3)
@@ -58,7 +59,8 @@ def test_adam_state_of_8b_on_16_chips():
 
 def test_adafactor_needs_less_than_adam():
     adam, factored = (
-        plan.plan(LARGE, **ON_16, optimizer=name) for name in ("adamw", "adafactor")
+        plan.plan("sft", LARGE, **ON_16, optimizer=name)
+        for name in ("adamw", "adafactor")
     )
     name = "optimizer state"
     assert _bytes(factored, name) < 0.1 * _bytes(adam, name)
@@ -67,14 +69,14 @@ def test_adafactor_needs_less_than_adam():
 @pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_longer_rows_need_more(recipe):
     short, long = (
-        plan.plan(LARGE, recipe=recipe, **ON_16, max_length=length).total
+        plan.plan(recipe, LARGE, **(ON_16 | {"max_length": length})).total
         for length in (512, 4096)
     )
     assert long > short
 
 
 def test_ppo_keeps_four_models():
-    result = plan.plan(LARGE, recipe="ppo", **ON_16)
+    result = plan.plan("ppo", LARGE, **ON_16)
     assert [row.name for row in result.resident] == [
         "policy parameters",
         "policy optimizer state",
@@ -89,8 +91,8 @@ def test_ppo_keeps_four_models():
 
 
 def test_grpo_and_a_shared_trunk_train_one_model():
-    for settings in (dict(recipe="grpo"), dict(recipe="ppo", shared_trunk=True)):
-        result = plan.plan(LARGE, **settings, **ON_16)
+    for recipe, settings in (("grpo", {"beta": 0.04}), ("ppo", {"shared_trunk": True})):
+        result = plan.plan(recipe, LARGE, **ON_16, **settings)
         assert [row.name for row in result.resident] == [
             "policy parameters",
             "policy optimizer state",
@@ -98,15 +100,15 @@ def test_grpo_and_a_shared_trunk_train_one_model():
             "reward model",
         ]
         assert set(result.transient) == {"update", "rollout"}
-    separate = plan.plan(LARGE, recipe="ppo", **ON_16)
-    shared = plan.plan(LARGE, recipe="ppo", shared_trunk=True, **ON_16)
+    separate = plan.plan("ppo", LARGE, **ON_16)
+    shared = plan.plan("ppo", LARGE, shared_trunk=True, **ON_16)
     assert shared.num_parameters == separate.num_parameters + LARGE.hidden_size
     assert shared.total < 0.8 * separate.total
 
 
 def test_microbatches_need_less_for_activations():
     one, four = (
-        plan.plan(LARGE, topology="v5e:4x4", batch_size=64, microbatches=n)
+        plan.plan("sft", LARGE, **(ON_16 | {"batch_size": 64}), microbatches=n)
         for n in (1, 4)
     )
     assert _bytes(four, "layer inputs") == _bytes(one, "layer inputs") // 4
@@ -120,9 +122,31 @@ def test_microbatches_need_less_for_activations():
         (dict(batch_size=6), "batch_size 6 is not a multiple"),
         (dict(microbatches=3), "microbatches 3 does not divide"),
         (dict(topology="v9:4x4"), "not KIND:SHAPE"),
-        (dict(recipe="grpo", shared_trunk=True), "grpo has no critic"),
+        (dict(max_length=0), "max_length must be >= 2"),
+        (dict(shared_trunk=True), "unknown setting 'shared_trunk'"),
+        (dict(steps=3, warmup_steps=3), "warmup_steps 3 must be less than steps 3"),
     ],
 )
 def test_what_would_fail_in_training_fails_here(settings, message):
     with pytest.raises(ValueError, match=message):
-        plan.plan(TINY, **settings)
+        plan.plan("sft", TINY, **settings)
+
+
+def test_grpo_has_a_reference_where_its_loss_has_one():
+    def names(**settings):
+        return [
+            row.name for row in plan.plan("grpo", LARGE, **ON_16, **settings).resident
+        ]
+
+    assert "reference parameters" not in names()
+    assert "reference parameters" in names(beta=0.04)
+    assert "reference parameters" in names(stop_kl=10.0)
+
+
+def test_an_update_has_the_rows_of_a_minibatch_and_a_rollout_those_of_all_groups():
+    result = plan.plan("grpo", LARGE, **ON_16, group_size=8, num_minibatches=4)
+    notes = {row.name: row.note for rows in result.transient.values() for row in rows}
+    assert notes["layer inputs"].startswith("2 rows")  # 16 x 8 / 4 over 16 chips
+    assert notes["KV cache"].startswith("8 rows")
+    with pytest.raises(ValueError, match="a minibatch of 12 rows is not a multiple"):
+        plan.plan("ppo", TINY, batch_size=24, num_minibatches=2)

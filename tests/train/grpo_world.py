@@ -1,8 +1,7 @@
 """A tiny GRPO run in the world of tests/train/ppo_world.py."""
 
 from jalign.train.actors import Cast
-from jalign.train.grpo_config import GRPOConfig, GRPOOptions
-from jalign.train.online_config import SampleConfig
+from jalign.train.online_config import GRPOConfig, GRPOOptions, SampleConfig
 from jalign.train.optim import OptimConfig
 from tests.train.ppo_world import make_cast
 

@@ -8,9 +8,8 @@ import numpy as np
 
 from jalign import data, models
 from jalign.train.actors import Cast
-from jalign.train.online_config import SampleConfig
+from jalign.train.online_config import CriticConfig, PPOConfig, PPOOptions, SampleConfig
 from jalign.train.optim import OptimConfig
-from jalign.train.ppo_config import CriticConfig, PPOConfig, PPOOptions
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklm"]
 STOP = WORDS.index("</s>")

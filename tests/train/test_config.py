@@ -1,13 +1,13 @@
 import pytest
 
 from jalign.train.config import (
+    ComputeOptions,
     DPOConfig,
     DPOOptions,
     SFTConfig,
     SFTOptions,
 )
 from jalign.train.optim import OptimConfig
-from jalign.train.run_config import ComputeOptions
 
 HERE = dict(model="m", data="d", out="o")
 

@@ -18,7 +18,7 @@ from jalign.train.evaluations import (
     Evaluations,
 )
 from jalign.train.inputs import params_digest
-from jalign.train.ppo_config import PPOConfig
+from jalign.train.online_config import PPOConfig
 from tests.train import world
 from tests.train.grpo_world import make_grpo_config
 from tests.train.ppo_world import make_config, write_world

@@ -8,7 +8,7 @@ from jalign.train.group_rollout import (
     group_metrics,
     make_group_rollout,
 )
-from jalign.train.grpo_config import GRPOOptions
+from jalign.train.online_config import GRPOOptions
 from jalign.train.rollout import Scored
 from jalign.types import TokenBatch
 

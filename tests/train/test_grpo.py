@@ -9,6 +9,7 @@ import pytest
 
 from jalign import sharding
 from jalign.train.actors import make_actors
+from jalign.train.config import ComputeOptions
 from jalign.train.group_rollout import make_group_rollout
 from jalign.train.grpo import (
     iterate,
@@ -19,7 +20,6 @@ from jalign.train.grpo import (
 )
 from jalign.train.optim import OptimConfig
 from jalign.train.rollout import sample_and_score
-from jalign.train.run_config import ComputeOptions
 from jalign.train.updates import rollout_prompts
 from tests.train.grpo_world import make_group_cast, make_grpo_config
 from tests.train.ppo_world import make_prompts

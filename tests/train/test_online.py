@@ -12,7 +12,7 @@ import pytest
 
 from jalign import models
 from jalign.train import grpo, online, ppo
-from jalign.train.ppo_config import CriticConfig, KLConfig
+from jalign.train.online_config import CriticConfig, KLConfig
 from jalign.train.stop import Preempted
 from tests.sharding import processes
 from tests.train.grpo_world import make_grpo_config

@@ -10,8 +10,8 @@ import pytest
 
 from jalign import forward, losses, models
 from jalign.train import policy_objectives
-from jalign.train.grpo_config import GRPOOptions
 from jalign.train.loss_table import REGISTRY
+from jalign.train.online_config import GRPOOptions
 from jalign.types import Rollout
 from tests.tolerance import assert_trees_close, float32_sum
 from tests.train import tiny

@@ -8,9 +8,9 @@ import pytest
 
 from jalign import sharding
 from jalign.train.actors import make_actors
+from jalign.train.online_config import CriticConfig, KLConfig
 from jalign.train.optim import OptimConfig
 from jalign.train.ppo import iterate, make_learner, next_kl_coef, start_state
-from jalign.train.ppo_config import CriticConfig, KLConfig
 from tests.train.ppo_world import SHARED, make_cast, make_config, make_prompts
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jalign.train.ppo_config import ScoreOptions
+from jalign.train.online_config import ScoreOptions
 from jalign.train.rollout import (
     Actors,
     Scored,

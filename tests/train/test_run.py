@@ -10,8 +10,8 @@ import pytest
 
 from jalign.data.templates import with_clock
 from jalign.train.config import RewardConfig, SFTConfig
-from jalign.train.grpo_config import GRPOConfig
 from jalign.train.inputs import STEPS
+from jalign.train.online_config import GRPOConfig
 from jalign.train.optim import OptimConfig
 from jalign.train.run import (
     fixed_settings,

@@ -9,10 +9,14 @@ from jalign import plan
 from .test_estimate import TINY, _bytes
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_arguments_are_the_state_and_the_batch(recipe):
-    settings = dict(recipe=recipe, max_length=16, mesh="fsdp=8", dtype="float32")
-    result = plan.plan(TINY, **settings, compile=True)
+    settings: dict = dict(max_length=16, mesh="fsdp=8", batch_size=8)
+    if recipe in ("ppo", "grpo"):
+        settings |= {"max_new_tokens": 8}
+    if recipe == "grpo":
+        settings |= {"group_size": 2, "num_minibatches": 2}  # 8 rows an update
+    result = plan.plan(recipe, TINY, **settings, compile=True)
     rows = {row.name: row.bytes for row in result.compiled}
     prefix = "policy " if recipe in ("ppo", "grpo") else ""
     state = sum(
@@ -28,4 +32,4 @@ def test_arguments_are_the_state_and_the_batch(recipe):
 )
 def test_a_tpu_slice_is_compiled_for_without_a_tpu():
     settings = dict(topology="v5e:2x2", max_length=256, mesh="fsdp=4", compile=True)
-    assert plan.plan(TINY, **settings).fits
+    assert plan.plan("sft", TINY, **settings).fits

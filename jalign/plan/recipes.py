@@ -1,0 +1,179 @@
+"""What each recipe trains, and its real step: a row a recipe, and the only such place.
+
+All else that a plan asks for stands in the run's own config.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jalign import sharding, train
+from jalign.models import Model
+from jalign.train.online_config import OnlineConfig
+from jalign.types import PreferenceBatch, PyTree, Rollout, TokenBatch
+
+Array = Callable[..., Any]
+"""(rows, columns..., dtype=float32) -> an array that is not there."""
+
+
+class Recipe(NamedTuple):
+    """How a plan sees a training command.
+
+    Attributes:
+      config: its config class.
+      models: (config, language model) -> name in the table -> what is trained; first
+        the model of the update that is planned.
+      objective: (config, that model) -> its Objective.
+      batch: (config, Array, rows) -> the batch of an update.
+      sides: rows of the model for each of these: 2 for pairs.
+    """
+
+    config: type[train.RunConfig]
+    models: Callable[[Any, Model], dict[str, Model]]
+    objective: Callable[[Any, Model], Callable[..., Any]]
+    batch: Callable[[Any, Array, int], PyTree]
+    sides: int = 1
+
+
+def _sft_objective(config: train.SFTConfig, model: Model):
+    return train.make_sft_objective(model, terms=config.sft.terms())
+
+
+def _scored(_: Any, model: Model) -> dict[str, Model]:
+    return {"": model if model.config.num_labels else model.with_scalar_head()}
+
+
+def _reward_objective(config: train.RewardConfig, model: Model):
+    options = config.reward
+    terms, center = options.terms(), options.center_coef
+    return train.make_reward_objective(model, terms=terms, center_coef=center)
+
+
+def _dpo_objective(config: train.DPOConfig, model: Model):
+    terms, beta = config.dpo.terms(), config.dpo.reward_beta
+    return train.make_dpo_objective(model, terms=terms, beta=beta)
+
+
+def _policy_and_critic(config: train.PPOConfig, model: Model) -> dict[str, Model]:
+    if config.ppo.critic.shared_trunk:
+        return {"policy ": model.replace(value_head=True)}
+    return {"policy ": model, "critic ": model.with_scalar_head()}
+
+
+def _ppo_objective(config: train.PPOConfig, model: Model):
+    options = config.ppo
+    return train.make_ppo_objective(
+        model,
+        clip_eps=options.clip_eps,
+        entropy_coef=options.entropy_coef,
+        temperature=options.sampling.temperature,
+        value_clip_eps=options.critic.value_clip_eps,
+    )
+
+
+def _grpo_objective(config: train.GRPOConfig, model: Model):
+    options = config.grpo
+    return train.make_grpo_objective(
+        model,
+        terms=options.terms(),
+        reduction=options.reduction,
+        beta=options.beta,
+        entropy_coef=options.entropy_coef,
+        temperature=options.sampling.temperature,
+    )
+
+
+def _tokens(config: train.RunConfig, array: Array, *rows: int) -> TokenBatch:
+    size = (*rows, config.max_length)
+    ids = array(*size, dtype=jnp.int32)
+    return TokenBatch(ids, array(*size, dtype=jnp.bool_), ids, ids)
+
+
+def _pairs(config: train.RunConfig, array: Array, rows: int) -> PreferenceBatch:
+    per_pair = array(rows, 1)
+    tokens = _tokens(config, array, rows, 2)
+    return PreferenceBatch(tokens, per_pair, per_pair, per_pair)
+
+
+def _rollout(config: OnlineConfig, array: Array, rows: int) -> Rollout:
+    logps, critic = array(rows, config.max_length), isinstance(config, train.PPOConfig)
+    several = critic or config.options.updates_per_rollout > 1
+    return Rollout(
+        *_tokens(config, array, rows),
+        old_logps=logps if several else None,
+        ref_logps=logps if config.has_reference else None,
+        values=logps if critic else None,
+        advantages=logps,
+        returns=logps if critic else None,
+        sampler_logps=None if critic else logps,
+    )
+
+
+def _one(name: str) -> Callable[[Any, Model], dict[str, Model]]:
+    return lambda _, model: {name: model}
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "sft": Recipe(train.SFTConfig, _one(""), _sft_objective, _tokens),
+    "reward": Recipe(train.RewardConfig, _scored, _reward_objective, _pairs, 2),
+    "dpo": Recipe(train.DPOConfig, _one(""), _dpo_objective, _pairs, 2),
+    "ppo": Recipe(train.PPOConfig, _policy_and_critic, _ppo_objective, _rollout),
+    "grpo": Recipe(train.GRPOConfig, _one("policy "), _grpo_objective, _rollout),
+}
+
+
+def name_of(config: train.RunConfig) -> str:
+    """The training command of a config."""
+    return next(k for k, recipe in RECIPES.items() if isinstance(config, recipe.config))
+
+
+def update_rows(config: train.RunConfig) -> int:
+    """Rows (pairs) of an update's batch, over all devices."""
+    if isinstance(config, OnlineConfig):
+        return config.completions // config.options.num_minibatches
+    return config.batch_size
+
+
+def trained(config: train.RunConfig, model_config, mesh) -> dict[str, Model]:
+    """The models that a run updates, as Recipe.models."""
+    dtype, remat = jnp.dtype(config.compute.dtype), config.compute.remat
+    model = Model(model_config, mesh=mesh, dtype=dtype, remat=remat)
+    return RECIPES[name_of(config)].models(config, model)
+
+
+def optimizer(config: train.OptimConfig) -> optax.GradientTransformation:
+    """A run's optimizer; the length of its schedule changes no size."""
+    return train.make_optimizer(config, config.warmup_steps + 1)[0]
+
+
+def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int]:
+    """Bytes on each device of the training step, as the compiler lays it out.
+
+    Args:
+      mesh: of real devices, or of sharding.topology_devices.
+    """
+    model = next(iter(trained(config, model_config, mesh).values()))
+    recipe, tx = RECIPES[name_of(config)], optimizer(config.optim)
+    state = train.abstract_state(model.param_shapes(), tx, mesh=mesh)
+    step = train.make_train_step(
+        recipe.objective(config, model),
+        tx,
+        microbatches=config.compute.microbatches,
+        state_shardings=sharding.state_shardings(mesh, state),
+    )
+    place = sharding.batch_sharding(mesh)
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    batch = recipe.batch(config, array, update_rows(config))
+    memory = step.lower(state, batch).compile().memory_analysis()  # type: ignore
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
