@@ -5,9 +5,7 @@ turned into flags that stand before the user's own, so that the user's win.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import functools
 import importlib
 import logging
 import os
@@ -175,32 +173,9 @@ def start_jax(launch: Launch) -> None:
         home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", f"{home}/jalign/xla")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    give_back_compiler_memory()
+    sharding.give_back_compiler_memory()
     sharding.initialize(launch.coordinator, launch.num_processes, launch.process_id)
     setup_logging(quiet=not sharding.is_main_process())
-
-
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-_LONG = 0.5  # seconds; shorter compilations leave little behind
-
-
-@functools.cache
-def give_back_compiler_memory() -> None:
-    """From now on, gives what a compilation has freed back to the system.
-
-    glibc keeps freed memory for later: 300 MiB after compiling a step of a small model,
-    which then lie beside the step's own. Does nothing where there is no glibc.
-    """
-    import jax
-
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
-        return
-
-    def after(event: str, duration_secs: float, **_) -> None:
-        if event == _COMPILED and duration_secs >= _LONG:
-            ctypes.CDLL(None).malloc_trim(0)
-
-    jax.monitoring.register_event_duration_secs_listener(after)
 
 
 class _RedWarnings(logging.Formatter):

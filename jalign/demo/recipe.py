@@ -19,7 +19,7 @@ from jalign import data, evaluate, report, train
 from jalign.demo import task
 from jalign.pretrained import Pretrained, load_pretrained
 from jalign.texts import sample_completions
-from jalign.train.online_config import CriticConfig, KLConfig, ScoreOptions
+from jalign.train.online_config import CriticConfig, ScoreOptions
 
 _log = logging.getLogger("jalign.demo")
 
@@ -198,7 +198,7 @@ def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
                     "ppo",
                     "prompts",
                     config.ppo_steps,
-                    5e-4,
+                    3e-4,
                     keep_best="reward",
                     times=4,
                     # The first updates are small: their critic has seen nothing yet.
@@ -233,7 +233,6 @@ def ppo_options() -> train.PPOOptions:
         num_minibatches=4,
         gae_lambda=0.95,
         critic=CriticConfig(critic_learning_rate=1e-3),
-        kl=KLConfig(kl_coef=0.1),
         rewards=ScoreOptions(missing_eos_penalty=1.0),
         sampling=train.SampleConfig(max_new_tokens=REPLY_LENGTH),
     )

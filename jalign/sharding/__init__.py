@@ -4,7 +4,11 @@ The only room that says PartitionSpec or names a mesh axis: others speak of logi
 axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp, tensor.
 """
 
-from jalign.sharding.compiling import announced, batch_words
+from jalign.sharding.compiling import (
+    announced,
+    batch_words,
+    give_back_compiler_memory,
+)
 from jalign.sharding.mesh import (
     Machine,
     abstract_mesh,
@@ -44,6 +48,7 @@ __all__ = [
     "batch_words",
     "constrain",
     "gather",
+    "give_back_compiler_memory",
     "initialize",
     "is_main_process",
     "machine",

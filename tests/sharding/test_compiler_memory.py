@@ -1,9 +1,9 @@
-"""The command gives the memory of compilations back: jalign/cli.py."""
+"""Tests for jalign/sharding/compiling.py: the memory that a compilation has freed."""
 
 import jax
 import pytest
 
-from jalign import cli
+from jalign.sharding import compiling
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -35,11 +35,11 @@ def test_memory_is_given_back_after_long_compilations(
     listeners, library = [], FakeLibrary()
     name = "register_event_duration_secs_listener"
     monkeypatch.setattr(jax.monitoring, name, listeners.append)
-    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: library)
-    cli.give_back_compiler_memory.cache_clear()
+    monkeypatch.setattr(compiling.ctypes, "CDLL", lambda name: library)
+    compiling.give_back_compiler_memory.cache_clear()
     for _ in range(2):  # it listens once
-        cli.give_back_compiler_memory()
-    cli.give_back_compiler_memory.cache_clear()
+        compiling.give_back_compiler_memory()
+    compiling.give_back_compiler_memory.cache_clear()
     (listener,) = listeners
     listener(event, seconds, backend="cpu")
     assert library.calls == calls
