@@ -1,4 +1,4 @@
-"""One iteration of GRPO and its relatives: groups of completions, then updates.
+"""GRPO and its relatives: the completions of a prompt compared with each other.
 
 No critic: a completion's baseline are the other completions of its prompt. After Shao
 et al. 2024 (arXiv:2402.03300); the variants differ in the loss of a token, in what the
@@ -6,193 +6,148 @@ advantages are divided by, and in how tokens are averaged (`train.loss_table`).
 """
 
 import functools
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jalign import data
+from jalign import losses
+from jalign.losses.group_advantages import EPS
 from jalign.models import Model
-from jalign.train.actors import Cast, local_rows
-from jalign.train.group_rollout import group_metrics, make_group_rollout
-from jalign.train.grpo_config import GRPOConfig, GRPOOptions
+from jalign.rewards import mean_of_judged
+from jalign.train.grpo_config import GRPOOptions
+from jalign.train.objectives import Objective
 from jalign.train.optim import OptimConfig
 from jalign.train.policy_objectives import make_grpo_objective
-from jalign.train.rollout import (
-    ROLLOUT_KL,
-    Actors,
-    sample_and_score,
-    shape_scores,
-)
-from jalign.train.updates import (
-    Learner,
-    columns,
-    first_state,
-    loop_metrics,
-    make_trainer,
-    minibatches,
-    num_updates,
-    rollout_prompts,
-    take_updates,
-)
-from jalign.types import Rollout, TrainState
+from jalign.train.rollout import Scored, common_metrics
+from jalign.train.updates import Algorithm
+from jalign.types import Rollout
 
 
-class GRPOState(NamedTuple):
-    """All that changes in a run; saved together, or not at all.
-
-    Attributes:
-      policy: its training state.
-      iteration: rollouts done, which is also the position in the prompts.
-    """
-
-    policy: TrainState
-    iteration: int
-
-
-def make_learner(cast: Cast, config: GRPOConfig, iterations: int) -> Learner:
-    """Optimizer and compiled step of "policy"."""
-    updates = num_updates(config, iterations)
-    how = config.optim, config.grpo, updates, config.compute.microbatches
-    return _learner(cast.policy, *how)
-
-
-@functools.lru_cache(maxsize=4)
-def _learner(
-    policy: Model,
-    optim: OptimConfig,
-    grpo: GRPOOptions,
-    updates: int,
-    microbatches: int,
-) -> Learner:
-    """Kept, so that a second run in one process (a notebook) compiles nothing."""
+def grpo_objectives(
+    models: Mapping[str, Model], grpo: GRPOOptions, optim: OptimConfig
+) -> dict[str, tuple[Objective, OptimConfig]]:
+    """Of the policy alone."""
     objective = make_grpo_objective(
-        policy,
+        models["policy"],
         terms=grpo.terms(),
         reduction=grpo.reduction,
         beta=grpo.beta,
         entropy_coef=grpo.entropy_coef,
         temperature=grpo.sampling.temperature,
     )
-    trainer = make_trainer(
-        objective, policy, optim, updates=updates, microbatches=microbatches
-    )
-    return {"policy": trainer}
+    return {"policy": (objective, optim)}
 
 
-def start_state(cast: Cast, learner: Learner, config: GRPOConfig) -> GRPOState:
-    """The state before the first rollout. The cast's parameters are copied where they
-    are the reference's too, else taken over."""
-    policy = first_state(
-        cast.policy,
-        cast.policy_params,
-        learner["policy"],
-        jax.random.key(config.seed),
-        keep=config.has_reference,
-    )
-    return GRPOState(policy, 0)
-
-
-def iterate(
-    state: GRPOState,
-    prompts: Sequence[data.PromptExample],
-    *,
-    actors: Actors,
-    learner: Learner,
-    config: GRPOConfig,
-    mesh: Mesh | None = None,
-) -> tuple[GRPOState, dict[str, float]]:
-    """One rollout and its updates. A pure function of the state, but for its clocks.
+def estimate_group_advantages(scores: np.ndarray, options: GRPOOptions) -> np.ndarray:
+    """Advantages of completions that lie behind each other by prompt.
 
     Args:
-      state: donated; continue with the returned one.
-      prompts: all of them; the iteration number picks the batch.
-      actors: of make_actors, with the config's group_size.
-      learner: of make_learner.
-      config: the run's.
-      mesh: the model's.
+      scores: float32 [B], B a multiple of group_size.
+      options: group_size, and how they are scaled, or which loss says so.
 
-    Returns: the next state and this iteration's metrics.
+    Returns: float32 [B]; statistics are over the whole groups and the whole batch.
     """
-    grpo, began, number = config.grpo, time.perf_counter(), state.iteration
-    chosen, key = rollout_prompts(prompts, config, number)
-    # At the only update the policy is still the one that sampled.
-    several = grpo.updates_per_rollout > 1
-    scored = sample_and_score(
-        actors, state.policy.params, chosen, key, with_logps=several
-    )
-    scores = shape_scores(scored.rewards, scored.stopped, grpo.rewards)
-    rollout = make_group_rollout(scored, scores, grpo)
-    sampled = time.perf_counter()
-    metrics = group_metrics(scored, scores, grpo.group_size)
-    how: dict[str, Any] = {"learner": learner, "config": config, "mesh": mesh}
-    how |= {"row_lengths": actors.row_lengths, "kl": metrics.get(ROLLOUT_KL)}
-    policy, more = update(state, rollout, **how)
-    metrics = more | metrics
-    metrics |= loop_metrics(rollout, config, number, began, sampled)
-    return GRPOState(policy, number + 1), metrics
+    scale = {
+        "group": losses.group_advantages,
+        "none": functools.partial(losses.group_advantages, scale_by_std=False),
+        "batch": _batch_scaled,
+        "auto": options.entry.advantages,
+    }[options.scale_rewards]
+    assert scale is not None, "the registry has them for every policy loss"
+    group_ids = np.arange(len(scores), dtype=np.int32) // options.group_size
+    every = np.ones(len(scores), bool)
+    return np.asarray(scale(jnp.asarray(scores), group_ids, every))
 
 
-def update(
-    state: GRPOState,
-    rollout: Rollout,
-    *,
-    learner: Learner,
-    config: GRPOConfig,
-    mesh: Mesh | None,
-    row_lengths: Sequence[int] = (),
-    kl: float | None = None,
-) -> tuple[TrainState, dict[str, float]]:
-    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
+def _batch_scaled(rewards: jax.Array, group_ids, mask) -> jax.Array:
+    centered = losses.group_advantages(rewards, group_ids, mask, scale_by_std=False)
+    return centered / (jnp.sqrt(losses.masked_var(rewards, mask)) + EPS)
 
-    With stop_kl they end where the policy is beyond it; kl is where it began.
 
-    Returns: the policy's state, and the metrics' means over the updates.
+def make_group_rollout(
+    scored: Scored, scores: np.ndarray, kl_coef: float, options: GRPOOptions
+) -> Rollout:
+    """The batch for the objective: a completion's advantage at each of its tokens.
+
+    With mask_truncated, the tokens of a completion that did not stop are not trained;
+    its reward counts in the statistics of its group all the same.
     """
-    policy = state.policy
-
-    def one(part: Rollout) -> Mapping[str, Any]:
-        nonlocal policy
-        policy, metrics = learner["policy"].step(policy, local_rows(part, mesh))
-        return metrics
-
-    parts = minibatches(rollout, config, state.iteration, row_lengths)
-    rows = take_updates(one, parts, kl=kl, stop_kl=config.stop_kl)
-    return policy, update_metrics(rows)
-
-
-def update_metrics(rows: Sequence[Mapping]) -> dict[str, float]:
-    """Means over the updates of an iteration; of some their extremes."""
-    if not rows:
-        return {}
-    found = columns(rows)
-    extremes = sampling_extremes(
-        found.pop("min_sampler_gap").min(), found.pop("max_sampler_gap").max()
+    del kl_coef  # the KL is in the loss
+    mask = scored.batch.completion_mask
+    if options.mask_truncated:
+        mask = mask & scored.stopped[:, None]
+    advantages = estimate_group_advantages(scores, options)
+    return Rollout(
+        *scored.batch._replace(completion_mask=mask),
+        old_logps=scored.logps,
+        ref_logps=scored.ref_logps,
+        values=None,
+        advantages=np.where(mask, advantages[:, None], np.float32(0.0)),
+        returns=None,
+        sampler_logps=scored.sampler_logps,
     )
-    return {name: float(x.mean()) for name, x in found.items()} | {
-        "skipped": float(found["skipped"].sum()),
-        "learning_rate": float(found["learning_rate"][-1]),
-        "clip_ratio/low_min": float(found["clip_ratio/low_mean"].min()),
-        "clip_ratio/high_max": float(found["clip_ratio/high_mean"].max()),
-        # 1 up to rounding, or the pass and the update do not share one model.
-        "ratio_first": float(found["ratio"][0]),
-        **extremes,
+
+
+def group_metrics(
+    scored: Scored, scores: np.ndarray, kl_coef: float, options: GRPOOptions
+) -> dict[str, Any]:
+    """Averages over a rollout, named as TRL's GRPO names them.
+
+    `reward` is the weighted sum before clipping and penalty; `reward_std` the mean of
+    the groups' unbiased deviations; `frac_reward_zero_std` the share of groups whose
+    scores, after both, agree, and so teach nothing. `objective/kl`, where there is a
+    reference, is PPO's: nats a completion.
+    """
+    del kl_coef
+    groups = scores.reshape(-1, options.group_size)
+    ranges = groups.max(axis=1) - groups.min(axis=1)
+    deviations = scored.rewards.reshape(groups.shape).std(axis=1, ddof=1)
+    means = common_metrics(scored) | {
+        "reward_std": deviations.mean(),
+        "frac_reward_zero_std": np.mean(ranges <= 1e-6 * np.abs(groups).max(axis=1)),
     }
+    for name, values in scored.reward_parts.items():
+        judged = values[~np.isnan(values)]
+        means[f"rewards/{name}/mean"] = mean_of_judged(values)
+        means[f"rewards/{name}/std"] = judged.std(ddof=1) if judged.size > 1 else 0.0
+    return means | _length_metrics(scored)
 
 
-def sampling_extremes(low: float, high: float) -> dict[str, float]:
-    """Extremes of trainer's less sampler's log-probability, under TRL's names.
+def _length_metrics(scored: Scored) -> dict[str, float]:
+    """Tokens of all completions, and of those that stopped (0 if none did)."""
+    lengths = scored.batch.completion_mask.sum(axis=1)
+    terminated = lengths[scored.stopped] if scored.stopped.any() else np.zeros(1)
+    found = {}
+    for name, x in (("length", lengths), ("terminated_length", terminated)):
+        extremes = {"min": x.min(), "max": x.max(), "mean": x.mean()}
+        found |= {f"completions/{how}_{name}": v for how, v in extremes.items()}
+    return found
 
-    Args:
-      low, high: the signed extremes, nats; inf and -inf where no token was trained,
-        which count as 0.
-    """
+
+def update_extremes(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Over the updates of an iteration, by TRL's names: extremes of what is clipped and
+    of trainer's less sampler's log-probability (0 where no token was trained)."""
+    low, high = found["min_sampler_gap"].min(), found["max_sampler_gap"].max()
     low, high = (0.0, 0.0) if low > high else (low, high)
     return {
-        "sampling/sampling_logp_difference/max": float(max(high, -low)),
-        "sampling/importance_sampling_ratio/min": float(np.exp(low)),
-        "sampling/importance_sampling_ratio/max": float(np.exp(high)),
+        "clip_ratio/low_min": found["clip_ratio/low_mean"].min(),
+        "clip_ratio/high_max": found["clip_ratio/high_mean"].max(),
+        # 1 up to rounding, or the pass and the update do not share one model.
+        "ratio_first": found["ratio"][0],
+        "sampling/sampling_logp_difference/max": max(high, -low),
+        "sampling/importance_sampling_ratio/min": np.exp(low),
+        "sampling/importance_sampling_ratio/max": np.exp(high),
     }
+
+
+GRPO = Algorithm(
+    "grpo",
+    grpo_objectives,
+    make_group_rollout,
+    group_metrics,
+    update_extremes,
+    reads_logps=False,
+)

@@ -1,4 +1,4 @@
-"""One iteration of PPO: a rollout, then a few epochs of policy and critic updates.
+"""PPO: a policy and its critic, and rewards that hold the policy to the reference.
 
 Separate models and optimizers, as in Ouyang et al. 2022 (arXiv:2203.02155), or, with
 shared_trunk, two heads of one model, as in Schulman et al. 2017 (arXiv:1707.06347, eq.
@@ -6,222 +6,160 @@ shared_trunk, two heads of one model, as in Schulman et al. 2017 (arXiv:1707.063
 """
 
 import functools
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from jalign import data, losses
+from jalign import losses
 from jalign.models import Model
-from jalign.train.actors import Cast, load_cast, local_rows
+from jalign.rewards import mean_of_judged
+from jalign.train.objectives import Objective
 from jalign.train.optim import OptimConfig
 from jalign.train.policy_objectives import make_ppo_objective, make_value_objective
-from jalign.train.ppo_config import PPOConfig, PPOOptions
-from jalign.train.rollout import (
-    ROLLOUT_KL,
-    Actors,
-    make_rollout,
-    rollout_metrics,
-    sample_and_score,
-    shape_scores,
-)
-from jalign.train.updates import (
-    Learner,
-    columns,
-    first_state,
-    loop_metrics,
-    make_trainer,
-    minibatches,
-    num_updates,
-    rollout_prompts,
-    take_updates,
-)
-from jalign.types import Rollout, TrainState
+from jalign.train.ppo_config import PPOOptions
+from jalign.train.rollout import ROLLOUT_KL, Scored, common_metrics
+from jalign.train.updates import Algorithm
+from jalign.types import Rollout
 
 
-class PPOState(NamedTuple):
-    """All that changes in a run; saved together, or not at all.
-
-    Attributes:
-      policy: its training state.
-      kl_coef: the KL coefficient of the next rollout.
-      iteration: rollouts done, which is also the position in the prompts.
-      critic: its training state; None where it is a head of the policy.
-    """
-
-    policy: TrainState
-    kl_coef: float
-    iteration: int
-    critic: TrainState | None = None
-
-
-def choose_cast(config: PPOConfig, *args: Any) -> Cast:
-    """`load_cast` with a critic or, with shared_trunk, a value head."""
-    return load_cast(config, *args, value_head=config.ppo.critic.shared_trunk)
-
-
-def make_learner(cast: Cast, config: PPOConfig, iterations: int) -> Learner:
-    """Optimizers and compiled steps of "policy" and, where there is one, "critic"."""
-    updates = num_updates(config, iterations)
-    how = config.optim, config.ppo, updates, config.compute.microbatches
-    return _learner(cast.policy, cast.critic, *how)
-
-
-@functools.lru_cache(maxsize=4)
-def _learner(
-    policy: Model,
-    critic: Model | None,
-    optim: OptimConfig,
-    ppo: PPOOptions,
-    updates: int,
-    microbatches: int,
-) -> Learner:
-    """Kept, so that a second run in one process (a notebook) compiles nothing."""
-    rate = ppo.critic.critic_learning_rate
-    critic_optim = optim if rate is None else replace(optim, learning_rate=rate)
-    policy_objective = make_ppo_objective(
-        policy,
+def ppo_objectives(
+    models: Mapping[str, Model], ppo: PPOOptions, optim: OptimConfig
+) -> dict[str, tuple[Objective, OptimConfig]]:
+    """Of the policy and of its critic, where that is a model of its own."""
+    clip, rate = ppo.critic.value_clip_eps, ppo.critic.critic_learning_rate
+    objective = make_ppo_objective(
+        models["policy"],
         clip_eps=ppo.clip_eps,
         entropy_coef=ppo.entropy_coef,
         temperature=ppo.sampling.temperature,
         value_coef=ppo.critic.value_coef or 0.1,
-        value_clip_eps=ppo.critic.value_clip_eps,
+        value_clip_eps=clip,
     )
-    how: dict[str, Any] = {"updates": updates, "microbatches": microbatches}
-    learner = {"policy": make_trainer(policy_objective, policy, optim, **how)}
-    if critic is not None:
-        objective = make_value_objective(critic, clip_eps=ppo.critic.value_clip_eps)
-        how |= {"name": "the critic's training step"}
-        learner["critic"] = make_trainer(objective, critic, critic_optim, **how)
-    return learner
+    trained = {"policy": (objective, optim)}
+    if "critic" in models:
+        own = optim if rate is None else replace(optim, learning_rate=rate)
+        value = make_value_objective(models["critic"], clip_eps=clip)
+        trained["critic"] = (value, own)
+    return trained
 
 
-def start_state(cast: Cast, learner: Learner, config: PPOConfig) -> PPOState:
-    """The state before the first rollout; the cast's parameters are copied."""
-    keys = jax.random.split(jax.random.key(config.seed))
-    start = functools.partial(first_state, keep=True)
-    policy = start(cast.policy, cast.policy_params, learner["policy"], keys[0])
-    critic = None
-    if cast.critic is not None:
-        critic = start(cast.critic, cast.critic_params, learner["critic"], keys[1])
-    return PPOState(policy, config.ppo.kl.kl_coef, 0, critic)
-
-
-def iterate(
-    state: PPOState,
-    prompts: Sequence[data.PromptExample],
+@functools.partial(jax.jit, static_argnames=("whiten_rewards", "whiten_advantages"))
+def estimate_advantages(
+    scores: jax.Array,
+    logps: jax.Array,
+    ref_logps: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
     *,
-    actors: Actors,
-    learner: Learner,
-    config: PPOConfig,
-    mesh: Mesh | None = None,
-) -> tuple[PPOState, dict[str, float]]:
-    """One rollout and its updates. A pure function of the state, but for its clocks.
+    kl_coef: float,
+    gamma: float,
+    gae_lambda: float,
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """KL-shaped token rewards, then GAE, then whitening.
+
+    The score stands on the completion's last token, and -kl_coef * kl_k1 on every
+    one. Returns are made of the advantages *before* whitening.
 
     Args:
-      state: donated; continue with the returned one.
-      prompts: all of them; the iteration number picks the batch.
-      actors, learner: of make_actors and make_learner.
-      config: the run's.
-      mesh: the models'.
+      scores: float32 [B].
+      logps, ref_logps, values: float32 [B, T].
+      mask: bool [B, T], the completions.
+      kl_coef, gamma, gae_lambda: scalars.
+      whiten_rewards: divide the token rewards by their deviation; their mean stays.
+      whiten_advantages: to mean 0 and variance 1 over the whole batch.
 
-    Returns: the next state and this iteration's metrics.
+    Returns: (advantages, returns), float32 [B, T], 0 outside the mask.
     """
-    ppo, began, number = config.ppo, time.perf_counter(), state.iteration
-    chosen, key = rollout_prompts(prompts, config, number)
-    scored = sample_and_score(actors, state.policy.params, chosen, key)
-    scores = shape_scores(scored.rewards, scored.stopped, ppo.rewards)
-    values = scored.values
-    if state.critic is not None:
-        assert actors.critic is not None
-        values = actors.critic(state.critic.params, scored.batch)
-    assert values is not None, "there is neither a critic nor a value head"
-    rollout = make_rollout(
-        scored,
+    rewards = losses.kl_shaped_rewards(scores, logps, ref_logps, mask, beta=kl_coef)
+    if whiten_rewards:
+        rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = losses.gae(
+        rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda
+    )
+    if whiten_advantages:
+        advantages = losses.masked_whiten(advantages, mask)
+    return advantages, jnp.where(mask, returns, 0.0)
+
+
+def make_rollout(
+    scored: Scored, scores: np.ndarray, kl_coef: float, ppo: PPOOptions
+) -> Rollout:
+    """The batch for the objectives. Host arrays."""
+    assert scored.values is not None, "there is neither a critic nor a value head"
+    advantages, returns = estimate_advantages(
         scores,
-        values,
-        kl_coef=state.kl_coef,
+        scored.logps,
+        scored.ref_logps,
+        scored.values,
+        scored.batch.completion_mask,
+        kl_coef=kl_coef,
         gamma=ppo.gamma,
         gae_lambda=ppo.gae_lambda,
         whiten_rewards=ppo.rewards.whiten_rewards,
         whiten_advantages=ppo.whiten_advantages,
     )
-    sampled = time.perf_counter()
-    metrics = rollout_metrics(scored, scores, kl_coef=state.kl_coef)
-    how: dict[str, Any] = {"learner": learner, "config": config, "mesh": mesh}
-    how |= {"row_lengths": actors.row_lengths, "kl": metrics[ROLLOUT_KL]}
-    policy, critic, more = update(state, rollout, **how)
-    metrics = more | metrics
-    metrics |= loop_metrics(rollout, config, number, began, sampled)
-    kl_coef = next_kl_coef(state.kl_coef, metrics[ROLLOUT_KL], config)
-    return PPOState(policy, kl_coef, number + 1, critic), metrics
-
-
-def next_kl_coef(kl_coef: float, kl: float, config: PPOConfig) -> float:
-    """The coefficient of the next rollout: adapted where a target is set."""
-    options = config.ppo.kl
-    if options.kl_target is None:
-        return kl_coef
-    new = losses.adaptive_kl_update(
-        kl_coef,
-        kl,
-        target=options.kl_target,
-        horizon=options.kl_horizon,
-        num_samples=config.batch_size,
+    return Rollout(
+        *scored.batch,
+        old_logps=scored.logps,
+        ref_logps=scored.ref_logps,
+        values=scored.values,
+        advantages=np.asarray(advantages),
+        returns=np.asarray(returns),
     )
-    return float(new)
 
 
-def update(
-    state: PPOState,
-    rollout: Rollout,
-    *,
-    learner: Learner,
-    config: PPOConfig,
-    mesh: Mesh | None,
-    row_lengths: Sequence[int] = (),
-    kl: float | None = None,
-) -> tuple[TrainState, TrainState | None, dict[str, float]]:
-    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled.
+def rollout_metrics(
+    scored: Scored, scores: np.ndarray, kl_coef: float, ppo: PPOOptions
+) -> dict[str, Any]:
+    """Averages over the completions of a rollout, named as TRL's PPO names them.
 
-    With stop_kl they end where the policy is beyond it; kl is where it began.
-
-    Returns: policy and critic states, and the metrics' means over the updates.
+    `objective/kl`, in nats a completion, is the sum of kl_k1 over its tokens;
+    `objective/entropy` the sum of -log p. `objective/scores` is after clipping and
+    penalty.
     """
-    policy, critic = state.policy, state.critic
-
-    def one(part: Rollout) -> dict[str, Any]:
-        nonlocal policy, critic
-        batch = local_rows(part, mesh)
-        policy, metrics = learner["policy"].step(policy, batch)
-        if critic is None:
-            return metrics
-        critic, own = learner["critic"].step(critic, batch)
-        return {f"critic/{k}" if k in metrics else k: x for k, x in own.items()} | (
-            metrics
-        )
-
-    parts = minibatches(rollout, config, state.iteration, row_lengths)
-    rows = take_updates(one, parts, kl=kl, stop_kl=config.stop_kl)
-    return policy, critic, update_metrics(rows)
-
-
-def update_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the updates of an iteration; the critic's own are `critic/...`."""
-    if not rows:
-        return {}
-    found = columns(rows)
-    ratios, rates = found["val/ratio"], found["learning_rate"]
-    skipped = found["skipped"].sum() + found.get("critic/skipped", np.zeros(1)).sum()
-    return {name: float(x.mean()) for name, x in found.items()} | {
-        "skipped": float(skipped),
-        "lr": float(rates[-1]),
-        "learning_rate": float(rates[-1]),
-        "val/ratio_var": float(ratios.var(ddof=1)) if len(ratios) > 1 else 0.0,
-        # 1 up to rounding, or sampling and training do not share one model.
-        "val/ratio_first": float(ratios[0]),
+    del ppo
+    means, mask = common_metrics(scored), scored.batch.completion_mask
+    assert scored.logps is not None, "the policy's pass was left out"
+    gaps = np.abs(scored.logps - scored.sampler_logps)[mask]
+    penalty = -kl_coef * means[ROLLOUT_KL]
+    means |= {
+        "objective/entropy": -np.where(mask, scored.logps, 0.0).sum(axis=1).mean(),
+        "objective/non_score_reward": penalty,
+        "objective/rlhf_reward": penalty + scores.mean(),
+        "objective/scores": scores.mean(),
+        "objective/kl_coef": kl_coef,
+        "reward_std": scored.rewards.std(),
+        "val/num_eos_tokens": scored.stopped.sum(),
+        "sampling/sampling_logp_difference/max": np.max(gaps, initial=0.0),
     }
+    if len(scored.reward_parts) > 1:
+        for name, part in scored.reward_parts.items():
+            means[f"rewards/{name}/mean"] = mean_of_judged(part)
+    return means
+
+
+def ratio_metrics(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How the ratio moved over the updates, and TRL's name of the learning rate."""
+    ratios = found["val/ratio"]
+    return {
+        "lr": found["learning_rate"][-1],
+        "val/ratio_var": ratios.var(ddof=1) if len(ratios) > 1 else 0.0,
+        # 1 up to rounding, or sampling and training do not share one model.
+        "val/ratio_first": ratios[0],
+    }
+
+
+PPO = Algorithm(
+    "ppo",
+    ppo_objectives,
+    make_rollout,
+    rollout_metrics,
+    ratio_metrics,
+    reads_logps=True,
+)
