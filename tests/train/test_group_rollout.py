@@ -1,9 +1,9 @@
-"""Tests for jalign/train/grpo.py: what it makes of scored groups."""
+"""What GRPO makes of scored groups."""
 
 import numpy as np
 import pytest
 
-from jalign.train.grpo import (
+from jalign.train.algorithms import (
     estimate_group_advantages,
     group_metrics,
     make_group_rollout,

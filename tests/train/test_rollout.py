@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jalign.train.ppo import estimate_advantages, make_rollout, rollout_metrics
+from jalign.train.algorithms import estimate_advantages, make_rollout, rollout_metrics
 from jalign.train.ppo_config import PPOOptions, ScoreOptions
 from jalign.train.rollout import (
     RolloutFunctions,
