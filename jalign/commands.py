@@ -20,9 +20,8 @@ from jalign.pretrained import (
 )
 from jalign.rewards.terms import Rewards
 from jalign.settings import as_text
-from jalign.train.batches import measured_batches
+from jalign.train.measured import measured_batches, reference_examples
 from jalign.train.online_config import check_reward_timeout
-from jalign.train.reference import reference_examples
 from jalign.train.run import make_run_mesh
 
 __all__ = ["EvalConfig", "GenerateConfig", "run_eval", "run_generate"]

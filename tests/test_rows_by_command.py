@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from jalign import cli
-from jalign.train import online, recipe
+from jalign.train import offline, online
 from tests.train.ppo_world import write_world
 
 QA = [{"question": "a b", "answer": "c d", "id": i} for i in range(4)]
@@ -57,9 +57,9 @@ def only_rows(monkeypatch):
         raise KeyboardInterrupt
 
     for module, name in (
-        (recipe, "measure"),
-        (recipe, "reference_examples"),
-        (online, "make_actors"),
+        (offline, "measure"),
+        (offline, "reference_examples"),
+        (online, "make_functions"),
     ):
         monkeypatch.setattr(module, name, stop)
 

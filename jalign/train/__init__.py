@@ -87,17 +87,10 @@ __all__ = [
     "run_sft",
 ]
 
-_RECIPES = {
-    "run_dpo": "offline",
-    "run_grpo": "online",
-    "run_ppo": "online",
-    "run_reward": "offline",
-    "run_sft": "offline",
-}
-
 
 def __getattr__(name: str):
-    if name in _RECIPES:
-        module = importlib.import_module(f"jalign.train.{_RECIPES[name]}")
-        return getattr(module, name)
+    if name in ("run_dpo", "run_reward", "run_sft"):
+        return getattr(importlib.import_module("jalign.train.offline"), name)
+    if name in ("run_grpo", "run_ppo"):
+        return getattr(importlib.import_module("jalign.train.online"), name)
     raise AttributeError(f"module 'jalign.train' has no attribute {name!r}")

@@ -12,17 +12,26 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from jalign import sharding
-from jalign.train.damage import Damaged, agreed, check_readable, first_line
-from jalign.train.digest import tree_digest, tree_specs, with_keys, without_keys
+from jalign.train.integrity import (
+    Damaged,
+    agreed,
+    check_readable,
+    first_line,
+    tree_digest,
+    tree_specs,
+    with_keys,
+    without_keys,
+)
+from jalign.train.stop import set_aside
+from jalign.types import PyTree
 
-PyTree = Any
 _log = logging.getLogger("jalign.train")
 _LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # "007" and "٩٩" are not ours
@@ -185,40 +194,33 @@ class Checkpointer:
           dtype (another model or optimizer), or if every step is damaged; OSError or
           MemoryError where a step could not be read, whatever is in it.
         """
-        damaged: dict[int, Damaged] = {}
-        for step in reversed(self.steps()):
-            path = self.directory / str(step)
-            try:
-                restored = self._read(path, abstract)
-            except Damaged as error:
-                damaged[step] = error
-                _log.warning("checkpoint %s is damaged (%s)", path, error)
-                continue
-            for bad in damaged:
-                self._quarantine(self.directory / str(bad))
-            if damaged:
-                _log.warning("falling back to step %d", step)
-            return restored
-        self._check_never_saved(damaged)
-        return None
+        restored, damaged = self._newest(lambda path: self._read(path, abstract))
+        for path, error in damaged.items():
+            _log.warning("checkpoint %s is damaged (%s)", path, error)
+            set_aside(path, "corrupt")
+        if restored is not None and damaged:
+            _log.warning("falling back to step %d", restored.step)
+        return restored
 
     def peek(self) -> dict[str, Any] | None:
         """The meta record of the newest step that has a readable one; None if nothing
         was ever saved. Raises: as `restore`."""
-        damaged: dict[int, Damaged] = {}
-        for step in reversed(self.steps()):
-            try:
-                return self._read_record(self.directory / str(step))["meta"]
-            except Damaged as error:
-                damaged[step] = error
-        self._check_never_saved(damaged)
-        return None
+        return self._newest(lambda path: self._read_record(path)["meta"])[0]
 
-    def _check_never_saved(self, damaged: Mapping[int, Damaged]) -> None:
-        """A run with a past does not start from scratch without a word."""
+    def _newest(self, read: Callable[[Path], Any]) -> tuple[Any, dict[Path, Damaged]]:
+        """What read gives of the newest step that is not damaged, and the steps that
+        are; None if nothing was ever saved: a run with a past does not start from
+        scratch without a word."""
+        damaged: dict[Path, Damaged] = {}
+        for step in reversed(self.steps()):
+            path = self.directory / str(step)
+            try:
+                return read(path), damaged
+            except Damaged as error:
+                damaged[path] = error
         if self.empty():
-            return
-        reasons = [f"step {step}: {error}" for step, error in damaged.items()]
+            return None, {}
+        reasons = [f"step {path.name}: {error}" for path, error in damaged.items()]
         reasons += sorted(path.name for path in self.directory.glob("*.corrupt*"))
         raise ValueError(
             f"{self.directory}: no checkpoint can be read; {'; '.join(reasons)}. Put a "
@@ -259,16 +261,6 @@ class Checkpointer:
         if _seal(record)["sha256"] != seal:
             raise Damaged("its record differs from its checksum")
         return record
-
-    def _quarantine(self, path: Path) -> None:
-        sharding.barrier("quarantine")
-        if sharding.is_main_process():
-            target, number = path.with_name(f"{path.name}.corrupt"), 1
-            while target.exists():
-                target = path.with_name(f"{path.name}.corrupt{number}")
-                number += 1
-            path.rename(target)
-        sharding.barrier("quarantined")
 
 
 def _seal(record: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the metrics, stored with every checkpoint, and drawn in the report.
 
 import logging
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from jalign.train.config import RunConfig
@@ -235,6 +236,12 @@ class Evaluations:
             f"{then[gold]:.4g} to {now[gold]:.4g}; try --keep-best gold_reward, "
             "--stop-kl, or a larger KL coefficient"
         ]
+
+
+def unmeasured() -> Evaluations:
+    """Of a loop that has nothing to measure."""
+    config: Any = SimpleNamespace(eval_every=None, keep_best=None, patience=None)
+    return Evaluations(lambda _: Evaluation({}, []), config)
 
 
 def _sign(metric: str) -> int:

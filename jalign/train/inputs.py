@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from jalign import rewards, sharding
+from jalign import rewards
 from jalign.pretrained import Pretrained
 from jalign.rewards.terms import is_function, single_sources
-from jalign.train.digest import tree_digest
+from jalign.train.integrity import tree_digest
 from jalign.train.optim import depends_on_length
 from jalign.types import PyTree
 
@@ -137,12 +137,6 @@ def run_inputs(config: Any, params: PyTree, examples: list, steps: int) -> Input
         "the training rows": examples_digest(examples),
     }
     return found | ({STEPS: str(steps)} if depends_on_length(config.optim) else {})
-
-
-def agree(inputs: Mapping[str, str]) -> None:
-    """Raises ValueError on every process where one has another input than the first."""
-    for name, value in inputs.items():
-        sharding.agree(name, value)
 
 
 def changes(

@@ -1,4 +1,4 @@
-"""The offline loop: read it top to bottom, copy it when you need another one."""
+"""The loop of every run: read it top to bottom, copy it when you need another one."""
 
 import itertools
 import logging
@@ -11,11 +11,10 @@ from jax.sharding import Mesh
 from jalign import sharding
 from jalign.data import PackedRow, batch_indices
 from jalign.train.checkpoint import Checkpointer
-from jalign.train.evaluations import Evaluations
+from jalign.train.evaluations import Evaluations, unmeasured
 from jalign.train.metrics import MetricsWriter
-from jalign.train.step import TrainStep
 from jalign.train.stop import Preempted, StopSignal
-from jalign.types import TrainState
+from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
 
@@ -130,9 +129,14 @@ def row_namer(
     return of
 
 
+def whole_state(state: Any) -> tuple[PyTree, dict[str, float]]:
+    """What a checkpoint holds of a TrainState: its arrays, and no numbers."""
+    return {"state": state}, {}
+
+
 def fit(
-    state: TrainState,
-    step_fn: TrainStep,
+    state: Any,
+    step_fn: Callable[[Any, Any], tuple[Any, Mapping[str, Any]]],
     batches: Iterable[Any],
     *,
     steps: int,
@@ -141,16 +145,21 @@ def fit(
     checkpoint_every: int = 0,
     meta: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
-    on_step: Callable[[int, TrainState], None] | None = None,
+    on_step: Callable[[int, Any], None] | None = None,
     stop: StopSignal | None = None,
     guard: SkipGuard | None = None,
     evaluations: Evaluations | None = None,
-) -> TrainState:
+    stored: Callable[[Any], tuple[PyTree, Mapping[str, float]]] = whole_state,
+) -> Any:
     """Trains until `steps` steps have been taken, from wherever the state stands.
 
+    A step of an online run is an iteration, of a rollout and all its updates. The
+    state is saved between steps only: a kill at any time goes back to a boundary.
+
     Args:
-      state: donated; continue with the returned one.
-      step_fn: of make_train_step.
+      state: a TrainState, or another with `step` and `params`; donated: continue with
+        the returned one.
+      step_fn: (state, batch) -> (state, metrics), as of make_train_step.
       batches: this process's rows as numpy trees, from step int(state.step) on.
       steps: number of steps of the whole run.
       writer: takes the metrics.
@@ -164,40 +173,40 @@ def fit(
       guard: of the run, which knows the steps skipped before and the rows.
       evaluations: held-out measurements, at the end and in between where they are due;
         the best checkpoint stays, and training ends where they say so.
+      stored: state -> (arrays, numbers) of a checkpoint.
 
     Returns: the last state.
     Raises: Preempted after a SIGTERM or SIGINT, once the state is saved; Diverged.
     """
-    step = int(state.step)
+    step = saved = int(state.step)
     guard, stop = guard or SkipGuard(), stop or StopSignal()
-    saved = step
-    if checkpointer is not None and evaluations is not None:
-        checkpointer.protected = evaluations.kept
+    seen = evaluations or unmeasured()
+    if checkpointer is not None:
+        checkpointer.protected = seen.kept
 
     def save() -> None:
         nonlocal saved
         guard.check(writer.flush())
         if checkpointer is not None and saved != step:
-            record = dict(meta or {}) | {"skipped": guard.skipped}
-            record |= {"num_tokens": writer.num_tokens}
-            if evaluations is not None:
-                record |= evaluations.record()
-            checkpointer.save(step, {"state": state}, record)
-            if evaluations is not None:  # only now: the best before it is not lost
-                checkpointer.protected = evaluations.kept
+            tree, numbers = stored(state)
+            record = {**(meta or {}), **numbers, "skipped": guard.skipped}
+            record |= {"num_tokens": writer.num_tokens} | seen.record()
+            checkpointer.save(step, tree, record)
+            # Only now: until this one is written the best before it is not lost.
+            checkpointer.protected = seen.kept
             saved = step
         writer.restart_clock()
 
     def over() -> bool:
-        reason = evaluations.over if evaluations is not None else None
-        if reason and step < steps:
-            _log.info("training ends after step %d of %d: %s", step, steps, reason)
-        return step >= steps or reason is not None
+        if seen.over and step < steps:
+            _log.warning(
+                "training ends after step %d of %d: %s", step, steps, seen.over
+            )
+        return step >= steps or seen.over is not None
 
     def evaluate() -> None:
-        if evaluations is not None:
-            guard.check(writer.flush())
-            writer.add(step, evaluations.measure(step, state.params))
+        guard.check(writer.flush())
+        writer.add(step, seen.measure(step, state.params))
 
     source = iter(batches)
     with stop:
@@ -213,9 +222,9 @@ def fit(
                 if on_step is not None:
                     on_step(step, state)
                 periodic = bool(checkpoint_every) and step % checkpoint_every == 0
-                if evaluations is not None and evaluations.due(step):
+                if seen.due(step):
                     evaluate()
-                    periodic |= evaluations.kept == step
+                    periodic |= seen.kept == step
                 if periodic and step < steps:
                     save()
             save()

@@ -22,7 +22,6 @@ from jalign.models.families import kind_of
 
 _log = logging.getLogger("jalign.train")
 FIRST = ("loss", "learning_rate", "grad_norm", "num_tokens")
-TIMES = ("step_time", "tokens_per_second", "mfu")
 
 # Dense bf16 peak of a device in FLOP/s, by the start of its device_kind; the first
 # match counts. Sources: the vendors' data sheets.
@@ -118,7 +117,8 @@ class MetricsWriter:
 
         Args:
           step: number of steps taken, this one included.
-          metrics: float32 [] arrays, `num_tokens` among them (of this step alone).
+          metrics: float32 [] arrays, `num_tokens` among them (of this step alone); or
+            numbers, which are written at once: no device runs ahead.
 
         Returns: the row written, if any; its `num_tokens` counts from the run's start.
         """
@@ -127,7 +127,8 @@ class MetricsWriter:
         # the device runs ahead of the host.
         self._pending = (step, metrics, now - self._last_time)
         self._last_time = now
-        return row
+        on_host = not any(isinstance(x, jax.Array) for x in metrics.values())
+        return self.flush() if on_host else row
 
     def flush(self) -> dict[str, Any] | None:
         """Fetches and writes the step that is still pending, if any."""

@@ -1,20 +1,147 @@
-"""SFT, reward models, DPO: the rows of run_recipe."""
+"""SFT, reward models, DPO: runs on given rows, and how they differ."""
 
-import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 
-from jalign import data, evaluate, models
+from jalign import data, evaluate, models, sharding
+from jalign.models import Model
+from jalign.pretrained import load_pretrained, open_pretrained
 from jalign.settings import settings_or
 from jalign.train import objectives
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
-from jalign.train.evaluations import NO_CALLBACKS, Callbacks
-from jalign.train.recipe import Recipe, run_recipe
+from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluation
+from jalign.train.inputs import examples_digest, run_inputs, tokenizer_inputs
+from jalign.train.loop import row_namer
+from jalign.train.measured import (
+    measure,
+    reference_examples,
+    sample_prompts,
+    sample_texts,
+)
+from jalign.train.metrics import training_flops_per_token
+from jalign.train.recipe import measure_start, resumed, train_and_report
+from jalign.train.rows import load_run_rows
+from jalign.train.run import identify, open_run
+from jalign.train.step import init_state, make_trainer
+from jalign.train.stop import whole_folder
+from jalign.types import PyTree
 
-PyTree = Any
 _log = logging.getLogger("jalign.train")
+
+
+class Recipe(NamedTuple):
+    """How an offline recipe differs from the others.
+
+    Attributes:
+      kind: its name.
+      examples: (rows, tokenizer) -> examples.
+      collate: (examples, length) -> batch.
+      objective: model -> Objective.
+      measure: (model, params, batches) -> held-out figures.
+      prepare: (model, params) -> (model, params), for example adding a head; None for
+        a language model as it is.
+      reference: whether the examples need reference log-probabilities.
+    """
+
+    kind: str
+    examples: Callable[[Any, Any], list]
+    collate: Callable[[Any, int], Any]
+    objective: Callable[[Model], objectives.Objective]
+    measure: Callable[[Model, PyTree, Any], dict[str, float]]
+    prepare: Callable[[Model, PyTree], tuple[Model, PyTree]] | None = None
+    reference: bool = False
+
+
+def run_recipe(
+    config: RunConfig, recipe: Recipe, callbacks: Callbacks
+) -> dict[str, Any]:
+    with open_run(config, recipe.kind, callbacks) as run:
+        # Whatever is wrong with the rows is said before the model is loaded.
+        train_rows, eval_rows = load_run_rows(config.data, config)
+        head = None if recipe.prepare else "language"
+        opened = open_pretrained(config.model, head=head, max_length=config.max_length)
+        tokenizer = opened.tokenizer
+        found = tokenizer_inputs(tokenizer)
+        if recipe.prepare:
+            data.end_template_at_turn(tokenizer)
+        sets = {"train": recipe.examples(train_rows, tokenizer)}
+        if eval_rows is not None:
+            sets["eval"] = recipe.examples(eval_rows, tokenizer)
+        run.clock.lap("read data")
+        compute = config.compute
+        how = {"mesh": run.mesh, "dtype": compute.dtype, "remat": compute.remat}
+        model, params, _ = load_pretrained(opened, **how)
+        if recipe.prepare:
+            model, params = recipe.prepare(model, params)
+        size = len(sets["train"]), config.batch_size
+        steps = config.steps or data.num_steps(*size, config.epochs)
+        found |= run_inputs(config, params, sets["train"], steps)
+        held_out = examples_digest(sets.get("eval", []))
+        run = identify(run, found, held_out, reschedule=config.reschedule)
+        run.clock.lap("load model")
+        how = {"batch_size": config.batch_size, "max_length": config.max_length}
+        if recipe.reference:
+            cache = run.out / "reference.npz"
+            sets = reference_examples(model, params, sets, **how, cache=cache)
+            run.clock.lap("reference log-probs")
+        prompts = []
+        if not model.config.num_labels:
+            shown = eval_rows or train_rows
+            prompts = sample_prompts(shown, tokenizer, config.columns)
+
+        def look(params):
+            given = recipe.measure, model, params, sets.get("eval")
+            figures = measure(*given, collate=recipe.collate, **how)
+            return Evaluation(figures, sample_texts(model, params, tokenizer, prompts))
+
+        def save(tree):
+            with whole_folder(run.out / "model") as folder:
+                models.save(folder, model, tree["state"].params, tokenizer)
+
+        evaluations = measure_start(run, params, look, digest=held_out)
+        trainer = make_trainer(
+            recipe.objective(model),
+            model,
+            config.optim,
+            updates=steps,
+            microbatches=compute.microbatches,
+        )
+        restored = resumed(run, {"state": model}, {"state": trainer}, steps)
+        if restored is None:
+            key = jax.random.key(config.seed)
+            state = init_state(params, trainer.tx, key, mesh=run.mesh)
+        else:
+            state = restored.tree["state"]
+        index, count = sharding.process_slice(run.mesh)
+        batches = data.make_loader(
+            sets["train"],
+            **how,
+            seed=config.seed,
+            collate=recipe.collate,
+            pack_rows=sharding.batch_parts(run.mesh) * compute.microbatches,
+            shard_index=index,
+            shard_count=count,
+            start_step=int(state.step),
+            steps=steps,
+        )
+        return train_and_report(
+            run,
+            evaluations,
+            state=state,
+            step_fn=trainer.step,
+            batches=batches,
+            steps=steps,
+            restored=restored,
+            names=row_namer(train_rows, sets["train"], config),
+            prompts=prompts,
+            save=save,
+            counts=lambda s, n: {"steps": int(s.step), "num_tokens": int(n)},
+            flops_per_token=training_flops_per_token(state.params),
+        )
 
 
 def run_sft(
@@ -34,31 +161,23 @@ def run_sft(
     options = config.sft
 
     def examples(rows, tokenizer):
-        found, counts = data.sft_examples(
+        found, _ = data.sft_examples(
             rows,
             tokenizer,
             assistant_only=options.assistant_only,
             completion_only=options.completion_only,
             **_how(config),
         )
-        packed = data.pack(found, config.max_length) if options.packing else found
-        return packed, counts
+        return data.pack(found, config.max_length) if options.packing else found
 
-    def objective(model):
-        return objectives.make_sft_objective(model, terms=options.terms())
-
-    return run_recipe(
-        config,
-        Recipe(
-            "sft",
-            examples,
-            data.collate_tokens,
-            None,
-            objective,
-            evaluate.eval_loss,
-        ),
-        callbacks,
+    recipe = Recipe(
+        "sft",
+        examples,
+        data.collate_tokens,
+        partial(objectives.make_sft_objective, terms=options.terms()),
+        evaluate.eval_loss,
     )
+    return run_recipe(config, recipe, callbacks)
 
 
 def run_reward(
@@ -77,30 +196,22 @@ def run_reward(
         return models.add_scalar_head(model, params, key=key)
 
     def examples(rows, tokenizer):
-        found, counts = _preference_examples(config)(rows, tokenizer)
+        found, counts = data.preference_examples(rows, tokenizer, **_how(config))
         if cut := counts["truncated"]:
             _log.warning("%d pairs are scored where --max-length cuts them", cut)
-        return found, counts
+        return found
 
-    def objective(model):
-        return objectives.make_reward_objective(
-            model,
-            terms=config.reward.terms(),
-            center_coef=config.reward.center_coef,
-        )
-
-    return run_recipe(
-        config,
-        Recipe(
-            "reward",
-            examples,
-            data.collate_preferences,
-            prepare,
-            objective,
-            evaluate.preference_accuracy,
-        ),
-        callbacks,
+    options = config.reward
+    how = {"terms": options.terms(), "center_coef": options.center_coef}
+    recipe = Recipe(
+        "reward",
+        examples,
+        data.collate_preferences,
+        partial(objectives.make_reward_objective, **how),
+        evaluate.preference_accuracy,
+        prepare,
     )
+    return run_recipe(config, recipe, callbacks)
 
 
 def run_dpo(
@@ -111,30 +222,16 @@ def run_dpo(
 ) -> dict[str, Any]:
     """DPO or a relative; as run_sft. The reference is the start model."""
     config = settings_or(DPOConfig, config, settings)
-    options = config.dpo
-
-    def objective(model):
-        return objectives.make_dpo_objective(
-            model, terms=options.terms(), beta=options.reward_beta
-        )
-
-    return run_recipe(
-        config,
-        Recipe(
-            "dpo",
-            _preference_examples(config),
-            data.collate_preferences,
-            None,
-            objective,
-            functools.partial(evaluate.preference_accuracy, beta=options.reward_beta),
-            reference=True,
-        ),
-        callbacks,
+    terms, beta = config.dpo.terms(), config.dpo.reward_beta
+    recipe = Recipe(
+        "dpo",
+        lambda *given: data.preference_examples(*given, **_how(config))[0],
+        data.collate_preferences,
+        partial(objectives.make_dpo_objective, terms=terms, beta=beta),
+        partial(evaluate.preference_accuracy, beta=beta),
+        reference=True,
     )
-
-
-def _preference_examples(config: RunConfig):
-    return functools.partial(data.preference_examples, **_how(config))
+    return run_recipe(config, recipe, callbacks)
 
 
 def _how(config: RunConfig) -> dict[str, Any]:

@@ -1,38 +1,40 @@
-"""Rollouts: prompts -> completions -> rewards -> advantages, all on the host.
+"""Rollouts: prompts -> completions -> rewards and log-probabilities, all on the host.
 
 A rollout batch is whole on every process, as NumPy: [B, T] floats are small beside
 the model, and so whitening and statistics are over the global batch by construction.
-The models come in as functions (`Actors`); nothing here knows of parameters.
+The models come in as functions (`RolloutFunctions`).
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jalign import data, losses
 from jalign.generate import continuations
 from jalign.rewards.samples import RewardFn, Samples, reward_of, samples_of
 from jalign.rewards.sums import add_up, mean_of_judged
-from jalign.train.online_config import ScoreLimits
-from jalign.types import Completion, PyTree, Rollout, TokenBatch
+from jalign.train.evaluations import Evaluation
+from jalign.train.online_config import OnlineConfig, ScoreLimits
+from jalign.types import Completion, PyTree, TokenBatch
 
 ROLLOUT_KL = "objective/kl"
+GOLD = "--eval-reward"  # no term of a --reward is called so
+_EVAL_STREAM = 2**31 - 1  # no iteration gets as far, so no rollout uses its key
+_SAMPLES = 8  # completions kept for the report
 
 
-class Actors(NamedTuple):
+class RolloutFunctions(NamedTuple):
     """What a rollout asks of the models, from host arrays to host arrays.
 
     Attributes:
       sample: (policy params, P prompts, key) -> Completion [P * group_size, N], the
         completions of a prompt behind each other.
-      policy: (policy params, TokenBatch) -> float32 [B, T], nats, the trainer's own;
-        and the values of its head, float32 [B, T], or None.
-      reference: TokenBatch -> float32 [B, T], nats, of the frozen reference; or None.
-      critic: (critic params, TokenBatch) -> float32 [B, T]; or None.
+      score: (params of the policy and of its critic by name, TokenBatch, with_logps) ->
+        "policy": log-probabilities, float32 [B, T], nats, the trainer's own, and the
+        values of its head or None, where with_logps; "reference": float32 [B, T],
+        nats, where there is one; "critic": values, float32 [B, T], where it is given.
       reward: (prompts, completions, rows) -> float32 [B], or [B, K] of K rewards;
         jalign.rewards.checked makes one that names the row whose reward is no finite
         number.
@@ -45,9 +47,7 @@ class Actors(NamedTuple):
     """
 
     sample: Callable[[PyTree, Sequence[Any], jax.Array], Completion]
-    policy: Callable[[PyTree, TokenBatch], tuple[np.ndarray, np.ndarray | None]]
-    reference: Callable[[TokenBatch], np.ndarray] | None
-    critic: Callable[[PyTree, TokenBatch], np.ndarray] | None
+    score: Callable[[Mapping[str, PyTree], TokenBatch, bool], dict[str, Any]]
     reward: RewardFn
     tokenizer: Any
     stop_tokens: tuple[int, ...]
@@ -57,7 +57,7 @@ class Actors(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Completions of a batch of prompts, with what both policies and a judge say.
+    """Completions of a batch of prompts, with what both policies and a reward say.
 
     Attributes:
       batch: TokenBatch [B, T], prompt and completion in a row.
@@ -65,12 +65,12 @@ class Scored(NamedTuple):
         they were not asked for.
       sampler_logps: float32 [B, T], nats, the same by the sampler; 0 elsewhere.
       ref_logps: float32 [B, T], nats; None without a reference.
-      rewards: float32 [B], as the judge gave them, weighted and summed.
+      rewards: float32 [B], as they were given, weighted and summed.
       stopped: bool [B], ended by a stop token and not by the length limit.
       texts: the B completions as text.
       reward_parts: name -> float32 [B], before its weight; NaN where not judged.
-      values: float32 [B, T], of the policy's value head, by the pass of `logps`; None
-        where there is no such head or no such pass.
+      values: float32 [B, T], of the critic or of the policy's value head, then by the
+        pass of `logps`; None without either.
     """
 
     batch: TokenBatch
@@ -115,8 +115,8 @@ def ended(completion: Completion, stop_tokens: Sequence[int]) -> np.ndarray:
 
 
 def sample_and_score(
-    actors: Actors,
-    policy_params: PyTree,
+    functions: RolloutFunctions,
+    params: Mapping[str, PyTree],
     examples: Sequence[data.PromptExample],
     key: jax.Array,
     *,
@@ -125,38 +125,37 @@ def sample_and_score(
     """group_size completions of each prompt, their rewards and log-probabilities.
 
     Args:
-      actors: who samples and judges.
-      policy_params: the policy's.
+      functions: of make_functions.
+      params: of the "policy" and, where its values are wanted, of the "critic".
       examples: the prompts.
       key: PRNG key [], of the sampling.
       with_logps: make the trainer's pass of the policy over the completions.
     """
     prompts = [example.tokens.tolist() for example in examples]
-    completion = actors.sample(policy_params, prompts, key)
-    examples = in_groups(examples, actors.group_size)
-    prompts = in_groups(prompts, actors.group_size)
-    batch = join(prompts, completion, actors.row_lengths[-1])
+    completion = functions.sample(params["policy"], prompts, key)
+    examples = in_groups(examples, functions.group_size)
+    prompts = in_groups(prompts, functions.group_size)
+    batch = join(prompts, completion, functions.row_lengths[-1])
     rows = zip(completion.tokens, completion.mask, strict=True)
     ids = [tokens[mask].tolist() for tokens, mask in rows]
-    known = actors.tokenizer, actors.stop_tokens
-    texts = continuations(known[0], prompts, ids, known[1])
-    samples = samples_of(examples, ids, texts, *known)
-    rewards, parts = judge(actors, samples)
+    tokenizer, stops = functions.tokenizer, functions.stop_tokens
+    texts = continuations(tokenizer, prompts, ids, stops)
+    samples = samples_of(examples, ids, texts, tokenizer, stops)
+    rewards, parts = weighted_rewards(functions, samples)
     sampler_logps = np.zeros(batch.tokens.shape, np.float32)
     sampler_logps[batch.completion_mask] = completion.logps[completion.mask]
-    logps, values = None, None
-    if with_logps:
-        logps, values = actors.policy(policy_params, batch)
+    passed = functions.score(params, batch, with_logps)
+    logps, values = passed.get("policy", (None, None))
     return Scored(
         batch,
         logps,
         sampler_logps,
-        ref_logps=actors.reference(batch) if actors.reference else None,
+        ref_logps=passed.get("reference"),
         rewards=rewards,
-        stopped=ended(completion, actors.stop_tokens),
+        stopped=ended(completion, stops),
         texts=samples.completions,
         reward_parts=parts,
-        values=values,
+        values=passed.get("critic", values),
     )
 
 
@@ -165,12 +164,14 @@ def in_groups(items: Sequence[Any], group_size: int) -> list[Any]:
     return [item for item in items for _ in range(group_size)]
 
 
-def judge(actors: Actors, samples: Samples) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def weighted_rewards(
+    functions: RolloutFunctions, samples: Samples
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(weighted sum of the rewards [B], each reward [B] by name)."""
-    values = reward_of(actors.reward, samples)
+    values = reward_of(functions.reward, samples)
     columns = np.asarray(values, np.float32).reshape(len(samples.completions), -1)
-    parts = dict(zip(actors.reward_weights, columns.T, strict=True))
-    return add_up(columns, list(actors.reward_weights.values())), parts
+    parts = dict(zip(functions.reward_weights, columns.T, strict=True))
+    return add_up(columns, list(functions.reward_weights.values())), parts
 
 
 def shape_scores(
@@ -195,64 +196,6 @@ def shape_scores(
     return scores.astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("whiten_rewards", "whiten_advantages"))
-def estimate_advantages(
-    scores: jax.Array,
-    logps: jax.Array,
-    ref_logps: jax.Array,
-    values: jax.Array,
-    mask: jax.Array,
-    *,
-    kl_coef: float,
-    gamma: float,
-    gae_lambda: float,
-    whiten_rewards: bool = False,
-    whiten_advantages: bool = True,
-) -> tuple[jax.Array, jax.Array]:
-    """KL-shaped token rewards, then GAE, then whitening.
-
-    The score stands on the completion's last token, and -kl_coef * kl_k1 on every
-    one. Returns are made of the advantages *before* whitening.
-
-    Args:
-      scores: float32 [B].
-      logps, ref_logps, values: float32 [B, T].
-      mask: bool [B, T], the completions.
-      kl_coef, gamma, gae_lambda: scalars.
-      whiten_rewards: divide the token rewards by their deviation; their mean stays.
-      whiten_advantages: to mean 0 and variance 1 over the whole batch.
-
-    Returns: (advantages, returns), float32 [B, T], 0 outside the mask.
-    """
-    rewards = losses.kl_shaped_rewards(scores, logps, ref_logps, mask, beta=kl_coef)
-    if whiten_rewards:
-        rewards = losses.masked_whiten(rewards, mask, shift_mean=False)
-    advantages, returns = losses.gae(
-        rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda
-    )
-    if whiten_advantages:
-        advantages = losses.masked_whiten(advantages, mask)
-    return advantages, jnp.where(mask, returns, 0.0)
-
-
-def make_rollout(
-    scored: Scored, scores: np.ndarray, values: np.ndarray, **options: Any
-) -> Rollout:
-    """The batch for the objectives; options as in estimate_advantages. Host arrays."""
-    mask = scored.batch.completion_mask
-    advantages, returns = estimate_advantages(
-        scores, scored.logps, scored.ref_logps, values, mask, **options
-    )
-    return Rollout(
-        *scored.batch,
-        old_logps=scored.logps,
-        ref_logps=scored.ref_logps,
-        values=values,
-        advantages=np.asarray(advantages),
-        returns=np.asarray(returns),
-    )
-
-
 def reference_kl(scored: Scored) -> np.ndarray:
     """float32 [B], nats: the sum of kl_k1 to the reference over each completion."""
     assert scored.ref_logps is not None, "there is no reference"
@@ -262,35 +205,66 @@ def reference_kl(scored: Scored) -> np.ndarray:
     return np.where(scored.batch.completion_mask, k1, 0.0).sum(axis=1)
 
 
-def rollout_metrics(
-    scored: Scored, scores: np.ndarray, *, kl_coef: float
-) -> dict[str, float]:
-    """Averages over the completions of a rollout, named as TRL's PPO names them.
-
-    `objective/kl`, in nats a completion, is the sum of kl_k1 over its tokens;
-    `objective/entropy` the sum of -log p. `reward` is the judge's own, before
-    clipping and penalty; `objective/scores` is after them.
-    """
-    mask, kl = scored.batch.completion_mask, reference_kl(scored)
-    assert scored.logps is not None, "the policy's pass was left out"
-    gaps = np.abs(scored.logps - scored.sampler_logps)[mask]
-    lengths = mask.sum(axis=1)
-    penalty = -kl_coef * kl.mean()
-    means = {
-        ROLLOUT_KL: kl.mean(),
-        "objective/entropy": -np.where(mask, scored.logps, 0.0).sum(axis=1).mean(),
-        "objective/non_score_reward": penalty,
-        "objective/rlhf_reward": penalty + scores.mean(),
-        "objective/scores": scores.mean(),
-        "objective/kl_coef": kl_coef,
+def common_metrics(scored: Scored) -> dict[str, Any]:
+    """What every algorithm tells of a rollout; `reward` is before clipping and penalty,
+    `objective/kl`, where there is a reference, in nats a completion."""
+    found = {
         "reward": scored.rewards.mean(),
-        "reward_std": scored.rewards.std(),
-        "val/num_eos_tokens": scored.stopped.sum(),
-        "completions/mean_length": lengths.mean(),
+        "completions/mean_length": scored.batch.completion_mask.sum(axis=1).mean(),
         "completions/clipped_ratio": 1.0 - scored.stopped.mean(),
-        "sampling/sampling_logp_difference/max": np.max(gaps, initial=0.0),
     }
-    if len(scored.reward_parts) > 1:
-        for name, part in scored.reward_parts.items():
-            means[f"rewards/{name}/mean"] = mean_of_judged(part)
-    return {name: float(value) for name, value in means.items()}
+    if scored.ref_logps is not None:
+        found[ROLLOUT_KL] = reference_kl(scored).mean()
+    return found
+
+
+def evaluate_prompts(
+    functions: RolloutFunctions,
+    params: PyTree,
+    prompts: Sequence[data.PromptExample],
+    config: OnlineConfig,
+) -> Evaluation:
+    """Samples one completion for each prompt, with the same draw every time.
+
+    The figures are means over the prompts: reward, gold_reward where there is an
+    eval_reward, each of several rewards, kl (to the reference where there is one, nats
+    a completion), completion_length (tokens), stopped (share).
+
+    Args:
+      functions: of make_functions, with groups of one.
+      params: the policy's.
+      prompts: held-out ones; none gives no figures.
+      config: for the seed, the batch size, and whether there is a reference.
+    """
+    if not prompts:
+        return Evaluation({}, [])
+    key = jax.random.fold_in(jax.random.key(config.seed), _EVAL_STREAM)
+    rows = config.completions  # as many as a rollout has
+    parts = [
+        sample_and_score(
+            functions,
+            {"policy": params},
+            prompts[start : start + rows],
+            jax.random.fold_in(key, number),
+            with_logps=config.has_reference,  # they are read for the KL alone
+        )
+        for number, start in enumerate(range(0, len(prompts), rows))
+    ]
+
+    def mean(of) -> float:
+        return float(np.concatenate([of(part) for part in parts]).mean())
+
+    figures = {"reward": mean(lambda x: x.rewards)}
+    names = [name for name in functions.reward_weights if name != GOLD]
+    if GOLD in functions.reward_weights:
+        figures["gold_reward"] = mean(lambda x: x.reward_parts[GOLD])
+    for name in names if len(names) > 1 else ():
+        column = np.concatenate([part.reward_parts[name] for part in parts])
+        figures[f"rewards/{name}"] = mean_of_judged(column)
+    if config.has_reference:
+        figures["kl"] = mean(reference_kl)
+    figures |= {
+        "completion_length": mean(lambda x: x.batch.completion_mask.sum(1)),
+        "stopped": mean(lambda x: x.stopped),
+    }
+    return Evaluation(figures, parts[0].texts[:_SAMPLES])

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -22,12 +23,12 @@ from jax.sharding import Mesh
 from jalign import sharding
 from jalign.data.templates import fixed_clock
 from jalign.settings import as_text
-from jalign.train import inputs as run_inputs
 from jalign.train.checkpoint import Checkpointer, Restored
-from jalign.train.evaluations import Evaluations
-from jalign.train.stop import StopSignal
+from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluations
+from jalign.train.inputs import Inputs, changes
+from jalign.train.stop import StopSignal, set_aside
+from jalign.types import PyTree
 
-PyTree = Any
 _log = logging.getLogger("jalign.train")
 
 # Of what is stored with a checkpoint; 1 had no inputs, 2 not `jalign reward`'s options.
@@ -42,10 +43,28 @@ MAY_CHANGE = frozenset(
 SOURCES = frozenset({"model", "data", "reward"})
 
 
+class Clock:
+    """Seconds of each part of a run, for the report: `seconds`, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Books the time since the last lap under this name."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
 class Run(NamedTuple):
-    """A run's directory, opened.
+    """A run's settings, and its directory, opened.
 
     Attributes:
+      config: its config.
+      kind: of its recipe, for example "sft".
+      callbacks: who looks on.
+      clock: where its time goes.
       out: the directory.
       mesh: None on a single device.
       checkpointer: of out/checkpoints.
@@ -55,6 +74,10 @@ class Run(NamedTuple):
       previous: the meta of the newest checkpoint, or None.
     """
 
+    config: Any
+    kind: str
+    callbacks: Callbacks
+    clock: Clock
     out: Path
     mesh: Mesh | None
     checkpointer: Checkpointer
@@ -72,9 +95,7 @@ def make_run_mesh(spec: str | None) -> Mesh | None:
     """
     sizes = sharding.parse_mesh(spec)
     devices = jax.devices()
-    wanted = 1
-    for size in sizes.values():
-        wanted *= size
+    wanted = math.prod(sizes.values())
     # Only "fsdp=..." fixes the number of devices: unnamed, fsdp takes the rest.
     if sizes.get("fsdp", -1) > 0 and 0 < wanted < len(devices):
         if jax.process_count() > 1:
@@ -89,22 +110,10 @@ def make_run_mesh(spec: str | None) -> Mesh | None:
     return mesh if mesh.size > 1 else None
 
 
-class Clock:
-    """Seconds of each part of a run, for the report: `seconds`, by name."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Books the time since the last lap under this name."""
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-
 @contextlib.contextmanager
-def open_run(config: Any, kind: str) -> Iterator[Run]:
+def open_run(
+    config: Any, kind: str, callbacks: Callbacks = NO_CALLBACKS
+) -> Iterator[Run]:
     """Locks OUT, refuses another run's checkpoints, and closes everything at the end.
 
     Inside, SIGTERM and SIGINT raise Preempted (see StopSignal), and the clock of chat
@@ -113,6 +122,7 @@ def open_run(config: Any, kind: str) -> Iterator[Run]:
     Args:
       config: a config dataclass with `out`, `mesh` and `resume`.
       kind: the recipe's name, for example "sft"; part of what may not change.
+      callbacks: for the Run.
 
     Raises: ValueError if OUT has checkpoints of other settings, or another run is
       working in it; OSError if OUT cannot be written.
@@ -130,23 +140,24 @@ def open_run(config: Any, kind: str) -> Iterator[Run]:
         checkpointer = Checkpointer(directory)
         if not config.resume and not checkpointer.empty():
             checkpointer.close()
-            _set_aside(directory)
+            target = set_aside(directory, "old", first=1)
+            _log.warning("starting anew: the old checkpoints are now in %s", target)
             checkpointer = Checkpointer(directory)
         previous = checkpointer.peek()
         _check_same_run(out, previous, record, config)
         clock = (previous or {}).get("clock") or _agreed_now()
         meta = {"version": RECORD_VERSION, "config": record, "clock": clock}
-        meta["config_hash"] = config_hash(record)
         try:
             with fixed_clock(datetime.fromisoformat(clock)):
-                yield Run(out, mesh, checkpointer, meta, stop, previous)
+                given = config, kind, callbacks, Clock()
+                yield Run(*given, out, mesh, checkpointer, meta, stop, previous)
         finally:
             stop.hold()
             checkpointer.close()
 
 
 def identify(
-    run: Run, inputs: run_inputs.Inputs, held_out: str, *, reschedule: bool = False
+    run: Run, inputs: Inputs, held_out: str, *, reschedule: bool = False
 ) -> Run:
     """The run with its inputs in what its checkpoints store.
 
@@ -159,10 +170,11 @@ def identify(
     Raises: ValueError naming what is not as it was in the run's checkpoints, or not
       the same on every process.
     """
-    run_inputs.agree(inputs | {"the held-out rows": held_out})
+    for name, value in (inputs | {"the held-out rows": held_out}).items():
+        sharding.agree(name, value)
     if run.previous is not None:
         old = run.previous.get("inputs")
-        _refuse(run.out, run_inputs.changes(old, inputs, reschedule=reschedule))
+        _refuse(run.out, changes(old, inputs, reschedule=reschedule))
     return run._replace(meta=run.meta | {"inputs": inputs})
 
 
@@ -176,13 +188,14 @@ def restore_state(run: Run, abstract: PyTree) -> Restored | None:
 
 def kept_tree(
     run: Run, evaluations: Evaluations, tree: PyTree, last: int
-) -> Restored | None:
-    """The checkpoint that keep_best chose, laid out as the tree; None for the last."""
+) -> tuple[PyTree, int]:
+    """What is exported and its step: the checkpoint that keep_best chose, laid out as
+    the tree, or else the tree itself, which is of the last step."""
     kept = evaluations.kept
     if kept is None or kept == last:
-        return None
+        return tree, last
     _log.info("OUT/model is of step %d, the best of %d", kept, last)
-    return run.checkpointer.restore_step(kept, tree)
+    return run.checkpointer.restore_step(kept, tree).tree, kept
 
 
 def fixed_settings(config: Any) -> dict[str, Any]:
@@ -212,12 +225,6 @@ def _agreed_now() -> str:
         text = np.frombuffer(now.encode(), np.uint8)
         now = np.asarray(multihost_utils.broadcast_one_to_all(text)).tobytes().decode()
     return now
-
-
-def config_hash(record: dict[str, Any]) -> str:
-    """16 hex digits of a settings record."""
-    text = json.dumps(record, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check_same_run(
@@ -255,18 +262,6 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     for name, value in record.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _set_aside(directory: Path) -> None:
-    """--no-resume: nothing is deleted, the old checkpoints get another name."""
-    sharding.barrier("set aside")
-    if sharding.is_main_process():
-        number = 1
-        while (target := directory.with_name(f"checkpoints.old{number}")).exists():
-            number += 1
-        directory.rename(target)
-        _log.warning("starting anew: the old checkpoints are now in %s", target)
-    sharding.barrier("was set aside")
 
 
 @contextlib.contextmanager

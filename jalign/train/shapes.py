@@ -1,16 +1,18 @@
-"""The few shapes of an online run, known before its first rollout."""
+"""The few shapes of an online run, known before its first rollout, and how batches of
+them reach the mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jalign import data
+from jalign import data, sharding
 from jalign.data.loader import choose_sizes, sample_batches
 from jalign.generate.engine import bucket_length
 from jalign.train.online_config import OnlineConfig
-from jalign.types import Rollout
+from jalign.types import PyTree, Rollout
 
 
 class Shapes(NamedTuple):
@@ -65,6 +67,44 @@ def choose_shapes(
         choose_sizes(needs, widest, sampling, alone),
         choose_sizes([row_length(int(n)) for n in drawn], row_length(longest), float),
     )
+
+
+def local_rows(batch: PyTree, mesh: Mesh | None) -> PyTree:
+    """A batch that every process holds whole -> global arrays over the mesh."""
+    index, count = sharding.process_slice(mesh)
+
+    def mine(x):
+        share = len(x) // count
+        return x[index * share : (index + 1) * share]
+
+    return sharding.put_batch(jax.tree.map(mine, batch), mesh)
+
+
+def in_pieces(
+    function: Callable[[PyTree], PyTree], batch: PyTree, *, rows: int, mesh: Mesh | None
+) -> PyTree:
+    """function(batch), `rows` rows at a time: one compilation and bounded memory.
+
+    Args:
+      function: from a batch on the mesh to arrays [rows, ...].
+      batch: host arrays [B, ...]; filled up with zeros to a multiple of `rows`.
+      rows: of each piece.
+      mesh: where the pieces go.
+
+    Returns: host arrays [B, ...].
+    """
+    size = len(jax.tree.leaves(batch)[0])
+    missing = -size % rows
+
+    def fill(x):
+        return np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)])
+
+    filled = jax.tree.map(fill, batch)
+    pieces = []
+    for start in range(0, size, rows):
+        piece = jax.tree.map(lambda x, at=start: x[at : at + rows], filled)
+        pieces.append(sharding.gather(function(local_rows(piece, mesh))))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:size], *pieces)
 
 
 def cut(rollout: Rollout, row_lengths: Sequence[int]) -> Rollout:

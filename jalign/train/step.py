@@ -1,7 +1,7 @@
 """The training step: micro-batches, one division, a guard against non-finite steps."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ import optax
 from jax.sharding import Mesh
 
 from jalign import sharding
+from jalign.models import Model
 from jalign.train.objectives import Objective
-from jalign.train.optim import current_learning_rate
-from jalign.types import Loss, TrainState
+from jalign.train.optim import OptimConfig, current_learning_rate, make_optimizer
+from jalign.types import Loss, PyTree, TrainState
 
-PyTree = Any
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -36,17 +36,18 @@ def init_state(
       mesh: None leaves everything where it is.
     """
 
-    def make(params: Any, key):
-        params = params if init is None else init(key)
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, tx.init(params), key)
+    def make(given: Any, key):
+        return _fresh(params(key) if callable(params) else given, tx, key)
 
-    init = params if callable(params) else None
-    given = None if init else params
+    given = None if callable(params) else params
     if mesh is None:
         return jax.jit(make)(given, key)
     shardings = sharding.state_shardings(mesh, jax.eval_shape(make, given, key))
     return jax.jit(make, out_shardings=shardings)(given, key)
+
+
+def _fresh(params: PyTree, tx: optax.GradientTransformation, key) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), key)
 
 
 def abstract_state(
@@ -56,12 +57,7 @@ def abstract_state(
     mesh: Mesh | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state, without allocating it (for restore)."""
-
-    def make(params):
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, tx.init(params), jax.random.key(0))
-
-    shapes = jax.eval_shape(make, param_shapes)
+    shapes = jax.eval_shape(lambda p: _fresh(p, tx, jax.random.key(0)), param_shapes)
     if mesh is None:
         return shapes
     return jax.tree.map(
@@ -132,6 +128,44 @@ def make_train_step(
     return sharding.announced(step, words, **options)
 
 
+class Trainer(NamedTuple):
+    """How a run updates one of its models.
+
+    Attributes:
+      step: of make_train_step.
+      tx: its optax transformation.
+    """
+
+    step: TrainStep
+    tx: optax.GradientTransformation
+
+
+def make_trainer(
+    objective: Objective,
+    model: Model,
+    optim: OptimConfig,
+    *,
+    updates: int,
+    microbatches: int,
+    name: str = "the training step",
+) -> Trainer:
+    """The optimizer and the compiled step of a model; the schedule runs over `updates`.
+
+    The new state is pinned to the layout of the old one. `name` is the step's.
+    """
+    tx, schedule = make_optimizer(optim, updates)
+    shapes = abstract_state(model.param_shapes(), tx, mesh=model.mesh)
+    step = make_train_step(
+        objective,
+        tx,
+        microbatches=microbatches,
+        state_shardings=model.mesh and sharding.state_shardings(model.mesh, shapes),
+        schedule=schedule,
+        name=name,
+    )
+    return Trainer(step, tx)
+
+
 def guarded_update(
     tx: optax.GradientTransformation, state: TrainState, grads: PyTree, ok: jax.Array
 ) -> tuple[PyTree, PyTree, jax.Array]:
@@ -189,12 +223,10 @@ def accumulate(
 def empty_loss(shapes: Loss) -> Loss:
     """What adding to it leaves unchanged; shapes: of jax.eval_shape."""
 
-    def empty(name):
-        start = {"min_": jnp.inf, "max_": -jnp.inf}.get(name[:4], 0.0)
-        return jnp.float32(start), jnp.float32(0.0)
-
-    metrics = {name: empty(name) for name in shapes.metrics}
-    return Loss(jnp.float32(0.0), jnp.float32(0.0), metrics)
+    zero = jnp.float32(0.0)
+    starts = {"min_": jnp.float32(jnp.inf), "max_": jnp.float32(-jnp.inf)}
+    metrics = {name: (starts.get(name[:4], zero), zero) for name in shapes.metrics}
+    return Loss(zero, zero, metrics)
 
 
 def split_microbatches(batch, microbatches: int):
@@ -221,11 +253,8 @@ def add_losses(a: Loss, b: Loss) -> Loss:
 
     def merge(name):
         (x, n), (y, m) = a.metrics[name], b.metrics[name]
-        if name.startswith("min_"):
-            return jnp.minimum(x, y), jnp.maximum(n, m)
-        if name.startswith("max_"):
-            return jnp.maximum(x, y), jnp.maximum(n, m)
-        return x + y, n + m
+        extreme = {"min_": jnp.minimum, "max_": jnp.maximum}.get(name[:4])
+        return (extreme(x, y), jnp.maximum(n, m)) if extreme else (x + y, n + m)
 
     metrics = {name: merge(name) for name in a.metrics}
     return Loss(a.sum + b.sum, a.count + b.count, metrics)

@@ -1,10 +1,14 @@
-"""SIGTERM and SIGINT: a run that is asked to stop leaves in good order, at any time."""
+"""A run that is asked to stop (SIGTERM, SIGINT) leaves in good order, at any time, and
+its folders are there whole or not at all."""
 
 import contextlib
+import itertools
 import logging
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -88,3 +92,57 @@ class StopSignal:
         """Whether to save and leave now; call it after every step. The same answer on
         every process."""
         return self._name is not None or sharding.preempted(step)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` once it is complete.
+
+    A kill leaves the old `target` or none, and TARGET.partial, which the next call
+    removes. Files of other names that lie in an old `target` stay. Collective.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    old = target.with_name(f"{target.name}.old")
+    main = sharding.is_main_process()
+    if main:
+        for rest in (partial, old):
+            shutil.rmtree(rest, ignore_errors=True)
+    sharding.barrier(f"begin {target}")
+    try:
+        yield partial
+    except BaseException:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sharding.barrier(f"written {target}")
+    if main:
+        if target.exists():
+            _keep_others(target, partial)
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        _log.info("%s is complete", target)
+    sharding.barrier(f"end {target}")
+
+
+def set_aside(path: Path, why: str, first: int = 0) -> Path:
+    """Nothing is deleted: a folder is called PATH.WHY, PATH.WHY1, ... Collective.
+
+    Returns: the new path, on process 0.
+    """
+    sharding.barrier("set aside")
+    target = path
+    if sharding.is_main_process():
+        names = (f"{path.name}.{why}{n or ''}" for n in itertools.count(first))
+        target = next(p for p in map(path.with_name, names) if not p.exists())
+        path.rename(target)
+    sharding.barrier("was set aside")
+    return target
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copies what a user has put beside the weights (a README) into the new folder."""
+    for file in old.iterdir():
+        stale = ".safetensors" in file.name or (new / file.name).exists()
+        if file.is_file() and not stale:
+            shutil.copy2(file, new / file.name)

@@ -1,9 +1,9 @@
 """A tiny GRPO run in the world of tests/train/ppo_world.py."""
 
-from jalign.train.actors import Cast
 from jalign.train.online_config import GRPOConfig, GRPOOptions, SampleConfig
+from jalign.train.online_models import OnlineModels
 from jalign.train.optim import OptimConfig
-from tests.train.ppo_world import make_cast
+from tests.train.ppo_world import make_models
 
 
 def make_grpo_config(out="out", *, sampling=None, grpo=None, **changes) -> GRPOConfig:
@@ -25,5 +25,7 @@ def make_grpo_config(out="out", *, sampling=None, grpo=None, **changes) -> GRPOC
     return GRPOConfig(out=str(out), grpo=GRPOOptions(**options), **fields)
 
 
-def make_group_cast(mesh=None) -> Cast:
-    return make_cast(mesh=mesh)._replace(critic=None, critic_params=None)
+def make_group_models(mesh=None) -> OnlineModels:
+    made = make_models(mesh=mesh)
+    models, params = ({"policy": x["policy"]} for x in (made.models, made.params))
+    return made._replace(models=models, params=params)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from jalign import data, models
-from jalign.train.actors import Cast
 from jalign.train.online_config import CriticConfig, PPOConfig, PPOOptions, SampleConfig
+from jalign.train.online_models import OnlineModels
 from jalign.train.optim import OptimConfig
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklm"]
@@ -71,19 +71,25 @@ def make_config(out="out", *, sampling=None, **changes) -> PPOConfig:
 SHARED = {"critic": CriticConfig(shared_trunk=True)}
 
 
-def make_cast(reward=share_of_a, mesh=None, *, shared=False) -> Cast:
+def make_models(reward=share_of_a, mesh=None, *, shared=False) -> OnlineModels:
     policy = models.Model(CONFIG, mesh=mesh)
     params = policy.init(jax.random.key(0))
-    critic, critic_params, key = None, None, jax.random.key(1)
+    key = jax.random.key(1)
     if shared:
-        policy, params = models.add_value_head(policy, params, key=key)
+        found = {"policy": models.add_value_head(policy, params, key=key)}
     else:
-        critic, critic_params = models.add_scalar_head(policy, params, key=key)
+        critic = models.add_scalar_head(policy, params, key=key)
+        found = {"policy": (policy, params), "critic": critic}
 
     def float_reward(*args):
         return np.asarray(reward(*args), np.float32)
 
-    return Cast(policy, params, critic, critic_params, make_tokenizer(), float_reward)
+    return OnlineModels(
+        {name: model for name, (model, _) in found.items()},
+        {name: params for name, (_, params) in found.items()},
+        make_tokenizer(),
+        float_reward,
+    )
 
 
 def make_prompts(count=24) -> list[data.PromptExample]:
@@ -98,8 +104,9 @@ def make_prompts(count=24) -> list[data.PromptExample]:
 
 def write_world(folder: Path) -> dict[str, str]:
     """A policy, prompts and a reward file on disk: the config's fields."""
-    cast = make_cast()
-    models.save(folder / "model", cast.policy, cast.policy_params, cast.tokenizer)
+    made = make_models()
+    policy = made.models["policy"], made.params["policy"]
+    models.save(folder / "model", *policy, made.tokenizer)
     lines = [json.dumps({"prompt": p.text}) + "\n" for p in make_prompts()]
     (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "held_out.jsonl").write_text("".join(lines[:10]), encoding="utf-8")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jalign import sharding
-from jalign.train import checkpoint, damage
+from jalign.train import checkpoint, integrity
 from jalign.train.checkpoint import Checkpointer
 from tests.train import tiny
 
@@ -155,7 +155,7 @@ def test_an_error_that_hides_its_cause_is_looked_into(saved, monkeypatch):
     checkpointer = Checkpointer(saved)
     monkeypatch.setattr(checkpointer._orbax, "restore", fails(ValueError("no luck")))
     monkeypatch.setattr(
-        damage, "open", fails(OSError(errno.EIO, "I/O error")), raising=False
+        integrity, "open", fails(OSError(errno.EIO, "I/O error")), raising=False
     )
     with pytest.raises(OSError, match="I/O error"):
         checkpointer.restore(jax.eval_shape(tree))

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from jalign.train.damage import check_readable
+from jalign.train.integrity import check_readable
 
 
 def test_a_missing_file_is_damage_and_a_cause_further_down_is_found(tmp_path):

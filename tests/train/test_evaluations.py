@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from jalign.train import online, recipe
+from jalign.train import offline, online
 from jalign.train.checkpoint import Checkpointer
 from jalign.train.config import DPOConfig, RewardConfig, SFTConfig
 from jalign.train.evaluations import (
@@ -184,7 +184,7 @@ def pairs(tmp_path_factory):
 @pytest.fixture
 def best_at_2(monkeypatch):
     """Weights -> a log loss of our choice, the same for the same weights."""
-    real, left, known = recipe.measure, iter([9.0, 3.0, 1.0, 2.0, 4.0]), {}
+    real, left, known = offline.measure, iter([9.0, 3.0, 1.0, 2.0, 4.0]), {}
 
     def measure(fn, model, params, *args, **kwargs):
         figures = real(fn, model, params, *args, **kwargs)
@@ -193,7 +193,7 @@ def best_at_2(monkeypatch):
             known[name] = next(left)
         return figures | {"log_loss": known[name]}
 
-    monkeypatch.setattr(recipe, "measure", measure)
+    monkeypatch.setattr(offline, "measure", measure)
 
 
 def test_the_best_checkpoint_is_exported_and_a_killed_run_finds_the_same(
@@ -209,7 +209,7 @@ def test_the_best_checkpoint_is_exported_and_a_killed_run_finds_the_same(
     assert guarded(pairs, tmp_path / "short", "--steps", "2") == 0
     one, other = (world.weights(tmp_path / name) for name in ("whole", "short"))
     assert all((one[name] == other[name]).all() for name in one)
-    real, calls = recipe.measure, []
+    real, calls = offline.measure, []
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -218,7 +218,7 @@ def test_the_best_checkpoint_is_exported_and_a_killed_run_finds_the_same(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "measure", killed)
+        patch.setattr(offline, "measure", killed)
         assert guarded(pairs, tmp_path / "cut") == 75
     assert guarded(pairs, tmp_path / "cut") == 0
     other = world.weights(tmp_path / "cut")

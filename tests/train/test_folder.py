@@ -2,7 +2,7 @@
 
 import pytest
 
-from jalign.train.folder import whole_folder
+from jalign.train.stop import whole_folder
 
 
 def write(target, weights, fail=False):

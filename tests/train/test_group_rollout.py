@@ -1,9 +1,9 @@
-"""Tests for jalign/train/group_rollout.py."""
+"""What GRPO makes of scored groups."""
 
 import numpy as np
 import pytest
 
-from jalign.train.group_rollout import (
+from jalign.train.algorithms import (
     estimate_group_advantages,
     group_metrics,
     make_group_rollout,
@@ -45,7 +45,7 @@ def centered():
     ],
 )
 def test_advantages_are_those_of_numpy(changes, expected):
-    got = estimate_group_advantages(SCORES, 4, options(**changes))
+    got = estimate_group_advantages(SCORES, options(**changes))
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected().reshape(-1), rtol=1e-5, atol=1e-6)
     assert not got[4:8].any()  # a group that agrees teaches nothing
@@ -71,9 +71,9 @@ def scored_case():
 
 def test_a_rollout_holds_the_advantage_at_each_token():
     scored = scored_case()
-    rollout = make_group_rollout(scored, SCORES, options())
+    rollout = make_group_rollout(scored, SCORES, 0.0, options())
     mask = scored.batch.completion_mask
-    want = estimate_group_advantages(SCORES, 4, options())[:, None] * mask
+    want = estimate_group_advantages(SCORES, options())[:, None] * mask
     np.testing.assert_array_equal(rollout.advantages, want)
     assert rollout.old_logps is scored.logps
     assert rollout.sampler_logps is scored.sampler_logps
@@ -82,18 +82,18 @@ def test_a_rollout_holds_the_advantage_at_each_token():
 
 def test_truncated_completions_are_judged_but_not_trained():
     scored = scored_case()
-    rollout = make_group_rollout(scored, SCORES, options(mask_truncated=True))
+    rollout = make_group_rollout(scored, SCORES, 0.0, options(mask_truncated=True))
     kept = scored.stopped[:, None] & scored.batch.completion_mask
     np.testing.assert_array_equal(rollout.completion_mask, kept)
     # They are still attended to, and the others' advantages are what they were.
     np.testing.assert_array_equal(rollout.segment_ids, scored.batch.segment_ids)
-    full = make_group_rollout(scored, SCORES, options())
+    full = make_group_rollout(scored, SCORES, 0.0, options())
     np.testing.assert_array_equal(rollout.advantages[kept], full.advantages[kept])
 
 
 def test_metrics_have_trls_names():
     scored = scored_case()
-    row = group_metrics(scored, SCORES, 4)
+    row = group_metrics(scored, SCORES, 0.0, options())
     assert row["reward"] == pytest.approx(SCORES.mean())
     assert row["reward_std"] == pytest.approx(GROUPS.std(1, ddof=1).mean())
     assert row["frac_reward_zero_std"] == pytest.approx(1 / 3)
@@ -105,5 +105,6 @@ def test_metrics_have_trls_names():
     assert row["completions/min_terminated_length"] == ended.min()
     assert row["completions/mean_terminated_length"] == pytest.approx(ended.mean())
     assert row["completions/clipped_ratio"] == pytest.approx(1 / 3)
-    none = group_metrics(scored._replace(stopped=np.zeros(12, bool)), SCORES, 4)
+    scored = scored._replace(stopped=np.zeros(12, bool))
+    none = group_metrics(scored, SCORES, 0.0, options())
     assert none["completions/max_terminated_length"] == 0

@@ -1,4 +1,4 @@
-"""Tests for jalign/train/grpo.py."""
+"""Iterations of GRPO, in memory."""
 
 import functools
 
@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from jalign import sharding
-from jalign.train.actors import make_actors
+from jalign.train.algorithms import GRPO, make_group_rollout
 from jalign.train.config import ComputeOptions
-from jalign.train.group_rollout import make_group_rollout
-from jalign.train.grpo import (
-    iterate,
-    make_learner,
-    start_state,
-    update,
-    update_metrics,
-)
+from jalign.train.online_models import make_functions
 from jalign.train.optim import OptimConfig
 from jalign.train.rollout import sample_and_score
-from jalign.train.updates import rollout_prompts
-from tests.train.grpo_world import make_group_cast, make_grpo_config
+from jalign.train.updates import (
+    iterate,
+    make_trainers,
+    over_updates,
+    rollout_prompts,
+    start_state,
+    update,
+)
+from tests.train.grpo_world import make_group_models, make_grpo_config
 from tests.train.ppo_world import make_prompts
 
 # Not Adam's 1e-8, which makes steps of rounding noise where the gradient vanishes.
@@ -33,23 +33,25 @@ CUT = make_grpo_config(grpo=ALL, compute=ComputeOptions(microbatches=4), optim=O
 
 @functools.cache
 def compiled(config, mesh):
-    cast = make_group_cast(mesh)
-    learner = make_learner(cast, config, config.steps)
-    return cast, learner, make_actors(cast, config, group_size=config.group_size)
+    models = make_group_models(mesh)
+    trainers = make_trainers(GRPO, models, config, config.steps)
+    functions = make_functions(models, config, group_size=config.group_size)
+    return models, trainers, functions
 
 
 def start(config, mesh=None):
-    cast, learner, actors = compiled(config, mesh)
-    # The cast is kept between tests, so its parameters must not be taken over.
-    cast = cast._replace(policy_params=jax.tree.map(np.array, cast.policy_params))
-    parts = {"actors": actors, "learner": learner, "config": config, "mesh": mesh}
-    return start_state(cast, learner, config), parts
+    models, trainers, functions = compiled(config, mesh)
+    # They are kept between tests, so the parameters must not be taken over.
+    models = models._replace(params=jax.tree.map(np.array, models.params))
+    parts = {"algorithm": GRPO, "functions": functions, "trainers": trainers}
+    parts |= {"config": config, "mesh": mesh}
+    return start_state(models, trainers, config), parts
 
 
 def one_iteration(config, mesh=None):
     state, parts = start(config, mesh)
     state, metrics = iterate(state, make_prompts(), **parts)
-    return sharding.gather(state.policy.params), metrics
+    return sharding.gather(state.params), metrics
 
 
 def assert_close(got, want, atol=2e-5):
@@ -99,21 +101,22 @@ def once(**changes):
     return make_grpo_config(grpo=ALL | {"num_epochs": 1} | changes, optim=OPTIM)
 
 
-def counted(actors):
-    """The same actors, and a list that grows with each of the policy's passes."""
+def counted(functions):
+    """The same functions, and a list that grows with each of the policy's passes."""
     calls = []
 
-    def policy(*args):
-        calls.append(args)
-        return actors.policy(*args)
+    def score(*args):
+        found = functions.score(*args)
+        calls.extend(found.keys() & {"policy"})
+        return found
 
-    return actors._replace(policy=policy), calls
+    return functions._replace(score=score), calls
 
 
 @pytest.mark.parametrize(("config", "passes"), [(once(), 0), (FULL, 1)])
 def test_the_policys_pass_is_made_for_several_updates_only(config, passes):
     state, parts = start(config)
-    parts["actors"], calls = counted(parts["actors"])
+    parts["functions"], calls = counted(parts["functions"])
     for number in range(1, 3):
         state, _ = iterate(state, make_prompts(), **parts)
         assert len(calls) == passes * number
@@ -125,11 +128,13 @@ def test_one_update_is_the_same_without_the_policys_pass(changes):
     got, metrics = one_iteration(config)
     state, parts = start(config)
     chosen, key = rollout_prompts(make_prompts(), config, 0)
-    scored = sample_and_score(parts["actors"], state.policy.params, chosen, key)
-    rollout = make_group_rollout(scored, scored.rewards, config.grpo)
+    functions, algorithm = parts.pop("functions"), parts.pop("algorithm")
+    scored = sample_and_score(functions, {"policy": state.params}, chosen, key)
+    rollout = make_group_rollout(scored, scored.rewards, 0.0, config.grpo)
     assert rollout.old_logps is not None
-    parts.pop("actors")
-    policy, expected = update(state, rollout, **parts)
+    models, rows = update(state, rollout, **parts)
+    expected = over_updates(rows, algorithm)
+    policy = models["policy"]
     chex.assert_trees_all_close(got, policy.params, rtol=1e-5, atol=1e-7)
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -146,14 +151,14 @@ def test_the_sampler_is_measured_with_and_without_the_policys_pass():
     )
     for config in (once(), CUT):  # with two updates, each of four parts
         state, parts = start(config)
-        actors = parts["actors"]
+        functions = parts["functions"]
 
-        def off(*args, actors=actors):
-            made = actors.sample(*args)
+        def off(*args, functions=functions):
+            made = functions.sample(*args)
             sign = np.float32([0.25, -0.125])[np.arange(made.tokens.shape[1]) % 2]
             return made._replace(logps=made.logps + sign)
 
-        parts["actors"] = actors._replace(sample=off)
+        parts["functions"] = functions._replace(sample=off)
         _, metrics = iterate(state, make_prompts(), **parts)
         found = {name: metrics[f"sampling/{name}"] for name in names}
         assert found["sampling_logp_difference/max"] == pytest.approx(0.25, abs=1e-5)
@@ -178,9 +183,9 @@ def test_extremes_are_over_the_updates_that_trained_a_token():
         "sampling/importance_sampling_ratio/min",
         "sampling/importance_sampling_ratio/max",
     )
-    found = [update_metrics(rows)[name] for name in names]
+    found = [over_updates(rows, GRPO)[name] for name in names]
     assert found == pytest.approx([0.5, np.exp(-0.5), np.exp(0.25)])
-    assert [update_metrics(rows[2:])[name] for name in names] == [0, 1, 1]
+    assert [over_updates(rows[2:], GRPO)[name] for name in names] == [0, 1, 1]
 
 
 def test_a_mesh_changes_nothing():
@@ -192,16 +197,16 @@ def test_a_mesh_changes_nothing():
 
 def test_padding_changes_nothing():
     state, parts = start(FULL)
-    actors = parts["actors"]
+    functions = parts["functions"]
 
     def wide(*args):
         """The sampler, with room behind every completion."""
-        made = actors.sample(*args)
+        made = functions.sample(*args)
         return type(made)(*(np.pad(x, ((0, 0), (0, 16))) for x in made))
 
-    parts["actors"] = actors._replace(sample=wide, row_lengths=(64,))
+    parts["functions"] = functions._replace(sample=wide, row_lengths=(64,))
     state, metrics = iterate(state, make_prompts(), **parts)
-    assert_close(state.policy.params, plain()[0])
+    assert_close(state.params, plain()[0])
     assert metrics["num_tokens"] == plain()[1]["num_tokens"]
 
 
@@ -215,7 +220,7 @@ def test_a_random_model_learns_to_say_a():
         rewards.append(metrics["reward"])
     assert np.mean(rewards[:3]) < 0.2
     assert np.mean(rewards[-3:]) > 0.4
-    assert metrics["skipped"] == 0 and int(state.policy.step) == 40
+    assert metrics["skipped"] == 0 and int(state.models["policy"].step) == 40
     # Without beta there is no reference, and nothing to be said of it.
-    actors = parts["actors"]
-    assert actors.reference is None and actors.critic is None and "kl" not in metrics
+    score = parts["functions"].score
+    assert score({"policy": state.params}, None, False) == {} and "kl" not in metrics

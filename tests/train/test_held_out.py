@@ -1,5 +1,5 @@
 from jalign import data
-from jalign.train import held_out
+from jalign.train import measured, recipe
 from jalign.train.config import SFTConfig
 from jalign.train.evaluations import Evaluation, Evaluations
 from tests.train import tiny
@@ -15,9 +15,9 @@ def test_every_example_is_measured_once():
         return {"examples": starts, "shapes": len(shapes)}
 
     how = dict(batch_size=4, collate=data.collate_tokens, max_length=16)
-    found = held_out.measure(count, tiny.model(), {}, tiny.examples(7), **how)
+    found = measured.measure(count, tiny.model(), {}, tiny.examples(7), **how)
     assert found == {"examples": 7, "shapes": 1}
-    assert held_out.measure(count, tiny.model(), {}, None, **how) == {}
+    assert measured.measure(count, tiny.model(), {}, None, **how) == {}
 
 
 def test_before_is_shown_where_it_differs():
@@ -26,9 +26,9 @@ def test_before_is_shown_where_it_differs():
     evaluations = Evaluations(lambda _: Evaluation(next(found), []), config)
     evaluations.measure(0, {})
     evaluations.measure(3, {})
-    shown = held_out.before_and_after(evaluations, 3)
+    shown = recipe.before_and_after(evaluations, 3)
     assert shown == {"eval_loss_before": 2.0, "eval_loss": 1.0, "eval_n": 5}
 
 
 def test_reward_models_write_no_text():
-    assert held_out.sample_texts(tiny.model(num_labels=1), {}, None, [object()]) == []
+    assert measured.sample_texts(tiny.model(num_labels=1), {}, None, [object()]) == []

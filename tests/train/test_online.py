@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jalign import models
-from jalign.train import grpo, online, ppo
+from jalign.train import online, recipe, updates
 from jalign.train.online_config import CriticConfig, KLConfig
 from jalign.train.stop import Preempted
 from tests.sharding import processes
@@ -80,6 +80,11 @@ def test_a_finished_run_trains_no_further(finished, world):
     assert again["eval_reward"] == pytest.approx(summary["eval_reward"])
 
 
+def test_fewer_iterations_than_were_taken_are_refused(finished, world):
+    with pytest.raises(ValueError, match="already taken 3 steps, not just 2"):
+        online.run_ppo(config_of(world, finished[0], steps=2))
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
@@ -100,8 +105,8 @@ def kill_at_call(monkeypatch, module, name, number):
 @pytest.mark.parametrize(
     ("module", "name", "number"),
     [
-        (ppo, "sample_and_score", 2),  # inside a rollout
-        (ppo, "local_rows", 6),  # inside the epochs of an update
+        (updates, "sample_and_score", 2),  # inside a rollout
+        (updates, "local_rows", 6),  # inside the epochs of an update
         (online, "save_models", 1),  # after the last iteration
     ],
 )
@@ -119,14 +124,14 @@ def test_a_killed_run_continues_to_identical_weights(
 
 def test_sigterm_saves_at_the_next_boundary(finished, world, tmp_path, monkeypatch):
     config = config_of(world, tmp_path, checkpoint_every=0)
-    real = ppo.update
+    real = updates.update
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo, "update", interrupted)
+        patch.setattr(updates, "update", interrupted)
         with pytest.raises(Preempted, match="step 1"):
             online.run_ppo(config)
     online.run_ppo(config)
@@ -136,11 +141,12 @@ def test_sigterm_saves_at_the_next_boundary(finished, world, tmp_path, monkeypat
 def test_a_signal_outside_of_the_loop_loses_nothing(
     finished, world, tmp_path, monkeypatch
 ):
-    phases = ["make_prompts", "evaluate_prompts", "save_models", "write_report"]
-    for number, name in enumerate(phases):
+    names = "make_prompts", "evaluate_prompts", "save_models"
+    phases = [*((online, name) for name in names), (recipe, "write_report")]
+    for number, (module, name) in enumerate(phases):
         with monkeypatch.context() as patch:
             how = (signal.SIGTERM, signal.SIGINT)[number % 2]
-            stop_in(patch, online, name, how=how)
+            stop_in(patch, module, name, how=how)
             with pytest.raises(Preempted, match=f"stopped by {how.name}"):
                 online.run_ppo(config_of(world, tmp_path))
         assert (tmp_path / "model").exists() == (name == "write_report")
@@ -233,7 +239,7 @@ def test_a_run_with_one_trunk_is_saved_as_two_models_and_continues(
         config = config_of(world, out, ppo=options, steps=2)
         if out is outs[1]:
             with monkeypatch.context() as patch:
-                kill_at_call(patch, ppo, "sample_and_score", 2)
+                kill_at_call(patch, updates, "sample_and_score", 2)
                 with pytest.raises(Killed):
                     online.run_ppo(config)
         summary = online.run_ppo(config)
@@ -282,8 +288,8 @@ def test_a_grpo_run_leaves_a_model_metrics_and_a_report(finished_groups):
 @pytest.mark.parametrize(
     ("module", "name", "number"),
     [
-        (grpo, "sample_and_score", 3),  # inside a rollout
-        (grpo, "local_rows", 4),  # inside the epochs of an update
+        (updates, "sample_and_score", 3),  # inside a rollout
+        (updates, "local_rows", 4),  # inside the epochs of an update
     ],
 )
 def test_a_killed_grpo_run_continues_to_identical_weights(

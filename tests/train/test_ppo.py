@@ -1,4 +1,4 @@
-"""Tests for jalign/train/ppo.py."""
+"""Iterations of PPO, in memory."""
 
 import functools
 
@@ -7,24 +7,26 @@ import numpy as np
 import pytest
 
 from jalign import sharding
-from jalign.train.actors import make_actors
+from jalign.train.algorithms import PPO
 from jalign.train.online_config import CriticConfig, KLConfig
+from jalign.train.online_models import make_functions
 from jalign.train.optim import OptimConfig
-from jalign.train.ppo import iterate, make_learner, next_kl_coef, start_state
-from tests.train.ppo_world import SHARED, make_cast, make_config, make_prompts
+from jalign.train.updates import iterate, make_trainers, next_kl_coef, start_state
+from tests.train.ppo_world import SHARED, make_config, make_models, make_prompts
 
 
 @functools.cache
 def compiled(config, mesh):
-    cast = make_cast(mesh=mesh, shared=config.ppo.critic.shared_trunk)
-    learner = make_learner(cast, config, config.steps)
-    return cast, learner, make_actors(cast, config)
+    models = make_models(mesh=mesh, shared=config.ppo.critic.shared_trunk)
+    trainers = make_trainers(PPO, models, config, config.steps)
+    return models, trainers, make_functions(models, config)
 
 
 def start(config, mesh=None):
-    cast, learner, actors = compiled(config, mesh)
-    parts = {"actors": actors, "learner": learner, "config": config, "mesh": mesh}
-    return start_state(cast, learner, config), parts
+    models, trainers, functions = compiled(config, mesh)
+    parts = {"algorithm": PPO, "functions": functions, "trainers": trainers}
+    parts |= {"config": config, "mesh": mesh}
+    return start_state(models, trainers, config), parts
 
 
 @pytest.mark.parametrize("critic", [{}, SHARED])
@@ -44,12 +46,12 @@ def test_every_token_of_an_update_has_ratio_1_before_any_step():
         sampling={"temperature": 0.7, "top_k": 5},
     )
     state, parts = start(config)
-    before = jax.device_get(state.policy.params)
+    before = jax.device_get(state.params)
     state, metrics = iterate(state, make_prompts(), **parts)
     assert metrics["policy/approxkl_avg"] < 1e-10
     assert metrics["policy/clipfrac_avg"] == 0 and metrics["val/clipfrac_avg"] == 0
     assert metrics["val/ratio_var"] < 1e-10
-    jax.tree.map(np.testing.assert_array_equal, before, state.policy.params)
+    jax.tree.map(np.testing.assert_array_equal, before, state.params)
 
 
 @pytest.mark.parametrize("critic", [{}, SHARED])
@@ -74,21 +76,21 @@ def test_a_random_model_learns_to_say_a(critic):
 
 def test_a_shared_trunk_takes_one_pass_and_one_update_for_both():
     state, parts = start(make_config(ppo=SHARED))
-    assert state.critic is None and parts["actors"].critic is None
-    assert set(parts["learner"]) == {"policy"}
-    calls, policy = [], parts["actors"].policy
+    assert set(parts["trainers"]) == set(state.models) == {"policy"}
+    calls, score = [], parts["functions"].score
 
     def counted(*args):
-        calls.append(args)
-        return policy(*args)
+        calls.append(score(*args))
+        return calls[-1]
 
-    parts["actors"] = parts["actors"]._replace(policy=counted)
-    before = jax.device_get(state.policy.params["score"]["kernel"])
+    parts["functions"] = parts["functions"]._replace(score=counted)
+    before = jax.device_get(state.params["score"]["kernel"])
     state, metrics = iterate(state, make_prompts(), **parts)
-    assert len(calls) == 1 and int(state.policy.step) == 4
+    assert [set(made) for made in calls] == [{"policy", "reference"}]
+    assert int(state.models["policy"].step) == 4
     assert metrics["loss/value_avg"] > 0 and np.isfinite(metrics["val/clipfrac_avg"])
     assert not {"critic/loss", "critic/grad_norm"} & metrics.keys()
-    assert np.abs(state.policy.params["score"]["kernel"] - before).max() > 1e-3
+    assert np.abs(state.params["score"]["kernel"] - before).max() > 1e-3
 
 
 def test_metrics_have_trls_names_and_the_common_ones():
@@ -104,7 +106,7 @@ def test_metrics_have_trls_names_and_the_common_ones():
     assert metrics["episode"] == 16 and state.iteration == 1
     assert metrics["critic/learning_rate"] == pytest.approx(3e-3)
     # Two epochs of two minibatches.
-    assert int(state.policy.step) == int(state.critic.step) == 4
+    assert int(state.models["policy"].step) == int(state.models["critic"].step) == 4
 
 
 @pytest.mark.parametrize("critic", [{}, SHARED])
@@ -118,8 +120,8 @@ def test_a_mesh_changes_nothing(critic):
     state, _ = iterate(state, make_prompts(), **parts)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4),
-        jax.device_get(expected.policy.params),
-        sharding.gather(state.policy.params),
+        jax.device_get(expected.params),
+        sharding.gather(state.params),
     )
 
 
@@ -144,9 +146,7 @@ def test_a_whole_iteration_repeats_bit_for_bit():
     for _ in range(2):
         state, parts = start(make_config())
         runs.append(iterate(state, make_prompts(), **parts)[0])
-    jax.tree.map(
-        np.testing.assert_array_equal, runs[0].policy.params, runs[1].policy.params
-    )
+    jax.tree.map(np.testing.assert_array_equal, runs[0].params, runs[1].params)
 
 
 def test_a_strong_kl_penalty_outweighs_the_reward():

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 
 from jalign import forward
-from jalign.train import reference
+from jalign.train import measured
 from tests.train import tiny
 
 
@@ -12,7 +12,7 @@ def test_logps_in_the_examples_order_and_cached(tmp_path, monkeypatch):
     pairs, cache = tiny.pairs(5), tmp_path / "reference.npz"
 
     def fill(params=params):
-        return reference.reference_examples(
+        return measured.reference_examples(
             model,
             params,
             {"train": pairs},
@@ -27,7 +27,7 @@ def test_logps_in_the_examples_order_and_cached(tmp_path, monkeypatch):
     for name, want in zip(("chosen", "rejected"), fn(params, batch), strict=True):
         got = [getattr(pair, f"ref_{name}_logp") for pair in found]
         np.testing.assert_allclose(got, want[:, 0], rtol=1e-4)
-    monkeypatch.setattr(reference, "reference_logps", None)  # may not be called again
+    monkeypatch.setattr(measured, "reference_logps", None)  # may not be called again
     assert [p.ref_chosen_logp for p in fill()] == [p.ref_chosen_logp for p in found]
     monkeypatch.undo()
     other = fill(model.init(jax.random.key(1)))

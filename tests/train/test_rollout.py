@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 
-from jalign.train.online_config import ScoreOptions
+from jalign.train.algorithms import estimate_advantages, make_rollout, rollout_metrics
+from jalign.train.online_config import PPOOptions, ScoreOptions
 from jalign.train.rollout import (
-    Actors,
+    RolloutFunctions,
     Scored,
     ended,
-    estimate_advantages,
     join,
-    make_rollout,
-    rollout_metrics,
     sample_and_score,
     shape_scores,
 )
@@ -157,7 +155,7 @@ def scored_case():
 def test_metrics_are_per_completion():
     scored = scored_case()
     scores = np.float32([1.0, 2.0])
-    row = rollout_metrics(scored, scores, kl_coef=0.5)
+    row = rollout_metrics(scored, scores, 0.5, PPOOptions())
     kl = (scored.logps - scored.ref_logps).sum(1).mean()
     assert row["objective/kl"] == pytest.approx(kl, rel=1e-5)
     assert row["objective/entropy"] == pytest.approx(-scored.logps.sum(1).mean())
@@ -173,7 +171,9 @@ def test_metrics_are_per_completion():
 def test_make_rollout_carries_what_the_objectives_read():
     scored = scored_case()
     values = np.where(MASK, random_case()[3], 0)
-    rollout = make_rollout(scored, scored.rewards, values, **OPTIONS)
+    options = PPOOptions(gamma=0.9, gae_lambda=0.8)
+    scored = scored._replace(values=values)
+    rollout = make_rollout(scored, scored.rewards, 0.1, options)
     assert rollout.old_logps is scored.logps and rollout.values is values
     *arrays, sampler_logps = rollout
     assert sampler_logps is None  # PPO compares them in rollout_metrics
@@ -191,22 +191,21 @@ def test_sample_and_score_hands_on_texts_rows_and_the_samplers_logps(key):
         seen["reward"] = args
         return np.arange(3, dtype=np.float32)
 
-    def stats(params, batch):
-        assert params == "params"
+    def score(params, batch, with_logps):
+        assert params == {"policy": "params"} and with_logps
         logps = np.where(batch.completion_mask, np.float32(-1.5), np.float32(0))
-        return logps, 2 * logps
+        zeros = np.zeros(batch.tokens.shape, np.float32)
+        return {"policy": (logps, 2 * logps), "reference": zeros}
 
-    actors = Actors(
+    functions = RolloutFunctions(
         sample=lambda params, prompts, key: made,
-        policy=stats,
-        reference=lambda batch: np.zeros(batch.tokens.shape, np.float32),
-        critic=lambda params, batch: np.zeros(batch.tokens.shape, np.float32),
+        score=score,
         reward=reward,
         tokenizer=WordTokenizer(),
         stop_tokens=(2,),
         row_lengths=(16,),
     )
-    scored = sample_and_score(actors, "params", prompts, key)
+    scored = sample_and_score(functions, {"policy": "params"}, prompts, key)
     texts, rows = [p.text for p in prompts], [p.row for p in prompts]
     # The stop token is no part of the text.
     assert seen["reward"] == (texts, [" 4 5", " 6", " 7"], rows)
@@ -228,14 +227,9 @@ def test_the_completions_of_a_prompt_lie_behind_each_other(key):
         seen["reward"] = texts_in, texts, rows
         return np.float32([[1, 10], [2, 20], [3, 30], [4, 40]])
 
-    def zeros(*args):
-        return np.zeros(args[-1].tokens.shape, np.float32), None
-
-    actors = Actors(
+    functions = RolloutFunctions(
         sample=lambda params, prompts, key: made,
-        policy=zeros,
-        reference=None,
-        critic=None,
+        score=lambda params, batch, with_logps: {},
         reward=reward,
         tokenizer=WordTokenizer(),
         stop_tokens=(2,),
@@ -243,7 +237,7 @@ def test_the_completions_of_a_prompt_lie_behind_each_other(key):
         reward_weights={"a": 1.0, "b": -0.5},
         group_size=2,
     )
-    scored = sample_and_score(actors, "params", prompts, key)
+    scored = sample_and_score(functions, {"policy": "params"}, prompts, key)
     texts_in, texts, rows = seen["reward"]
     assert texts_in == [prompts[0].text] * 2 + [prompts[1].text] * 2
     assert texts == [" 4", " 5", " 6", " 7"] and rows[2] is prompts[1].row

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from jalign.train import loop, recipe
+from jalign.train import loop, offline, recipe
 from jalign.train.stop import Preempted, StopSignal
 from tests.train import world
 
@@ -24,14 +24,14 @@ def stop_in(monkeypatch, module, name, number=1, how=signal.SIGTERM):
 
 
 PHASES = [
-    (recipe.data, "load_rows", 1),
-    (recipe, "_load", 1),
-    (recipe, "reference_examples", 1),
-    (recipe, "measure", 1),
+    (offline.data, "load_rows", 1),
+    (offline, "load_pretrained", 1),
+    (offline, "reference_examples", 1),
+    (offline, "measure", 1),
     (loop.sharding, "put_batch", 1),  # in the first step
     (loop.sharding, "put_batch", 1),  # in the last step
-    (recipe, "measure", 2),
-    (recipe.models, "save", 1),
+    (offline, "measure", 2),
+    (offline.models, "save", 1),
     (recipe, "write_report", 1),
 ]
 

@@ -5,11 +5,11 @@ import time
 import numpy as np
 import pytest
 
+from jalign.train.algorithms import PPO
 from jalign.train.updates import (
-    columns,
     loop_metrics,
     minibatches,
-    num_updates,
+    over_updates,
     rollout_prompts,
 )
 from jalign.types import Rollout
@@ -36,7 +36,7 @@ def test_each_epoch_takes_every_row_once_in_an_order_of_its_own():
     np.testing.assert_array_equal(parts, again)
     other = [p.tokens[:, 0] for p in minibatches(rows_as_rollout(16), config, 6)]
     assert (np.array(parts) != np.array(other)).any()
-    assert num_updates(config, 3) == 12
+    assert config.options.updates_per_rollout == 4
 
 
 def test_the_iteration_picks_prompts_and_key():
@@ -47,9 +47,11 @@ def test_the_iteration_picks_prompts_and_key():
     assert not {p.text for p in first} & {p.text for p in second}
 
 
-def test_columns_and_loop_metrics():
-    found = columns([{"loss": np.float32(1)}, {"loss": np.float32(3)}])
-    np.testing.assert_array_equal(found["loss"], [1.0, 3.0])
+def test_metrics_of_updates_and_of_the_loop():
+    common = {"val/ratio": 1.0, "learning_rate": 0.1, "skipped": 1.0}
+    rows = [{"loss": np.float32(x)} | common for x in (1, 3)]
+    found = over_updates(rows, PPO)
+    assert found["loss"] == 2.0 and found["skipped"] == 2.0
     now = time.perf_counter()
     row = loop_metrics(rows_as_rollout(16), make_grpo_config(), 1, now - 2, now - 1)
     assert row["num_tokens"] == 15 and row["episode"] == 32

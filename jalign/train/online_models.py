@@ -1,8 +1,7 @@
-"""The models of an online run as the functions that a rollout asks for."""
+"""The models of an online run, and the functions of them that a rollout asks for."""
 
-import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,26 +9,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jalign import data, forward, generate, models, rewards, sharding
+from jalign import data, forward, generate, rewards, sharding
+from jalign.models import Model, add_scalar_head, add_value_head
 from jalign.pretrained import Opened, load_pretrained
 from jalign.train.inputs import reward_inputs
-from jalign.train.online_config import OnlineConfig, SampleConfig
-from jalign.train.rollout import Actors, in_groups
-from jalign.train.shapes import Shapes, longest_shapes
-from jalign.types import PyTree, TokenBatch
-
-GOLD = "--eval-reward"  # no term of a --reward is called so
+from jalign.train.online_config import OnlineConfig, PPOConfig
+from jalign.train.rollout import GOLD, RolloutFunctions, in_groups
+from jalign.train.shapes import Shapes, in_pieces, longest_shapes
+from jalign.types import PyTree
 
 
-class Cast(NamedTuple):
-    """Everybody in an online run. Parameters are those before the first update.
+class OnlineModels(NamedTuple):
+    """The models and rewards of a run, before its first update.
 
     Attributes:
-      policy: a causal language model; its reference has the same parameters.
-      policy_params: of the reference, and what the policy starts from.
-      critic: a model with a scalar head; None where the algorithm has none, or the
-        policy has a value head.
-      critic_params: what the critic starts from.
+      models: "policy", a causal language model, perhaps with a value head; and, where
+        the algorithm has one of its own, "critic", a model with a scalar head.
+      params: what each starts from; the policy's are the reference's, too.
       tokenizer: the policy's.
       reward: (prompts, completions, rows) -> float32 [B] or [B, K]; NaN: not judged.
       reward_weights: name -> weight of each of the K rewards, in their order.
@@ -38,10 +34,8 @@ class Cast(NamedTuple):
       gold_digest: of what is behind it.
     """
 
-    policy: models.Model
-    policy_params: PyTree
-    critic: Any
-    critic_params: PyTree
+    models: dict[str, Model]
+    params: dict[str, PyTree]
     tokenizer: Any
     reward: rewards.RewardFn
     reward_weights: Mapping[str, float] = {"reward": 1.0}
@@ -50,19 +44,14 @@ class Cast(NamedTuple):
     gold_digest: str = ""
 
 
-def load_cast(
-    config: OnlineConfig,
-    mesh: Mesh | None,
-    opened: Opened | None = None,
-    *,
-    with_critic: bool = True,
-    value_head: bool = False,
-) -> Cast:
+def load_models(
+    config: OnlineConfig, mesh: Mesh | None, opened: Opened | None = None
+) -> OnlineModels:
     """Loads the policy and the rewards: Python functions, verifiers, checkpoints.
 
-    The critic starts from the first reward model of the policy's vocabulary, be it a
-    member of an ensemble, else from the policy with a new scalar head. With value_head
-    it is a new head of the policy.
+    PPO's critic starts from the first reward model of the policy's vocabulary, be it a
+    member of an ensemble, else from the policy with a new scalar head. With
+    shared_trunk it is a new head of the policy.
 
     Args:
       opened: the policy's checkpoint, where it is open already.
@@ -76,25 +65,23 @@ def load_cast(
         opened or config.model, head="language", **how
     )
     gold, gold_digest = load_gold(config, timeout=seconds, **how)
-    critic, critic_params = None, None
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    if value_head:
-        policy, params = models.add_value_head(policy, params, key=key)
-    elif with_critic:
-        judges = (judge for judge in loaded.judges if judge)
-        critic, critic_params = next(
-            (
+    found = {"policy": (policy, params)}
+    if isinstance(config, PPOConfig):
+        if config.ppo.critic.shared_trunk:
+            found["policy"] = add_value_head(policy, params, key=key)
+        else:
+            alike = (
                 (judge.model, judge.params)
-                for judge in judges
-                if judge.tokenizer.get_vocab() == tokenizer.get_vocab()
-            ),
-            None,
-        ) or models.add_scalar_head(policy, params, key=key)
-    return Cast(
-        policy,
-        params,
-        critic,
-        critic_params,
+                for judge in loaded.judges
+                if judge and judge.tokenizer.get_vocab() == tokenizer.get_vocab()
+            )
+            found["critic"] = next(alike, None) or add_scalar_head(
+                policy, params, key=key
+            )
+    return OnlineModels(
+        {name: model for name, (model, _) in found.items()},
+        {name: params for name, (_, params) in found.items()},
         tokenizer,
         loaded.function,
         loaded.weights,
@@ -117,16 +104,6 @@ def load_gold(config: OnlineConfig, **how: Any) -> tuple[rewards.RewardFn | None
         return rewards.add_up(values, weights)
 
     return gold, json.dumps(reward_inputs(terms, loaded.judges), sort_keys=True)
-
-
-def with_gold(actors: Actors, gold: rewards.RewardFn | None) -> Actors:
-    """The actors with one more reward, of weight 0: it is read, and not followed."""
-    if gold is None:
-        return actors
-    return actors._replace(
-        reward=rewards.each_reward([actors.reward, gold]),
-        reward_weights={**actors.reward_weights, GOLD: 0.0},
-    )
 
 
 def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
@@ -156,27 +133,31 @@ def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:
     return shared
 
 
-def make_actors(
-    cast: Cast,
+def make_functions(
+    models: OnlineModels,
     config: OnlineConfig,
     shapes: Shapes | None = None,
     *,
     group_size: int = 1,
     held_out: int = 0,
-) -> Actors:
+) -> RolloutFunctions:
     """The compiled functions of a run, from host arrays to host arrays.
 
     Args:
-      cast: who plays; without a critic there is no critic's function.
+      models: the run's.
       config: the run's; it says whether there is a reference.
       shapes: of the run; None takes the longest that the config lets in.
       group_size: completions of each prompt.
-      held_out: number of prompts, where they are for held-out ones.
+      held_out: number of prompts, where they are for held-out ones: eval_reward then
+        judges them, too, with weight 0: it is read, and not followed.
     """
     shapes = shapes or longest_shapes(config)
-    sampling, policy, mesh = config.options.sampling, cast.policy, cast.policy.mesh
+    sampling, policy = config.options.sampling, models.models["policy"]
+    critic = models.models.get("critic")
     rows = config.completions // config.options.num_minibatches
-    stops = stop_tokens(cast, sampling)
+    stops = stop_tokens(models, sampling.stop_token_ids)
+    reference = models.params["policy"] if config.has_reference else None
+    temperature = sampling.temperature
 
     def sample(params, prompts, key):
         *shorter, length = shapes.prompt_lengths
@@ -196,34 +177,41 @@ def make_actors(
             group_size=size,
             pad_to=pad_to,
             max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
+            temperature=temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             stop_tokens=stops,
         )
         return generate.to_host(completion)
 
-    def on_host(function, model, **options) -> Callable[[PyTree, TokenBatch], Any]:
-        return lambda params, batch: in_pieces(
-            functools.partial(function, model, params, **options),
-            batch,
-            rows=rows,
-            mesh=mesh,
-        )
+    def score(params, batch, with_logps):
+        passes, how = {}, {"temperature": temperature}
+        if with_logps:
+            passes["policy"] = lambda b: _policy(policy, params["policy"], b, **how)
+        if reference is not None:
+            passes["reference"] = lambda b: _reference(policy, reference, b, **how)
+        if "critic" in params:
+            passes["critic"] = lambda b: _critic(critic, params["critic"], b)
+        if not passes:
+            return {}
 
-    temperature = sampling.temperature
-    logps = on_host(_logps, policy, temperature=temperature)
-    reference = functools.partial(logps, cast.policy_params)
-    return Actors(
+        def on_piece(piece):
+            return {name: function(piece) for name, function in passes.items()}
+
+        return in_pieces(on_piece, batch, rows=rows, mesh=policy.mesh)
+
+    reward, weights = models.reward, models.reward_weights
+    if held_out and models.gold is not None:
+        reward = rewards.each_reward([reward, models.gold])
+        weights = {**weights, GOLD: 0.0}
+    return RolloutFunctions(
         sample=sample,
-        policy=on_host(_logps_and_values, policy, temperature=temperature),
-        reference=reference if config.has_reference else None,
-        critic=on_host(_values, cast.critic) if cast.critic else None,
-        reward=cast.reward,
-        tokenizer=cast.tokenizer,
+        score=score,
+        reward=reward,
+        tokenizer=models.tokenizer,
         stop_tokens=stops,
         row_lengths=shapes.row_lengths,
-        reward_weights=cast.reward_weights,
+        reward_weights=weights,
         group_size=group_size,
     )
 
@@ -237,58 +225,20 @@ def _pass(function: Callable[..., Any], whose: str) -> Callable[..., Any]:
     return sharding.announced(function, words, static_argnums=0, static_argnames=static)
 
 
-_logps = _pass(forward.token_logps, "reference's")
-_logps_and_values = _pass(forward.logps_and_values, "policy's")
-_values = _pass(forward.token_values, "critic's")
+_reference = _pass(forward.token_logps, "reference's")
+_policy = _pass(forward.logps_and_values, "policy's")
+_critic = _pass(forward.token_values, "critic's")
 
 
-def stop_tokens(cast: Cast, sampling: SampleConfig) -> tuple[int, ...]:
+def stop_tokens(models: OnlineModels, chosen: Sequence[int] = ()) -> tuple[int, ...]:
     """What ends a completion: the user's ids, else every end-of-text that is known.
 
     Raises: ValueError for an id outside the vocabulary.
     """
-    known = data.stop_tokens(cast.tokenizer, cast.policy.config.eos_token_ids)
-    stops = sampling.stop_token_ids or known
-    size = cast.policy.config.vocab_size
+    config = models.models["policy"].config
+    stops = chosen or data.stop_tokens(models.tokenizer, config.eos_token_ids)
+    size = config.vocab_size
     for stop in stops:
         if not 0 <= stop < size:
             raise ValueError(f"stop_token_ids: {stop} is not in 0 .. {size - 1}")
     return tuple(stops)
-
-
-def local_rows(batch: PyTree, mesh: Mesh | None) -> PyTree:
-    """A batch that every process holds whole -> global arrays over the mesh."""
-    index, count = sharding.process_slice(mesh)
-
-    def mine(x):
-        share = len(x) // count
-        return x[index * share : (index + 1) * share]
-
-    return sharding.put_batch(jax.tree.map(mine, batch), mesh)
-
-
-def in_pieces(
-    function: Callable[[PyTree], PyTree], batch: PyTree, *, rows: int, mesh: Mesh | None
-) -> PyTree:
-    """function(batch), `rows` rows at a time: one compilation and bounded memory.
-
-    Args:
-      function: from a batch on the mesh to arrays [rows, ...].
-      batch: host arrays [B, ...]; filled up with zeros to a multiple of `rows`.
-      rows: of each piece.
-      mesh: where the pieces go.
-
-    Returns: host arrays [B, ...].
-    """
-    size = len(jax.tree.leaves(batch)[0])
-    missing = -size % rows
-
-    def fill(x):
-        return np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)])
-
-    filled = jax.tree.map(fill, batch)
-    pieces = []
-    for start in range(0, size, rows):
-        piece = jax.tree.map(lambda x, at=start: x[at : at + rows], filled)
-        pieces.append(sharding.gather(function(local_rows(piece, mesh))))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:size], *pieces)

@@ -1,24 +1,119 @@
-"""Reference log-probabilities, computed once before DPO and kept in OUT."""
+"""Passes that only measure: held-out figures, sample texts, and the reference's
+log-probabilities, computed once before DPO and kept in OUT."""
 
 import functools
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jalign import data, forward, sharding
+from jalign import data, evaluate, forward, sharding
 from jalign.data import PreferenceExample
+from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
-from jalign.train.batches import measured_batches
 from jalign.train.inputs import examples_digest, params_digest
+from jalign.types import PyTree
 
-PyTree = Any
 _log = logging.getLogger("jalign.train")
+
+NUM_SAMPLES = 4
+SAMPLE_TOKENS = 64
+# Prompts for samples are short enough to be read, and quick to continue.
+_PROMPT_TOKENS = 256
+
+
+def measured_batches(
+    mesh: Mesh | None,
+    examples: Sequence[Any],
+    *,
+    collate: Callable[[Any, int], Any],
+    batch_size: int,
+    max_length: int,
+) -> tuple[np.ndarray, Iterator[Any]]:
+    """Every example once, in batches of one shape, packed where that saves work.
+
+    Args:
+      mesh: of the model.
+      examples: all of them, the same on every process.
+      collate, max_length: as in data.make_eval_loader.
+      batch_size: examples of a batch, over all devices.
+
+    Returns: the order in which the examples come, int64 [n], and this process's rows
+      of the batches.
+    """
+    parts = sharding.batch_parts(mesh)
+    index, count = sharding.process_slice(mesh)
+    order = data.balanced_order(examples, -(-batch_size // parts))
+    batches = data.make_eval_loader(
+        [examples[i] for i in order],
+        batch_size=batch_size,
+        collate=collate,
+        max_length=max_length,
+        pack_rows=parts,
+        shard_index=index,
+        shard_count=count,
+    )
+    return order, batches
+
+
+def measure(
+    fn: Callable[[Model, PyTree, Any], dict[str, float]],
+    model: Model,
+    params: PyTree,
+    examples: Sequence[Any] | None,
+    *,
+    batch_size: int,
+    collate: Callable[[Any, int], Any],
+    max_length: int,
+) -> dict[str, float]:
+    """fn's figures over all examples, each once; {} if there are none.
+
+    Args:
+      fn: (model, params, batches of this process's rows) -> figures.
+      batch_size: rows of a batch, over all devices.
+      collate, max_length: as in data.make_eval_loader.
+    """
+    if not examples:
+        return {}
+    how = {"collate": collate, "batch_size": batch_size, "max_length": max_length}
+    _, batches = measured_batches(model.mesh, examples, **how)
+    return fn(model, params, batches)
+
+
+def sample_prompts(
+    rows: Sequence[dict], tokenizer: Any, columns: str | None = None
+) -> list[data.PromptExample]:
+    """The first few prompts of the rows; none where they have none."""
+    first = list(rows[: 8 * NUM_SAMPLES])
+    found, bad = encode_prompt_rows(first, tokenizer, columns, quiet=True)
+    short = [prompt for prompt in found if len(prompt.tokens) <= _PROMPT_TOKENS]
+    if not short:
+        why = bad[0].reason if bad else f"all are longer than {_PROMPT_TOKENS} tokens"
+        _log.info("no sample texts in the report, of the prompts: %s", why)
+    return short[:NUM_SAMPLES]
+
+
+def sample_texts(
+    model: Model, params: PyTree, tokenizer: Any, prompts: Sequence[data.PromptExample]
+) -> list[str]:
+    """How the model continues the prompts, greedily; [] for a reward model."""
+    if model.config.num_labels or not prompts:
+        return []
+    return evaluate.sample_texts(
+        model,
+        params,
+        tokenizer,
+        list(prompts),
+        key=jax.random.key(0),
+        max_new_tokens=SAMPLE_TOKENS,
+        temperature=0.0,
+    )
 
 
 def reference_examples(
