@@ -128,9 +128,16 @@ eval_completion_length eval_rewards/a eval_gold_reward eval_num_tokens eval_num_
 def metric_names():
     """Metrics of the recipes, and the figures that their curves share."""
     train = Path(figures.__file__).parents[1] / "train"
-    files = ("objectives", "policy_objectives", "rollout", "group_rollout", "updates")
+    files = (
+        "objectives",
+        "policy_objectives",
+        "rollout",
+        "algorithms",
+        "updates",
+        "step",
+    )
     yield from PLAIN.split()
-    for file in (*files, "ppo", "grpo", "step"):
+    for file in files:
         for node in ast.walk(ast.parse((train / f"{file}.py").read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 if re.fullmatch(r"[a-z_]+/[a-z_]+(/[a-z]+)?", node.value):

@@ -148,7 +148,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, name, text, message):
 
 def test_the_command_says_it_in_one_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(RAW | {"vocab_size": True}))
-    for command in (["generate", "--prompts", "x"], ["plan", "--recipe", "sft"]):
+    for command in (["generate", "--prompts", "x"], ["plan", "sft"]):
         assert cli.main([*command, "--model", str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert "config.json: vocab_size=True is not a int" in error
