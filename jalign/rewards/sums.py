@@ -41,12 +41,12 @@ class Loaded(NamedTuple):
       function: a RewardFn that gives float32 [B, K], a column for each name of weights.
       weights: name -> weight in the sum: the terms', and 0 for what is only shown of an
         ensemble: its members, and NAME/member_std, their deviation in each row.
-      judges: the checkpoint behind each of `single_sources`; None for a function.
+      reward_models: behind each of `single_sources`; None for a function.
     """
 
     function: RewardFn
     weights: dict[str, float]
-    judges: list[Pretrained | None]
+    reward_models: list[Pretrained | None]
 
 
 def load_reward(
@@ -146,14 +146,14 @@ def load_terms(
     quick_first = sorted(leaves, key=is_model)
     opened = {leaf.name: _opened(leaf.source, timeout) for leaf in quick_first}
     loaded = [_loaded(opened[leaf.name], **options) for leaf in leaves]
-    asked = each_reward([f if judge else wrap(f) for f, judge in loaded])
-    judges = [judge for _, judge in loaded]
+    asked = each_reward([f if reward_model else wrap(f) for f, reward_model in loaded])
+    reward_models = [reward_model for _, reward_model in loaded]
 
     def columns(prompts, completions, rows, *, samples=None):
         values = asked(prompts, completions, rows, samples=samples)
         return combine(terms, values)
 
-    return Loaded(columns, column_weights(terms), judges)
+    return Loaded(columns, column_weights(terms), reward_models)
 
 
 def weighted_sum(functions: Sequence[RewardFn], weights: Sequence[float]) -> RewardFn:

@@ -80,22 +80,22 @@ def tokenizer_inputs(tokenizer: Any, whose: str = "the model's") -> Inputs:
 
 
 def reward_inputs(
-    terms: Sequence[rewards.RewardTerm], judges: Sequence[Pretrained | None]
+    terms: Sequence[rewards.RewardTerm], reward_models: Sequence[Pretrained | None]
 ) -> Inputs:
     """The sum that a --reward stands for, and what is behind each of its sources.
 
     Args:
       terms: of parse_rewards.
-      judges: the checkpoint of each of their single sources; None for a function.
+      reward_models: behind each of their single sources; None for a function.
     """
     found, told = {}, {}
-    leaves = zip(single_sources(terms), judges, strict=True)
-    for number, (leaf, judge) in enumerate(leaves, 1):
+    leaves = zip(single_sources(terms), reward_models, strict=True)
+    for number, (leaf, reward_model) in enumerate(leaves, 1):
         whose = f"reward {number}'s"
-        told[leaf.name] = "checkpoint" if judge else leaf.name
-        if judge:
-            found[f"{whose} weights"] = params_digest(judge.params)
-            found |= tokenizer_inputs(judge.tokenizer, whose)
+        told[leaf.name] = "checkpoint" if reward_model else leaf.name
+        if reward_model:
+            found[f"{whose} weights"] = params_digest(reward_model.params)
+            found |= tokenizer_inputs(reward_model.tokenizer, whose)
         elif not isinstance(leaf.source, str):
             found[f"{whose} function"] = function_digest(leaf.source)
         elif is_function(leaf.source):

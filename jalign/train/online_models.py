@@ -72,9 +72,10 @@ def load_models(
             found["policy"] = add_value_head(policy, params, key=key)
         else:
             alike = (
-                (judge.model, judge.params)
-                for judge in loaded.judges
-                if judge and judge.tokenizer.get_vocab() == tokenizer.get_vocab()
+                (reward_model.model, reward_model.params)
+                for reward_model in loaded.reward_models
+                if reward_model
+                and reward_model.tokenizer.get_vocab() == tokenizer.get_vocab()
             )
             found["critic"] = next(alike, None) or add_scalar_head(
                 policy, params, key=key
@@ -85,7 +86,7 @@ def load_models(
         tokenizer,
         loaded.function,
         loaded.weights,
-        reward_inputs(terms, loaded.judges),
+        reward_inputs(terms, loaded.reward_models),
         gold,
         gold_digest,
     )
@@ -103,7 +104,7 @@ def load_gold(config: OnlineConfig, **how: Any) -> tuple[rewards.RewardFn | None
         values = loaded.function(prompts, completions, rows, samples=samples)
         return rewards.add_up(values, weights)
 
-    return gold, json.dumps(reward_inputs(terms, loaded.judges), sort_keys=True)
+    return gold, json.dumps(reward_inputs(terms, loaded.reward_models), sort_keys=True)
 
 
 def on_main_process(reward: rewards.RewardFn) -> rewards.RewardFn:

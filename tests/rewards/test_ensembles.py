@@ -74,7 +74,7 @@ def test_checkpoints_as_members_are_read_as_each_of_them_is(tmp_path, key):
         "seed y/model",
         "min/member_std",
     ]
-    assert all(judge is not None for judge in loaded.judges)
+    assert all(model is not None for model in loaded.reward_models)
     np.testing.assert_array_equal(loaded.function(*batch)[:, 1:3], each)
     got = rewards.load_reward(f"2*{text} + gsm8k_format")(*batch)
     np.testing.assert_allclose(got, 2 * each.min(axis=1), rtol=1e-6)
