@@ -4,6 +4,7 @@ The only room that imports flax. Parameters are plain nested dicts with layers s
 on axis 0; a `Model` holds the sizes and turns (params, tokens) into hidden states.
 """
 
+from jalign.models import lora
 from jalign.models.attention import attend
 from jalign.models.cache import KVCache
 from jalign.models.config import ModelConfig, RopeScaling
@@ -21,6 +22,7 @@ __all__ = [
     "add_value_head",
     "attend",
     "load",
+    "lora",
     "model_folder",
     "read_config",
     "save",

@@ -37,7 +37,7 @@ class Tensor(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """One of the matrices "kernel" and "embedding"; or "scale", "bias"."""
+        """One of MATRICES, as "kernel"; or "scale", "bias"."""
         return kind_of(self.path)
 
     @property
@@ -57,7 +57,7 @@ class Tensor(NamedTuple):
         return [self.name.format(i) for i in layers]
 
 
-MATRICES = ("kernel", "embedding")  # what weight decay takes
+MATRICES = ("kernel", "embedding", "lora_a", "lora_b")  # what weight decay takes
 
 
 def kind_of(path: str) -> str:

@@ -27,6 +27,7 @@ class Projection(nn.Module):
     """An einsum with a learned kernel, and a bias where bias_shape is given.
 
     `product` computes it: jnp.einsum, or what gives the same and differentiates faster.
+    Where there are adapters beside the kernel (lora.py), theirs is added.
     """
 
     equation: str
@@ -40,11 +41,34 @@ class Projection(nn.Module):
         kernel = self.param("kernel", _kernel_init, self.shape, jnp.float32)
         kernel = kernel.astype(self.dtype)
         y = self.product(self.equation, x.astype(self.dtype), kernel)
+        if self.has_variable("params", "lora_a"):
+            y = (y.astype(jnp.float32) + self._adapter(x)).astype(self.dtype)
         if self.bias_shape is None:
             return y
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
         # Cast last: so its gradient, a sum over all tokens, adds up in float32.
         return y + jnp.broadcast_to(bias, y.shape).astype(self.dtype)
+
+    def _adapter(self, x: jax.Array) -> jax.Array:
+        """s (x A) B in float32; x with dropout where lora.with_dropout asks for it."""
+
+        def leaf(name: str) -> jax.Array:
+            return jnp.asarray(self.get_variable("params", "lora_" + name))
+
+        if self.has_variable("params", "lora_seed"):
+            keep = 1 - leaf("rate")
+            mask = jax.random.bernoulli(jax.random.key(leaf("seed")), keep, x.shape)
+            x = jnp.where(mask, x / keep, 0)
+        inputs, y_axes = self.equation.split("->")
+        x_axes, kernel_axes = inputs.split(",")
+        ins = "".join(axis for axis in kernel_axes if axis in x_axes)
+        outs = "".join(axis for axis in kernel_axes if axis not in x_axes)
+        low_axes = "".join(axis for axis in x_axes if axis not in ins) + "r"
+        # Two products, never A B: that would be as large as the kernel.
+        a, b = leaf("a").astype(self.dtype), leaf("b").astype(self.dtype)
+        low = self.product(f"{x_axes},{ins}r->{low_axes}", x.astype(self.dtype), a)
+        y = self.product(f"{low_axes},r{outs}->{y_axes}", low, b)
+        return leaf("scale") * y.astype(jnp.float32)
 
 
 class Embedding(nn.Module):

@@ -21,6 +21,7 @@ from jalign.models.layers import Head
 from jalign.models.platform import Platform, platform_of
 
 Params = dict[str, Any]
+IN_FLOAT32 = ("scale", "lora_scale")  # whatever the products are in
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,7 @@ class Model:
         """
 
         def cast(path, x):
-            # Norms multiply in float32, whatever the matrices do.
-            return x if path[-1].key == "scale" else x.astype(self.dtype)
+            return x if path[-1].key in IN_FLOAT32 else x.astype(self.dtype)
 
         params = jax.tree_util.tree_map_with_path(cast, params)
         if self.unrolled:

@@ -38,6 +38,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "norm": (),
     "labels": (),
+    "rank": (),
     # activations
     "batch": ("data", "fsdp"),
     "time": (),
@@ -53,7 +54,25 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 REPLICATE_IF_UNEVEN = frozenset({"kv_heads"})
 
 
+_ADAPTER = re.compile(r"(.*/)lora_(a|b|scale)")
+
+
 def axes_of(path: str, param_rules: ParamRules = PARAM_RULES) -> LogicalAxes | None:
-    """The logical axes of a parameter, or None where no rule matches its path."""
+    """The logical axes of a parameter, or None where no rule matches its path.
+
+    An adapter's are its kernel's: A has the inputs and its rank, B the rank and the
+    outputs, cut as the kernel is. Of a kernel, "embed" is either all that goes in or
+    all that comes out.
+    """
+    adapter = _ADAPTER.fullmatch(path)
+    if adapter is not None:
+        kernel = axes_of(adapter[1] + "kernel", param_rules)
+        if kernel is None:
+            return None
+        layers, *inner = kernel
+        cut = 1 if inner[0] == "embed" else len(inner) - 1
+        inputs, outputs = inner[:cut], inner[cut:]
+        parts = {"a": (*inputs, "rank"), "b": ("rank", *outputs), "scale": ()}
+        return layers, *parts[adapter[2]]
     matches = (axes for regex, axes in param_rules if re.fullmatch(regex, path))
     return next(matches, None)
