@@ -36,11 +36,15 @@ class Opened(NamedTuple):
       folder: where its files are.
       config: with the special tokens that were settled.
       tokenizer: of transformers.
+      adapter: the folder of the adapters on it; None without.
+      lora: what they are.
     """
 
     folder: Path
     config: models.ModelConfig
     tokenizer: Any
+    adapter: Path | None = None
+    lora: models.lora.LoraConfig | None = None
 
 
 class Pretrained(NamedTuple):

@@ -88,29 +88,45 @@ def make_trainers(
 ) -> dict[str, Trainer]:
     """Optimizers and compiled steps of "policy" and, where there is one, "critic"."""
     updates = iterations * config.options.updates_per_rollout
-    how = config.options, config.optim, updates, config.compute.microbatches
-    return _trainers(algorithm, tuple(models.models.items()), *how)
+    shapes = jax.eval_shape(lambda: {n: p.params for n, p in models.parts.items()})
+    leaves, structure = jax.tree.flatten(shapes)
+    how = updates, config.compute.microbatches, config.lora.lora_dropout
+    named = tuple(models.models.items())
+    given = algorithm, named, (structure, tuple(leaves)), config.options, config.optim
+    return {
+        name: trainer._replace(
+            step=functools.partial(trainer.step, frozen=models.parts[name].frozen)
+        )
+        for name, trainer in _trainers(*given, *how).items()
+    }
 
 
 @functools.lru_cache(maxsize=4)
 def _trainers(
     algorithm: Algorithm,
     named: tuple[tuple[str, Model], ...],
+    flat: tuple[Any, tuple[jax.ShapeDtypeStruct, ...]],
     options: OnlineOptions,
     optim: OptimConfig,
     updates: int,
     microbatches: int,
+    dropout: float,
 ) -> dict[str, Trainer]:
-    """Kept, so that a second run in one process (a notebook) compiles nothing."""
-    models = dict(named)
+    """Kept, so that a second run in one process (a notebook) compiles nothing.
+
+    `flat` is the structure and the leaves of the shapes of what is trained, by name.
+    """
+    models, shapes = dict(named), jax.tree.unflatten(*flat)
     names = {"policy": "the training step", "critic": "the critic's training step"}
     return {
         name: make_trainer(
             objective,
-            models[name],
+            shapes[name],
             own_optim,
+            mesh=models[name].mesh,
             updates=updates,
             microbatches=microbatches,
+            dropout=dropout,
             name=names[name],
         )
         for name, (objective, own_optim) in algorithm.objectives(
@@ -122,13 +138,13 @@ def _trainers(
 def start_state(
     models: OnlineModels, trainers: Mapping[str, Trainer], config: OnlineConfig
 ) -> OnlineState:
-    """The state before the first rollout. Parameters are copied where they are the
-    reference's too, else taken over."""
+    """The state before the first rollout. Parameters are copied where they may be the
+    reference's too, or another model's, else taken over."""
     states = {}
     keys = jax.random.split(jax.random.key(config.seed))
     for key, (name, trainer) in zip(keys, trainers.items(), strict=False):
-        params = models.params[name]
-        if config.has_reference:
+        params = models.parts[name].params
+        if config.has_reference or models.parts[name].frozen is not None:
             params = jax.tree.map(jnp.copy, params)
         mesh = models.models[name].mesh
         states[name] = init_state(params, trainer.tx, key, mesh=mesh)
