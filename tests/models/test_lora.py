@@ -180,7 +180,7 @@ def test_what_a_smaller_rank_leaves_at_zero_stays_zero(base):
 
 
 def test_counts_are_the_published_ones():
-    """Per rank of an 8B: attention 851,968, MLP 1,769,472 (tinker-cookbook's counts)."""
+    """Per rank of an 8B: attention 851,968, MLP 1,769,472 (tinker-cookbook)."""
     config = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128)
     model = Model(config)
     shapes = model.param_shapes()
