@@ -32,7 +32,9 @@ class GenerateConfig:
     """Completions of prompts from a checkpoint; printed, or written as JSONL."""
 
     model: str
-    """HF checkpoint: a directory or a hub id."""
+    """HF checkpoint, or an adapter in PEFT's format: a directory or a hub id."""
+    base: str | None = None
+    """Base of an adapter, a directory or a hub id; unset takes the one it names."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts: str | None = None
@@ -85,9 +87,11 @@ class EvalConfig:
     """
 
     model: str
-    """HF checkpoint: a directory or a hub id."""
+    """HF checkpoint, or an adapter in PEFT's format: a directory or a hub id."""
     data: Source
     """Rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split of it."""
+    base: str | None = None
+    """Base of --model where that is an adapter; unset takes the one it names."""
     split: str | None = None
     """Which split; unset takes test or validation, never train, or what has none."""
     columns: str | None = None
@@ -134,7 +138,7 @@ class EvalConfig:
 def run_generate(config: GenerateConfig) -> str | None:
     """Samples one completion a prompt; returns the text to print, or None."""
     mesh = make_run_mesh(config.mesh)
-    opened = open_pretrained(config.model, head="language")
+    opened = open_pretrained(config.model, config.base, head="language")
     prompts = _prompts(config, opened.tokenizer)
     loaded = load_pretrained(opened, mesh=mesh, dtype=config.dtype)
     filters = {"top_k": config.top_k, "top_p": config.top_p}
@@ -189,7 +193,8 @@ def run_eval(config: EvalConfig) -> str:
     """Measures the model on the rows; returns the JSON text."""
     # Whatever is wrong with rows, rewards and paths is said before a model is loaded.
     mesh = make_run_mesh(config.mesh)
-    opened = open_pretrained(config.model, max_length=config.max_length)
+    length = config.max_length
+    opened = open_pretrained(config.model, config.base, max_length=length)
     other = config.ref_model and open_pretrained(config.ref_model, head="language")
     if other:
         check_same_vocab(opened, other, "--model and --ref-model")

@@ -14,10 +14,15 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jalign import data, models
+from jalign.models.hf_files import is_adapter
+from jalign.models.lora import LoraConfig
+from jalign.models.peft_config import AdapterConfig, read_adapter_config
+from jalign.models.peft_files import read_lora_config
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign")
 Head = Literal["language", "scalar"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 __all__ = [
     "Opened",
@@ -33,18 +38,20 @@ class Opened(NamedTuple):
     """A checkpoint whose weights are still to be read.
 
     Attributes:
-      folder: where its files are.
+      folder: where its files are; of an adapter, its base's.
       config: with the special tokens that were settled.
       tokenizer: of transformers.
       adapter: the folder of the adapters on it; None without.
       lora: what they are.
+      base: name of their base, a folder or hub id, as an adapter may name it.
     """
 
     folder: Path
     config: models.ModelConfig
     tokenizer: Any
     adapter: Path | None = None
-    lora: models.lora.LoraConfig | None = None
+    lora: LoraConfig | None = None
+    base: str = ""
 
 
 class Pretrained(NamedTuple):
@@ -52,7 +59,8 @@ class Pretrained(NamedTuple):
 
     Attributes:
       model: its config holds the special tokens that were settled.
-      params: its parameters.
+      params: its parameters; with adapters among them (models.lora.join), where it is
+        one.
       tokenizer: of transformers.
     """
 
@@ -62,7 +70,11 @@ class Pretrained(NamedTuple):
 
 
 def open_pretrained(
-    path: str | Path, *, head: Head | None = None, max_length: int = 0
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    head: Head | None = None,
+    max_length: int = 0,
 ) -> Opened:
     """Reads config and tokenizer, and settles their special tokens.
 
@@ -71,22 +83,36 @@ def open_pretrained(
     tokenizer and the chat template's end of a turn name.
 
     Args:
-      path: a folder, or a hub id.
+      path: a folder, or a hub id; of a model, or of an adapter in PEFT's format. Its
+        tokenizer is that of the adapter's folder where there is one, else the base's;
+        with a head "score" in it, it is a reward model on a language model.
+      base: of an adapter: its base model. None takes the one that it names, by a path
+        from here or from its folder, or by a hub id.
       head: "language" or "scalar" (a reward model), where only that will do.
       max_length: tokens that rows may have; a warning says where this is more than the
         model was made for.
 
-    Raises: FileNotFoundError, ValueError: as `models.read_config` and
-      `data.load_tokenizer`; ValueError too where model and tokenizer do not belong
-      together, for the other kind of head, and for a folder that holds an adapter only.
+    Raises: FileNotFoundError, ValueError: as `models.read_config`,
+      `models.load_adapter` (but for its weights) and `data.load_tokenizer`; ValueError
+      too where model and tokenizer do not belong together, for the other kind of head,
+      for an adapter without its base, and for a base without an adapter.
     """
-    folder = models.model_folder(path)
+    folder, told, named = models.model_folder(path), None, ""
+    adapter = folder if is_adapter(folder) else None
+    if adapter is not None:
+        told = read_adapter_config(adapter)
+        folder, named = _find_base(adapter, told, base)
+    elif base is not None:
+        raise ValueError(f"{path} is a whole model, no adapter: leave out --base")
     config = models.read_config(folder)
+    if told is not None and told.is_scalar:
+        config = dataclasses.replace(config, num_labels=1)
     if head == "language" and config.num_labels:
         raise ValueError(f"{path} is a reward model; give a causal language model")
     if head == "scalar" and config.num_labels != 1:
         raise ValueError(f"{path} is no reward model (its head has no single score)")
-    tokenizer = data.load_tokenizer(folder)
+    own = adapter and any((adapter / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = data.load_tokenizer(adapter if adapter and own else folder)
     data.check_vocab(tokenizer, config.vocab_size, where=str(path))
     if max_length > config.max_position:
         _log.warning(
@@ -96,11 +122,41 @@ def open_pretrained(
             max_length,
             config.max_position,
         )
-    return Opened(folder, settle(config, tokenizer), tokenizer)
+    lora = adapter and read_lora_config(adapter, models.Model(config))
+    return Opened(folder, settle(config, tokenizer), tokenizer, adapter, lora, named)
+
+
+def _find_base(
+    adapter: Path, told: AdapterConfig, base: str | Path | None
+) -> tuple[Path, str]:
+    """(the folder of an adapter's base model, its name)."""
+    named = told.base if base is None else str(base)
+    if not named:
+        raise ValueError(
+            f"{told.file} has no base_model_name_or_path: give the base with --base"
+        )
+    if base is None and not Path(named).expanduser().is_dir():
+        beside = adapter / named
+        named = str(beside) if beside.is_dir() else named
+    revision = told.raw.get("revision") if base is None else None
+    try:
+        folder = models.model_folder(named, revision=revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{adapter} is an adapter, and its base model is not there; give that with "
+            f"--base: {error}"
+        ) from error
+    if is_adapter(folder):
+        raise ValueError(
+            f"{adapter}: its base {named} is an adapter too; merge that into its own "
+            "base first (jalign merge), and give the result with --base"
+        )
+    return folder, named
 
 
 def load_pretrained(
     source: str | Path | Opened,
+    base: str | Path | None = None,
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -111,15 +167,22 @@ def load_pretrained(
 
     Args:
       source: what `open_pretrained` gave, or what it takes.
+      base: as in `open_pretrained`, where that is still to be called.
       mesh, dtype, remat: as in `models.load`.
       head: as in `open_pretrained`.
 
     Raises: as `open_pretrained` and `models.load`.
     """
     if not isinstance(source, Opened):
-        source = open_pretrained(source, head=head)
+        source = open_pretrained(source, base, head=head)
     model, params = models.load(source.folder, mesh=mesh, dtype=dtype, remat=remat)
-    return Pretrained(model.replace(config=source.config), params, source.tokenizer)
+    model = model.replace(config=source.config)
+    if source.adapter is not None:
+        adapters, _ = models.load_adapter(source.adapter, model)
+        params = models.lora.join(params, adapters)
+        if model.config.num_labels:
+            params.pop("unembed", None)
+    return Pretrained(model, params, source.tokenizer)
 
 
 def settle(config: models.ModelConfig, tokenizer: Any) -> models.ModelConfig:

@@ -38,12 +38,13 @@ FLAGS = {
         kl_horizon=10000 whiten_rewards=False""",
     "grpo": f"""{ONLINE} num_epochs=1 group_size=8 loss=dapo clip_eps=None
         clip_eps_high=None beta=0.0 scale_rewards=auto mask_truncated=False""",
-    "generate": """model=! prompt=() prompts=None split=None columns=None bad_rows=error
-        max_new_tokens=128 temperature=1.0 top_k=0 top_p=1.0 chat=False batch_size=64
-        seed=0 mesh=None dtype=float32 out=None""",
-    "eval": """model=! data=! split=None columns=None task=auto ref_model=None
-        reward=None reward_timeout=600.0 limit=None batch_size=16 max_length=1024
-        max_new_tokens=128 temperature=1.0 seed=0 mesh=None bad_rows=error out=None""",
+    "generate": """model=! base=None prompt=() prompts=None split=None columns=None
+        bad_rows=error max_new_tokens=128 temperature=1.0 top_k=0 top_p=1.0 chat=False
+        batch_size=64 seed=0 mesh=None dtype=float32 out=None""",
+    "eval": """model=! data=! base=None split=None columns=None task=auto
+        ref_model=None reward=None reward_timeout=600.0 limit=None batch_size=16
+        max_length=1024 max_new_tokens=128 temperature=1.0 seed=0 mesh=None
+        bad_rows=error out=None""",
 }
 LAUNCH = """coordinator=None num_processes=None process_id=None cpu_devices=None
 compilation_cache=True traceback=False"""

@@ -12,6 +12,7 @@ from jalign.models.hf_config import read_config
 from jalign.models.hf_files import model_folder
 from jalign.models.hf_weights import load, save
 from jalign.models.model import Model, add_scalar_head, add_value_head, split_heads
+from jalign.models.peft_files import load_adapter, save_adapter
 
 __all__ = [
     "KVCache",
@@ -22,9 +23,11 @@ __all__ = [
     "add_value_head",
     "attend",
     "load",
+    "load_adapter",
     "lora",
     "model_folder",
     "read_config",
     "save",
+    "save_adapter",
     "split_heads",
 ]

@@ -47,6 +47,11 @@ class Tensor(NamedTuple):
         return f"{self.layout} -> {' '.join(filter(None, axes[self.stacked :]))}"
 
     @property
+    def module(self) -> str:
+        """The module that it is of, such as "lm_head"; "{}" stands for the layer."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def num_inputs(self) -> int:
         """Of a kernel: how many of its axes, the first ones, meet the activations."""
         return len(groups(self.layout)[-1])  # a file has outputs first, then inputs
@@ -85,8 +90,11 @@ def file_shape(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[name] for name in group) for group in groups(left))
 
 
+LAYER = "model.layers.{}."
+
+
 def _layer(name: str, path: str, layout: str, when: str = "") -> Tensor:
-    return Tensor("model.layers.{}." + name, "layers/" + path, layout, when)
+    return Tensor(LAYER + name, "layers/" + path, layout, when)
 
 
 def _attention(name: str, path: str, layout: str, when: str = "") -> Tensor:
@@ -119,6 +127,9 @@ TENSOR_AT = {row.path: row for row in TENSORS}
 IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 # Some exporters write this copy of a tied embedding: allowed where it is equal.
 TIED_COPY, TIED_ORIGINAL = "lm_head.weight", "model.embed_tokens.weight"
+
+# What adapters may be asked for by one word: a regex for modules of a layer.
+ADAPTER_GROUPS = {"all": r".*", "attention": r"self_attn\..*", "mlp": r"mlp\..*"}
 
 # Keys without which a config.json says nothing.
 REQUIRED_KEYS = (

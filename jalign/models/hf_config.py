@@ -18,7 +18,7 @@ from jalign.models.families import (
     Family,
     architecture_of,
 )
-from jalign.models.hf_files import read_json
+from jalign.models.hf_files import is_adapter, read_json
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of generation_config.json that ModelConfig has, or that are not ours to say.
@@ -37,8 +37,11 @@ def read_config(path: Path) -> ModelConfig:
     """ModelConfig of a checkpoint folder, or of a config.json. Errors name the file
     and the key."""
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file() and (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path} holds an adapter only: merge it into its base model")
+    if is_adapter(path):
+        raise ValueError(
+            f"{path} holds an adapter only: load_pretrained takes it with its base, "
+            "and jalign merge makes one model of both"
+        )
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no config.json: not a model")
     generation = file.with_name("generation_config.json")
@@ -73,7 +76,7 @@ def config_from_hf(
     missing = [key for key in REQUIRED_KEYS if raw.get(key) is None]
     if missing:
         raise ValueError(f"missing key(s) {', '.join(missing)}")
-    _check_values(raw, CONFIG_CHECKS)
+    check_values(raw, CONFIG_CHECKS)
     _check_fixed(raw, family)
     values = family.defaults | raw
     fields = {field: values.get(key) for field, key in CONFIG_KEYS.items()}
@@ -107,8 +110,14 @@ def config_from_hf(
         raise ValueError(message) from error
 
 
-def _check_values(raw: dict[str, Any], checks: dict[str, Check], of: str = "") -> None:
-    """Raises ValueError naming the first key whose value is of no use."""
+def check_values(raw: dict[str, Any], checks: dict[str, Check], of: str = "") -> None:
+    """Raises ValueError naming the first key whose value is of no use.
+
+    Args:
+      raw: of a JSON file.
+      checks: key -> what its value may be.
+      of: what goes before the key in a message.
+    """
     for key, check in checks.items():
         value = raw.get(key)
         if value is None:
@@ -190,7 +199,7 @@ def _read_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling: rope_parameters (5) or rope_theta and rope_scaling (4)."""
     name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
     rope = values.get(name) or {}
-    _check_values(rope, ROPE_CHECKS, f"{name}.")
+    check_values(rope, ROPE_CHECKS, f"{name}.")
     theta = rope.get("rope_theta", values.get("rope_theta"))
     theta = 10_000.0 if theta is None else float(theta)
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _OLD_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -21,8 +22,12 @@ _MAX_HEADER_BYTES = 32 * 2**20
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
-def model_folder(path: str | Path) -> Path:
+def model_folder(path: str | Path, *, revision: str | None = None) -> Path:
     """A local folder as it is; a hub id downloaded, and the folder that it is in.
+
+    Args:
+      path: a folder, or a hub id such as "org/name".
+      revision: of a hub id: its branch, tag or commit; None is the main branch.
 
     Raises: FileNotFoundError where it is neither.
     """
@@ -35,11 +40,32 @@ def model_folder(path: str | Path) -> Path:
 
     try:
         # The weights of other frameworks, and pickles, are not fetched.
-        return Path(snapshot_download(str(path), allow_patterns=list(_HUB_FILES)))
+        patterns = list(_HUB_FILES)
+        return Path(
+            snapshot_download(str(path), revision=revision, allow_patterns=patterns)
+        )
     except Exception as error:  # the hub raises a dozen types, of several libraries
         raise FileNotFoundError(
             f"model {path}: no such folder, and the hub says: {error}"
         ) from error
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's format, and no whole model.
+
+    Some tools write the base's config.json beside it.
+    """
+    whole = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    return (folder / ADAPTER_CONFIG).is_file() and not whole
+
+
+def report(folder: Path, problems: list[str], most: int = 20) -> str:
+    """What is wrong with a folder's weights, a line each."""
+    lines = [f"{folder}: {len(problems)} problem(s) with the weights"]
+    lines += [f"  {problem}" for problem in problems[:most]]
+    if len(problems) > most:
+        lines.append(f"  ... and {len(problems) - most} more")
+    return "\n".join(lines)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -77,11 +103,13 @@ class WeightFiles:
     """All tensors of a checkpoint folder by name, opened but not read.
 
     Attributes:
+      folder: where the files are.
+      name: of the weight file, where there is one and no index of several.
       problems: what is wrong with the files themselves.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, name: str = WEIGHTS):
+        self.folder, self.name = folder, name
         self.problems: list[str] = []
         self._stack = ExitStack()
         self._where: dict[str, Any] = {}
@@ -121,12 +149,12 @@ class WeightFiles:
 
     def _file_names(self) -> tuple[list[str], dict[str, str]]:
         """The weight files, and the index tensor -> file (empty without one)."""
-        file = self.folder / INDEX
+        file = self.folder / f"{self.name}.index.json"
         if not file.is_file():
-            if (self.folder / WEIGHTS).is_file():
-                return [WEIGHTS], {}
+            if (self.folder / self.name).is_file():
+                return [self.name], {}
             raise FileNotFoundError(
-                f"{self.folder} has neither {WEIGHTS} nor {INDEX} "
+                f"{self.folder} has neither {self.name} nor {file.name} "
                 "(.bin and .pt files are not read: they can run code)"
             )
         index = read_json(file).get("weight_map")

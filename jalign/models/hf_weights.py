@@ -26,7 +26,7 @@ from jalign import sharding
 from jalign.models import families, hf_files
 from jalign.models.config import ModelConfig
 from jalign.models.hf_config import config_to_hf, read_config, settled
-from jalign.models.hf_files import WeightFiles
+from jalign.models.hf_files import WeightFiles, report as _report
 from jalign.models.model import Model, Params
 
 _log = logging.getLogger("jalign.models")
@@ -75,14 +75,6 @@ def load(
     count = sum(math.prod(x.shape) for x in shapes.values())
     _log.info("loaded %s: %s, %.1fM parameters", folder, config.family, count / 1e6)
     return model, unflatten_dict(params, sep="/")
-
-
-def _report(folder: Path, problems: list[str], most: int = 20) -> str:
-    lines = [f"{folder}: {len(problems)} problem(s) with the weights"]
-    lines += [f"  {problem}" for problem in problems[:most]]
-    if len(problems) > most:
-        lines.append(f"  ... and {len(problems) - most} more")
-    return "\n".join(lines)
 
 
 def _header_problems(

@@ -24,7 +24,7 @@ from jalign.models.model import Model, Params
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 DROPOUT = ("lora_seed", "lora_rate")
-GROUPS = {"all": r".*", "attention": r"self_attn\..*", "mlp": r"mlp\..*"}
+GROUPS = families.ADAPTER_GROUPS
 # What may be trained in full beside the adapters -> its key among the parameters.
 FULL = {"embed": "embed", "head": "unembed", "score": "score"}
 _Kernels = dict[str, families.Tensor]
@@ -38,9 +38,10 @@ class LoraConfig:
       rank: r, columns of A.
       alpha: s = alpha / r; or alpha / sqrt(r) where rank_stabilized (arXiv:2312.03732).
       targets: each one of "all", "attention", "mlp"; or the end of a module's name in
-        the Hugging Face format, such as "q_proj"; or a regex for it.
+        the Hugging Face format (families.TENSORS); or a regex for it.
       rank_pattern, alpha_pattern: (regex for the end of a module's full name, value)
         pairs that go before rank and alpha; the first that matches counts, as in PEFT.
+        A rank of 0 leaves the module without an adapter.
       rank_stabilized: see alpha.
       train_full: what is trained in full, as a copy: "embed", "head", "score".
 
@@ -57,7 +58,7 @@ class LoraConfig:
 
     def __post_init__(self):
         ranks = [self.rank, *(value for _, value in self.rank_pattern)]
-        if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+        if self.rank == 0 or any(type(rank) is not int or rank < 0 for rank in ranks):
             raise ValueError(f"rank: {ranks} are not all integers >= 1")
         alphas = [self.alpha, *(value for _, value in self.alpha_pattern)]
         if any(not 0 < alpha < math.inf for alpha in alphas):
@@ -78,10 +79,12 @@ class LoraConfig:
 
     def scale_of(self, rank: int, alpha: float) -> float:
         """s of an adapter of this rank."""
+        if not rank:
+            return 0.0
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def rank_and_alpha(self, module: str) -> tuple[int, float]:
-        """Of a module by its full name, as "model.layers.0.self_attn.q_proj"."""
+        """Of a module by its full name in the Hugging Face format."""
         return (
             _by_pattern(self.rank_pattern, module, self.rank),
             _by_pattern(self.alpha_pattern, module, self.alpha),
@@ -94,9 +97,9 @@ def _by_pattern(pairs: tuple[tuple[str, Any], ...], module: str, default: Any) -
 
 
 def kernels(model: Model) -> _Kernels:
-    """Module of a layer, such as "self_attn.q_proj" -> its row of the tensor table."""
+    """Module of a layer, by its Hugging Face name -> its row of the tensor table."""
     return {
-        row.name.removeprefix("model.layers.{}.").removesuffix(".weight"): row
+        row.module.removeprefix(families.LAYER): row
         for row in families.tensors_of(model.config)
         if row.stacked and row.kind == "kernel"
     }
@@ -139,9 +142,9 @@ def init(model: Model, params: Params, config: LoraConfig, key: jax.Array) -> Pa
 
     def draw(key):
         flat = {}
-        for number, (module, row) in enumerate(rows.items()):
+        for number, row in enumerate(rows.values()):
             shape, own = shapes[row.path].shape, jax.random.fold_in(key, number)
-            flat |= _fresh(config, module, row, shape, own)
+            flat |= _fresh(config, row, shape, own)
         return _nested(flat)
 
     placed, mesh = None, model.mesh
@@ -157,12 +160,14 @@ def init(model: Model, params: Params, config: LoraConfig, key: jax.Array) -> Pa
     return adapters
 
 
-def _fresh(config: LoraConfig, module: str, row, shape, key) -> dict[str, jax.Array]:
-    """A, B and s of a stacked kernel, by their paths."""
+def _fresh(config: LoraConfig, row, shape, key) -> dict[str, jax.Array]:
+    """A, B and s of a stacked kernel, by their paths; none where all ranks are 0."""
     layers, inner = shape[0], shape[1:]
     inputs, outputs = inner[: row.num_inputs], inner[row.num_inputs :]
-    names = [f"model.layers.{i}.{module}" for i in range(layers)]
+    names = [row.module.format(i) for i in range(layers)]
     ranks, alphas = zip(*map(config.rank_and_alpha, names), strict=True)
+    if not any(ranks):
+        return {}
     rank, bound = max(ranks), 1 / math.sqrt(math.prod(inputs))
     a = jax.random.uniform(key, (layers, *inputs, rank), jnp.float32, -bound, bound)
     used = jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]
