@@ -166,11 +166,14 @@ class RunConfig(DataOptions):
     """The fields of every run; a subclass adds its recipe's own."""
 
     model: str
-    """Model to train: a directory in HF format or a hub id."""
+    """Model to train: a directory in HF format or a hub id; or one of adapters, which
+    are trained on."""
     data: Source
     """Training rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split."""
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
+    base: str | None = None
+    """Of adapters in `model`: what they stand on; unset takes what they name."""
     steps: int | None = number(None, ">= 1")
     """Optimizer steps; overrides epochs."""
     epochs: float = number(1.0, "> 0")

@@ -63,7 +63,8 @@ def run_recipe(
         # Whatever is wrong with the rows is said before the model is loaded.
         train_rows, eval_rows = load_run_rows(config.data, config)
         head = None if recipe.prepare else "language"
-        opened = open_pretrained(config.model, head=head, max_length=config.max_length)
+        how = {"head": head, "max_length": config.max_length}
+        opened = open_pretrained(config.model, config.base, **how)
         tokenizer = opened.tokenizer
         found = tokenizer_inputs(tokenizer)
         if recipe.prepare:
@@ -93,7 +94,7 @@ def run_recipe(
             shown = eval_rows or train_rows
             prompts = sample_prompts(shown, tokenizer, config.columns)
 
-        parted = part(config, model, params, had=opened.lora)
+        parted = part(config, model, params, opened)
         del params
 
         def look(params):

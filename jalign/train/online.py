@@ -19,7 +19,7 @@ from jalign.train.rollout import ROLLOUT_KL, evaluate_prompts
 from jalign.train.rows import load_run_rows
 from jalign.train.run import identify, open_run
 from jalign.train.shapes import choose_shapes
-from jalign.train.trained import save
+from jalign.train.trained import save, save_whole
 from jalign.train.updates import (
     Algorithm,
     OnlineState,
@@ -74,7 +74,7 @@ def _run(
         # Rows are cheap to refuse: everything about them is known before a model.
         train_rows, eval_rows = load_run_rows(config.data, config)
         how: dict[str, Any] = {"head": "language", "max_length": config.max_length}
-        opened = open_pretrained(config.model, **how)
+        opened = open_pretrained(config.model, config.base, **how)
         found = tokenizer_inputs(opened.tokenizer)
         prompts = make_prompts(train_rows, opened.tokenizer, config)
         held_out = []
@@ -161,17 +161,16 @@ def save_models(
     loaded: OnlineModels, config: OnlineConfig, states: dict[str, TrainState]
 ) -> Path:
     """OUT/model or OUT/adapter, and OUT/critic where asked for; returns the first."""
-    found = {name: (loaded.models[name], states[name].params) for name in states}
-    parts = dict(loaded.parts)
-    if loaded.models["policy"].value_head:
-        found["policy"], found["critic"] = models.split_heads(*found["policy"])
-        parts["critic"] = parts["policy"]
-    wanted = {"policy": "model"}
+    found = {
+        name: (loaded.models[name], loaded.parts[name].whole(state.params))
+        for name, state in states.items()
+    }
+    policy, params = loaded.models["policy"], states["policy"].params
+    if policy.value_head:
+        policy, params = models.split_heads(policy, params)[0]
+        found["critic"] = models.split_heads(*found["policy"])[1]
+    out = Path(config.out)
     if isinstance(config, PPOConfig) and config.ppo.critic.save_critic:
-        wanted = {"critic": "critic"} | wanted
-    written = Path()
-    for name, folder in wanted.items():
-        model, params = found[name]
-        given = model, parts[name], params, loaded.tokenizer, config
-        written = save(Path(config.out), *given, name=folder)
-    return written
+        save_whole(out / "critic", *found["critic"], loaded.tokenizer)
+    given = policy, loaded.parts["policy"], params, loaded.tokenizer, config
+    return save(out, *given)

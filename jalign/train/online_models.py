@@ -64,11 +64,11 @@ def load_models(
     terms = rewards.parse_rewards(config.reward)
     seconds = config.options.reward_timeout
     loaded = rewards.load_terms(terms, timeout=seconds, wrap=on_main_process, **how)
-    opened = opened or open_pretrained(config.model, head="language")
+    opened = opened or open_pretrained(config.model, config.base, head="language")
     policy, params, tokenizer = load_pretrained(opened, **how)
     gold, gold_digest = load_gold(config, timeout=seconds, **how)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    found, had = {"policy": (policy, params)}, {"policy": opened.lora}
+    found, source = {"policy": (policy, params)}, {"policy": opened}
     if isinstance(config, PPOConfig):
         if config.ppo.critic.shared_trunk:
             found["policy"] = add_value_head(policy, params, key=key)
@@ -82,12 +82,12 @@ def load_models(
             )
             known = next(alike, None)
             found["critic"] = known or add_scalar_head(policy, params, key=key)
-            had["critic"] = None if known else opened.lora
+            source["critic"] = opened._replace(lora=None) if known else opened
     return OnlineModels(
         {name: model for name, (model, _) in found.items()},
         {name: params for name, (_, params) in found.items()},
         {
-            name: part(config, *given, had=had[name], number=number)
+            name: part(config, *given, source[name], number=number)
             for number, (name, given) in enumerate(found.items())
         },
         tokenizer,

@@ -9,6 +9,7 @@ import jax
 from jalign import models
 from jalign.models import Model, lora
 from jalign.models.lora import LoraConfig
+from jalign.pretrained import Opened
 from jalign.settings import check
 from jalign.train.config import RunConfig
 from jalign.train.stop import whole_folder
@@ -25,11 +26,13 @@ class Trained(NamedTuple):
       params: what is trained, as it starts.
       frozen: the rest; None where all is trained.
       lora: the adapters that `params` are; None where all is trained.
+      base: a folder or hub id of what they stand on.
     """
 
     params: PyTree
     frozen: PyTree | None = None
     lora: LoraConfig | None = None
+    base: str = ""
 
     def whole(self, params: PyTree) -> PyTree:
         """The model's parameters, from those that are trained."""
@@ -37,24 +40,19 @@ class Trained(NamedTuple):
 
 
 def part(
-    config: RunConfig,
-    model: Model,
-    params: PyTree,
-    *,
-    had: LoraConfig | None = None,
-    number: int = 0,
+    config: RunConfig, model: Model, params: PyTree, opened: Opened, *, number: int = 0
 ) -> Trained:
     """What a run trains of a model.
 
     Args:
       config: the run's.
       model, params: as it starts.
-      had: of the adapters that are among the parameters already; None without.
+      opened: the checkpoint it is from; with one of adapters, these are trained on.
       number: of the model, where a run trains several.
 
     Raises: ValueError for new adapters on a model that has some.
     """
-    chosen = config.lora.lora()
+    chosen, had = config.lora.lora(), opened.lora
     check(
         chosen is None or had is None,
         f"lora_rank: {config.model} has adapters already: leave it out to go on with "
@@ -77,11 +75,11 @@ def part(
     trained, scales = lora.trainable(adapters)
     kept = {name: value for name, value in base.items() if name not in trained}
     frozen = lora.join(kept | {"layers": base["layers"]}, scales)
-    count, total = (
-        sum(x.size for x in jax.tree.leaves(tree)) for tree in (trained, params)
+    sizes = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, params))
+    _log.info(
+        "training %s parameters of adapters beside %s", *map("{:,}".format, sizes)
     )
-    _log.info("training %.2fM parameters beside %.1fM", count / 1e6, total / 1e6)
-    return Trained(trained, frozen, chosen)
+    return Trained(trained, frozen, chosen, opened.base or config.model)
 
 
 def save(
@@ -91,8 +89,6 @@ def save(
     params: PyTree,
     tokenizer: Any,
     config: RunConfig,
-    *,
-    name: str = "model",
 ) -> Path:
     """Writes OUT/model in HF format, or OUT/adapter in PEFT's; returns which.
 
@@ -101,26 +97,23 @@ def save(
       model, parted: what is trained.
       params: as trained.
       tokenizer: written beside them.
-      config: the run's, for what the adapters stand on.
-      name: of the folder; adapters in place of "model" are in "adapter".
+      config: the run's.
     """
     if parted.lora is None or parted.frozen is None:
-        with whole_folder(out / name) as folder:
-            models.save(folder, model, params, tokenizer)
-        return out / name
-    name = "adapter" if name == "model" else name
+        return save_whole(out / "model", model, params, tokenizer)
     adapters = lora.join(lora.split(parted.frozen)[1], params)
-    with whole_folder(out / name) as folder:
-        models.save_adapter(
-            folder,
-            model,
-            adapters,
-            parted.lora,
-            base=config.model,
-            dropout=config.lora.lora_dropout,
-            tokenizer=tokenizer,
-        )
-    return out / name
+    how = {"base": parted.base, "dropout": config.lora.lora_dropout}
+    with whole_folder(out / "adapter") as folder:
+        given = folder, model, adapters, parted.lora
+        models.save_adapter(*given, tokenizer=tokenizer, **how)
+    return out / "adapter"
+
+
+def save_whole(target: Path, model: Model, params: PyTree, tokenizer: Any) -> Path:
+    """Writes a model in HF format, adapters merged, and returns where."""
+    with whole_folder(target) as folder:
+        models.save(folder, model, lora.merge(params), tokenizer)
+    return target
 
 
 def _hint(config: RunConfig) -> None:
