@@ -138,27 +138,28 @@ class LoraOptions(Checked):
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             targets=_names(self.lora_targets),
-            rank_pattern=self._pattern("lora_rank_pattern", int),
-            alpha_pattern=self._pattern("lora_alpha_pattern", float),
+            rank_pattern=_pattern("rank", self.lora_rank_pattern, int),
+            alpha_pattern=_pattern("alpha", self.lora_alpha_pattern, float),
             rank_stabilized=self.rslora,
             train_full=_names(self.lora_train or ""),
         )
 
-    def _pattern(self, name: str, kind: Any) -> tuple[tuple[str, Any], ...]:
-        """ "a=1,b=2" -> (("a", 1), ("b", 2))."""
-        pairs = []
-        for part in _names(getattr(self, name) or ""):
-            key, _, value = part.rpartition("=")
-            try:
-                pairs.append((key, kind(value)))
-            except ValueError:
-                key = ""
-            check(bool(key), f'{name}: {part!r} is not as "q_proj=8"')
-        return tuple(pairs)
-
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def _pattern(of: str, text: str | None, kind: Any) -> tuple[tuple[str, Any], ...]:
+    """ "a=1,b=2" -> (("a", 1), ("b", 2))."""
+    pairs = []
+    for part in _names(text or ""):
+        key, _, value = part.rpartition("=")
+        try:
+            pairs.append((key, kind(value)))
+        except ValueError:
+            key = ""
+        check(bool(key), f"lora_{of}_pattern: {part!r} is not as NAME=8")
+    return tuple(pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,22 +64,35 @@ def part(
         check(not unread, "lora_dropout: there are no adapters, set lora_rank")
         return Trained(params)
     _hint(config)
-    if had is not None:
-        base, adapters = lora.split(params)
-        full = {lora.FULL[name] for name in had.train_full}
-        full |= {"score"} if model.has_scalar_head else set()
-        adapters |= {name: base[name] for name in full}
-    else:
-        key = jax.random.fold_in(jax.random.key(config.seed), 2 + number)
-        base, adapters = params, lora.init(model, params, chosen, key)
-    trained, scales = lora.trainable(adapters)
-    kept = {name: value for name, value in base.items() if name not in trained}
-    frozen = lora.join(kept | {"layers": base["layers"]}, scales)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2 + number)
+    trained, frozen = parts_of(model, params, chosen, None if had else key)
     sizes = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, params))
     _log.info(
         "training %s parameters of adapters beside %s", *map("{:,}".format, sizes)
     )
     return Trained(trained, frozen, chosen, opened.base or config.model)
+
+
+def parts_of(
+    model: Model, params: PyTree, config: LoraConfig, key: jax.Array | None
+) -> tuple[PyTree, PyTree]:
+    """(what is trained, the rest) of a model with adapters.
+
+    Args:
+      model, params: as it starts.
+      config: of the adapters.
+      key: for new ones; None where they are among the parameters.
+    """
+    if key is None:
+        base, adapters = lora.split(params)
+        full = {lora.FULL[name] for name in config.train_full}
+        full |= {"score"} if model.has_scalar_head else set()
+        adapters |= {name: base[name] for name in full}
+    else:
+        base, adapters = params, lora.init(model, params, config, key)
+    trained, scales = lora.trainable(adapters)
+    kept = {name: value for name, value in base.items() if name not in trained}
+    return trained, lora.join(kept | {"layers": base["layers"]}, scales)
 
 
 def save(

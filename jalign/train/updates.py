@@ -6,7 +6,7 @@ completions become a Rollout. All else is shared, and here.
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from jalign.train.rollout import (
     sample_and_score,
     shape_scores,
 )
-from jalign.train.shapes import cut, local_rows
+from jalign.train.shapes import local_rows, minibatches
 from jalign.train.step import Trainer, init_state, make_trainer
 from jalign.types import PyTree, Rollout, TrainState
 
@@ -242,22 +242,6 @@ def update(
         if limit is not None and float(row[UPDATE_KL]) > limit:
             break
     return models, jax.device_get(rows)
-
-
-def minibatches(
-    rollout: Rollout,
-    config: OnlineConfig,
-    iteration: int,
-    row_lengths: Sequence[int] = (),
-) -> Iterator[Rollout]:
-    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled, each
-    cut to the first of the row lengths that holds it."""
-    lengths = row_lengths or rollout.tokens.shape[1:]
-    for epoch in range(config.options.num_epochs):
-        random = np.random.default_rng([config.seed, iteration, epoch])
-        order = random.permutation(config.completions)
-        for part in np.split(order, config.options.num_minibatches):
-            yield cut(jax.tree.map(lambda x, part=part: x[part], rollout), lengths)
 
 
 def over_updates(rows: Rows, algorithm: Algorithm) -> dict[str, float]:
