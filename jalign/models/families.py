@@ -80,6 +80,11 @@ def file_shape(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[name] for name in group) for group in groups(left))
 
 
+def is_linear(row: Tensor) -> bool:
+    """Whether it is the kernel of a layer: what adapters and quantization take."""
+    return row.stacked and row.kind == "kernel"
+
+
 def _layer(name: str, path: str, layout: str, when: str = "") -> Tensor:
     return Tensor("model.layers.{}." + name, "layers/" + path, layout, when)
 
@@ -129,7 +134,6 @@ FIXED_KEYS = {
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
 }
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jalign import sharding
-from jalign.models import families
+from jalign.models import families, quantized
 from jalign.models.model import Model, Params
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
@@ -98,7 +98,7 @@ def kernels(model: Model) -> _Kernels:
     return {
         row.name.removeprefix("model.layers.{}.").removesuffix(".weight"): row
         for row in families.tensors_of(model.config)
-        if row.stacked and row.kind == "kernel"
+        if families.is_linear(row)
     }
 
 
@@ -165,7 +165,7 @@ def _fresh(config: LoraConfig, module: str, row, shape, key) -> dict[str, jax.Ar
     ranks, alphas = zip(*map(config.rank_and_alpha, names), strict=True)
     rank, bound = max(ranks), 1 / math.sqrt(math.prod(inputs))
     a = jax.random.uniform(key, (layers, *inputs, rank), jnp.float32, -bound, bound)
-    used = jnp.arange(rank) < jnp.asarray(ranks)[:, None]
+    used = jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]
     used = used.reshape(layers, *(1 for _ in inputs), rank)
     scales = map(config.scale_of, ranks, alphas)
     base = row.path.removesuffix("kernel")
@@ -214,10 +214,17 @@ def merge(params: Params, *, sign: float = 1.0) -> Params:
     Computed in float32, then rounded once to the kernel's dtype.
 
     Args:
-      params: of `join`; not of a quantized base.
+      params: of `join`.
       sign: -1 takes them off again, up to rounding; to have the base bit for bit, keep
         it (`split` gives it back).
+
+    Raises: ValueError where the base is quantized.
     """
+    if quantized.is_quantized(params):
+        raise ValueError(
+            "adapters are not merged into a quantized base, which would round all of "
+            "it again: merge them into the full-precision model (jalign merge)"
+        )
     flat = flatten_dict(params, sep="/")
     base = flatten_dict(split(params)[0], sep="/")
     for path in [path for path in flat if path.endswith("/" + A)]:
