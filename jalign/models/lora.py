@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jalign import sharding
-from jalign.models import families
+from jalign.models import families, quantized
 from jalign.models.model import Model, Params
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
@@ -101,7 +101,7 @@ def kernels(model: Model) -> _Kernels:
     return {
         row.module.removeprefix(families.LAYER): row
         for row in families.tensors_of(model.config)
-        if row.stacked and row.kind == "kernel"
+        if families.is_linear(row)
     }
 
 
@@ -221,10 +221,17 @@ def merge(params: Params, *, sign: float = 1.0) -> Params:
     Computed in float32, then rounded once to the kernel's dtype.
 
     Args:
-      params: of `join`; not of a quantized base.
+      params: of `join`.
       sign: -1 takes them off again, up to rounding; to have the base bit for bit, keep
         it (`split` gives it back).
+
+    Raises: ValueError where the base is quantized.
     """
+    if quantized.is_quantized(params):
+        raise ValueError(
+            "adapters are not merged into a quantized base, which would round all of "
+            "it again: merge them into the full-precision model (jalign merge)"
+        )
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     base: dict[str, Any] = flatten_dict(split(params)[0], sep="/")
     for path in [path for path in flat if path.endswith("/" + A)]:
