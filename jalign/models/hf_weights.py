@@ -56,7 +56,8 @@ def load(
       path: a folder, or a hub id such as "org/name", which is downloaded.
       mesh: of sharding.make_mesh; None puts everything on the default device.
       dtype: of activations and matmul inputs, see Model.
-      param_dtype: of the parameters; float32 for training.
+      param_dtype: of kernels and embeddings; float32 where they are trained. Norms,
+        biases and scalar heads, which compute in float32, are float32 always.
       remat, attention: see Model.
       quantize: "nf4" (with double quantization) or "int8": the layers' kernels become
         codes, see models.quantize; embeddings, norms, biases and heads stay. None:
@@ -107,7 +108,9 @@ def _read_params(
         whole = functools.partial(tensor, np.float32, [(0, n) for n in inner])
         leaves = hf_quantized.read(files, row, shape, quantize, whole)
         if leaves is None:
-            read = _leaf_reader(functools.partial(tensor, dtype), row, shape, dtype)
+            narrow = families.is_matrix(row.path) and row.when != "score"
+            own = dtype if narrow else np.dtype(np.float32)
+            read = _leaf_reader(functools.partial(tensor, own), row, shape, own)
             params[row.path] = _placed(model.mesh, row.path, shape, read)
             continue
         for name, x in leaves.items():

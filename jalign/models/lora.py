@@ -156,8 +156,13 @@ def init(model: Model, params: Params, config: LoraConfig, key: jax.Array) -> Pa
         if FULL[name] not in params:
             why = "its embedding is its head: name embed" if name == "head" else ""
             raise ValueError(f"train_full: the model has no {name} of its own; {why}")
-        adapters[FULL[name]] = jax.tree.map(jnp.copy, params[FULL[name]])
+        adapters[FULL[name]] = jax.tree.map(_master, params[FULL[name]])
     return adapters
+
+
+def _master(x: jax.Array) -> jax.Array:
+    """A float32 copy, which is trained."""
+    return jnp.copy(x) if x.dtype == jnp.float32 else x.astype(jnp.float32)
 
 
 def _fresh(config: LoraConfig, row, shape, key) -> dict[str, jax.Array]:
