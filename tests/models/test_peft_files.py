@@ -39,7 +39,7 @@ ADAPTERS = {
 def write(folder, name="llama", config=None, **how):
     """A saved adapter: (model, adapters)."""
     config = config or LoraConfig(rank=4, targets=("q_proj", "down_proj"))
-    model = Model(CONFIGS[name], mesh=how.pop("mesh", None))
+    model = Model(CONFIGS[name])
     adapters = random_adapters(model, config)
     save_adapter(folder, model, adapters, config, base="the/base", **how)
     return model, adapters
