@@ -73,7 +73,7 @@ class LoraConfig:
         patterns = [pattern for pattern, _ in (*self.rank_pattern, *self.alpha_pattern)]
         for pattern in (*self.targets, *patterns):
             try:
-                re.compile(pattern)
+                re.compile(rf"(.*\.)?({pattern})$")  # as it is matched
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regex: {error}") from None
 
