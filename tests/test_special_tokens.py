@@ -182,7 +182,7 @@ def test_every_command_refuses_what_does_not_belong_together(
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    assert f"{adapter} holds an adapter only" in run(adapter)
+    assert f"{adapter}/adapter_config.json: peft_type=None" in run(adapter)
     if name != "eval":
         scalar = make_model(tmp_path / "scalar", make_tokenizer(), num_labels=1)
         assert "reward model" in run(scalar)

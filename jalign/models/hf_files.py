@@ -40,10 +40,10 @@ def model_folder(path: str | Path, *, revision: str | None = None) -> Path:
 
     try:
         # The weights of other frameworks, and pickles, are not fetched.
-        patterns = list(_HUB_FILES)
-        return Path(
-            snapshot_download(str(path), revision=revision, allow_patterns=patterns)
+        found = snapshot_download(
+            str(path), revision=revision, allow_patterns=list(_HUB_FILES)
         )
+        return Path(found)
     except Exception as error:  # the hub raises a dozen types, of several libraries
         raise FileNotFoundError(
             f"model {path}: no such folder, and the hub says: {error}"

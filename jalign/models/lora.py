@@ -170,7 +170,7 @@ def _fresh(config: LoraConfig, row, shape, key) -> dict[str, jax.Array]:
         return {}
     rank, bound = max(ranks), 1 / math.sqrt(math.prod(inputs))
     a = jax.random.uniform(key, (layers, *inputs, rank), jnp.float32, -bound, bound)
-    used = jnp.arange(rank) < jnp.asarray(ranks)[:, None]
+    used = jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]
     used = used.reshape(layers, *(1 for _ in inputs), rank)
     scales = map(config.scale_of, ranks, alphas)
     base = row.path.removesuffix("kernel")

@@ -105,9 +105,11 @@ def _tied_problems(
         return []
     head = names.pop(TIED_HEAD, None)
     if head is None:
-        alone = told.saves(EMBED.removeprefix(PREFIX).removesuffix(".weight"))
+        module = EMBED.removeprefix(PREFIX).removesuffix(".weight")
+        if told.raw.get("ensure_weight_tying") or not told.saves(module):
+            return []
         why = "is trained without the head that the base ties to it"
-        return [f"{EMBED} {why}: PEFT has two matrices then; {MERGE}"] if alone else []
+        return [f"{EMBED} {why}, so PEFT has two matrices; {MERGE}"]
     embed = names.get(EMBED)
     same = embed is not None and files.shape(embed) == files.shape(head)
     if same and np.array_equal(files.read(embed), files.read(head)):  # pyright: ignore
@@ -206,9 +208,7 @@ def _expected(
 def _missing(name: str) -> str:
     if name != _SCORE:
         return f"missing tensor {name}"
-    return (
-        f"missing tensor {name}: a reward model is trained with modules_to_save score"
-    )
+    return f"missing tensor {name}: train reward models with modules_to_save score"
 
 
 def _misshapen(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:

@@ -46,14 +46,13 @@ _REFUSED = {
     "kasa_config": "KaSA's singular values",
     "monteclora_config": "sampled adapters",
     "megatron_config": "Megatron's layers",
-    "ensure_weight_tying": "a trained embedding that is tied by PEFT",
 }
 # Of the start, the training or the backward pass: nothing to compute here.
 _UNUSED = ("lora_dropout", "inference_mode", "peft_version", "auto_mapping")
 _UNUSED += ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 _UNUSED += ("velora_config", "qalora_group_size", "megatron_core", "runtime_config")
 _KNOWN = {*_CHECKS, *_NAMES, *_INDICES, *_REFUSED, *_UNUSED}
-_KNOWN |= {"bias", "init_lora_weights"}
+_KNOWN |= {"bias", "init_lora_weights", "ensure_weight_tying"}
 # The others change the base's weights, which such a file does not hold.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _TASKS = ("CAUSAL_LM", "SEQ_CLS")
@@ -212,6 +211,7 @@ def adapter_config(
     linear: Sequence[str],
     *,
     saved: Sequence[str],
+    tied: bool,
     is_scalar: bool,
 ) -> dict[str, Any]:
     """What stands in an adapter_config.json, but for the base and the training.
@@ -221,6 +221,7 @@ def adapter_config(
       adapted: full names of the modules that have one.
       linear: those of all linear layers.
       saved: names of the modules that are trained in full.
+      tied: whether an embedding among them is the head too.
       is_scalar: of the model.
     """
     config = _sorted_patterns(config, adapted)
@@ -231,6 +232,7 @@ def adapter_config(
     return {
         "alpha_pattern": {k: _number(x) for k, x in config.alpha_pattern},
         "bias": "none",
+        "ensure_weight_tying": tied,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jalign import sharding
 from jalign.models import hf_files, lora
-from jalign.models.families import TIED_COPY, Tensor
+from jalign.models.families import Tensor
 from jalign.models.hf_files import WeightFiles
 from jalign.models.lora import LoraConfig
 from jalign.models.model import Model, Params
@@ -159,11 +159,14 @@ def _config_values(model: Model, flat: Flat, config: LoraConfig) -> dict[str, An
         if config.rank_and_alpha(module)[0]
     ]
     saved = [row.name for row in full_copies(model).values() if row.path in flat]
-    if EMBED in saved and needs_two_copies(model):
-        saved.append(TIED_COPY)
-    ends = [name.split(".")[-2] for name in saved]
-    is_scalar = bool(model.config.num_labels)
-    return adapter_config(config, adapted, linear, saved=ends, is_scalar=is_scalar)
+    return adapter_config(
+        config,
+        adapted,
+        linear,
+        saved=[name.split(".")[-2] for name in saved],
+        tied=EMBED in saved and needs_two_copies(model),
+        is_scalar=bool(model.config.num_labels),
+    )
 
 
 def read_lora_config(folder: Path, model: Model) -> LoraConfig:
@@ -252,7 +255,7 @@ def _placer(model: Model, shapes: Mapping[str, Any]):
     if model.mesh is None:
         return lambda path, x: jnp.asarray(x)
     tree = sharding.param_shardings(model.mesh, unflatten_dict(shapes, sep="/"))
-    where: Flat = flatten_dict(tree, sep="/")
+    where: dict[str, Any] = flatten_dict(tree, sep="/")
 
     def place(path: str, x: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(x.shape, where[path], x.__getitem__)

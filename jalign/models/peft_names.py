@@ -4,7 +4,7 @@ A low-rank pair has A [r, inputs] and B [outputs, r], by the name of its linear 
 names and regroupings are read off the kernel's row of families.TENSORS.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ def needs_two_copies(model: Model) -> bool:
     return model.config.tie_embeddings and not model.config.num_labels
 
 
+@lru_cache(maxsize=8)  # it is asked for twice a file, and traces the model
 def leaf_shapes(model: Model, config: LoraConfig) -> dict[str, Any]:
     """Path -> jax.ShapeDtypeStruct of every leaf of the adapters; as lora.init."""
     init = partial(lora.init, model.replace(mesh=None), config=config)
