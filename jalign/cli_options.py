@@ -24,6 +24,7 @@ HEADINGS = {
     "DataOptions": "data",
     "PlanOptions": "plan",
     "optim": "optimizer",
+    "lora": "adapters",
     "compute": "memory and time",
     "kl": "KL penalty",
     "rewards": "reward shaping",

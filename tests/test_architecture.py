@@ -175,9 +175,12 @@ HF_NAME = re.compile(r"model\.layers|embed_tokens|lm_head|self_attn|_proj\b")
 def test_hf_tensor_names_stand_in_families_only(path, trees):
     if path == PACKAGE / "models" / "families.py":
         return
-    for node in ast.walk(trees[path]):
+    nodes = list(ast.walk(trees[path]))
+    said = {id(n.value) for n in nodes if isinstance(n, ast.Expr)}  # docstrings, help
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert not HF_NAME.search(node.value), f"{path}: {node.value!r}"
+            if id(node) not in said:
+                assert not HF_NAME.search(node.value), f"{path}: {node.value!r}"
 
 
 def module_of(init: Path):

@@ -70,6 +70,11 @@ def kind_of(path: str) -> str:
     return path.rpartition("/")[2]
 
 
+def is_matrix(path: str) -> bool:
+    """Whether the parameter at a path is one of MATRICES."""
+    return kind_of(path) in MATRICES
+
+
 def groups(layout: str) -> list[list[str]]:
     """Axes of a file's tensor: "(n h) d" gives [["n", "h"], ["d"]]."""
     return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", layout)]

@@ -138,7 +138,7 @@ def init(model: Model, params: Params, config: LoraConfig, key: jax.Array) -> Pa
     Raises: ValueError for a target that names no kernel, or a head that is not there.
     """
     rows = targeted(model, config)
-    shapes = flatten_dict(model.param_shapes(), sep="/")
+    shapes: dict[str, Any] = flatten_dict(model.param_shapes(), sep="/")
 
     def draw(key):
         flat = {}
@@ -192,12 +192,14 @@ def join(params: Params, adapters: Mapping[str, Any]) -> Params:
 
 def split(params: Params) -> tuple[Params, Params]:
     """`join`'s inverse, but for leaves trained in full: (base, adapters)."""
-    return _parted(params, (A, B, SCALE, *DROPOUT))[::-1]
+    adapters, base = _parted(params, (A, B, SCALE, *DROPOUT))
+    return base, adapters
 
 
 def trainable(adapters: Params) -> tuple[Params, Params]:
     """(what is trained, the scales, which are not)."""
-    return _parted(adapters, (SCALE,))[::-1]
+    scales, trained = _parted(adapters, (SCALE,))
+    return trained, scales
 
 
 def is_adapted(params: Params) -> bool:
@@ -223,8 +225,8 @@ def merge(params: Params, *, sign: float = 1.0) -> Params:
       sign: -1 takes them off again, up to rounding; to have the base bit for bit, keep
         it (`split` gives it back).
     """
-    flat = flatten_dict(params, sep="/")
-    base = flatten_dict(split(params)[0], sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    base: dict[str, Any] = flatten_dict(split(params)[0], sep="/")
     for path in [path for path in flat if path.endswith("/" + A)]:
         parent = path.removesuffix(A)
         kernel = base[parent + "kernel"]
@@ -260,7 +262,7 @@ def with_dropout(params: Params, key: jax.Array, rate: float) -> Params:
       key: typed PRNG key; each module and layer has its own mask, the same whenever the
         same parameters are applied (so also where a layer is computed again).
     """
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     for number, path in enumerate([path for path in flat if path.endswith("/" + A)]):
         parent, layers = path.removesuffix(A), flat[path].shape[0]
         seeds = jax.random.bits(jax.random.fold_in(key, number), (layers,))

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jalign import sharding
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
 from jalign.models import Model
-from jalign.plan.recipes import RECIPES, name_of, optimizer, trained, update_rows
+from jalign.models.lora import LoraConfig
+from jalign.plan.recipes import (
+    RECIPES,
+    name_of,
+    optimizer,
+    shapes_of,
+    trained,
+    update_rows,
+)
 from jalign.sharding import Machine
 from jalign.train.config import OptimConfig, RunConfig
 from jalign.train.online_config import OnlineConfig
@@ -92,20 +100,21 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
     """
     models = trained(config, model_config, None)
     model = next(iter(models.values()))
-    shapes = _state(model, config.optim).params
-    weights = _param_bytes(mesh, shapes)
+    weights = _param_bytes(mesh, model.param_shapes())
     resident: list[Row] = []
     for name, each in models.items():
-        state = _state(each, config.optim)
+        state, frozen = _state(each, config)
         places = sharding.state_shardings(mesh, state).opt_state
         moments = _shard_bytes(state.opt_state, places)
+        kept = _param_bytes(mesh, frozen)
         resident += [
             Row(f"{name}parameters", _param_bytes(mesh, state.params), "float32"),
+            *([Row(f"{name}base", kept, "float32, frozen")] if kept else []),
             Row(f"{name}optimizer state", moments, "float32"),
         ]
     transient = {"update": _update(config, model, mesh)}
     if isinstance(config, OnlineConfig):
-        if config.has_reference:
+        if config.has_reference and config.lora.lora() is None:
             resident.append(Row("reference parameters", weights, "float32, frozen"))
         note = "if as large as the policy; 0 for a function"
         resident.append(Row("reward model", weights, note))
@@ -114,16 +123,22 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
         config,
         machine,
         dict(mesh.shape),
-        sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+        sum(leaf.size for leaf in jax.tree.leaves(_state(model, config)[0].params)),
         tuple(resident),
         {phase: tuple(rows) for phase, rows in transient.items()},
     )
 
 
+def _state(model: Model, config: RunConfig) -> tuple[TrainState, PyTree]:
+    """Shapes of a model under training, and of what of it is not."""
+    chosen = config.lora.lora()
+    return _abstract(model, chosen, config.optim), shapes_of(model, chosen)[1]
+
+
 @functools.lru_cache(maxsize=8)
-def _state(model: Model, optim: OptimConfig) -> TrainState:
-    """Shapes of a model under training; kept, as advice asks for them again."""
-    return abstract_state(model.param_shapes(), optimizer(optim))
+def _abstract(model: Model, adapters: LoraConfig | None, optim: OptimConfig):
+    """Kept, as advice asks for it again."""
+    return abstract_state(shapes_of(model, adapters)[0], optimizer(optim))
 
 
 def _param_bytes(mesh, shapes: PyTree) -> int:
@@ -141,7 +156,7 @@ def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
     """What a training step needs on top: exact gradients, estimated activations."""
     c, compute = model.config, config.compute
     rows, tensor = _local_rows(config, mesh), mesh.shape["tensor"]
-    shapes = _state(model, config.optim).params
+    shapes = model.param_shapes()
     width = jnp.dtype(compute.dtype).itemsize
     tokens = rows * config.max_length
     # Inside a layer: norms and residuals; q, k, v and output; gate, up and product.
@@ -152,7 +167,7 @@ def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
     copies = 1 if compute.microbatches == 1 else 2
     layer = sum(x.size for x in jax.tree.leaves(shapes["layers"])) / c.num_layers
     whole = 2 * layer / tensor * width if mesh.shape["fsdp"] > 1 else 0
-    gradients = copies * _param_bytes(mesh, shapes)
+    gradients = copies * _param_bytes(mesh, _state(model, config)[0].params)
     result = [
         Row("gradients", gradients, f"float32, {copies} set(s)"),
         Row("layer inputs", int(stack), f"{rows} rows, kept by remat"),

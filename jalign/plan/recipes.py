@@ -3,6 +3,7 @@
 All else that a plan asks for stands in the run's own config.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import optax
 
 from jalign import sharding, train
 from jalign.models import Model
+from jalign.models.lora import LoraConfig
 from jalign.train.online_config import OnlineConfig
+from jalign.train.trained import parts_of
 from jalign.types import PreferenceBatch, PyTree, Rollout, TokenBatch
 
 Array = Callable[..., Any]
@@ -144,6 +147,18 @@ def trained(config: train.RunConfig, model_config, mesh) -> dict[str, Model]:
     return RECIPES[name_of(config)].models(config, model)
 
 
+@functools.lru_cache(maxsize=8)
+def shapes_of(model: Model, config: LoraConfig | None) -> tuple[PyTree, PyTree]:
+    """Shapes of what is trained of a model, and of the rest ({} without adapters)."""
+    if config is None:
+        return model.param_shapes(), {}
+
+    def parts(params, key):
+        return parts_of(model, params, config, key)
+
+    return jax.eval_shape(parts, model.param_shapes(), jax.random.key(0))
+
+
 def optimizer(config: train.OptimConfig) -> optax.GradientTransformation:
     """A run's optimizer; the length of its schedule changes no size."""
     return train.make_optimizer(config, config.warmup_steps + 1)[0]
@@ -157,12 +172,14 @@ def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int
     """
     model = next(iter(trained(config, model_config, mesh).values()))
     recipe, tx = RECIPES[name_of(config)], optimizer(config.optim)
-    state = train.abstract_state(model.param_shapes(), tx, mesh=mesh)
+    shapes, frozen = shapes_of(model, config.lora.lora())
+    state = train.abstract_state(shapes, tx, mesh=mesh)
     step = train.make_train_step(
         recipe.objective(config, model),
         tx,
         microbatches=config.compute.microbatches,
         state_shardings=sharding.state_shardings(mesh, state),
+        dropout=config.lora.lora_dropout,
     )
     place = sharding.batch_sharding(mesh)
 
@@ -170,7 +187,14 @@ def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     batch = recipe.batch(config, array, update_rows(config))
-    memory = step.lower(state, batch).compile().memory_analysis()  # type: ignore
+    places = sharding.param_shardings(mesh, frozen)
+    beside = jax.tree.map(
+        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
+        frozen,
+        places,
+    )
+    given = (state, batch, beside) if frozen else (state, batch)
+    memory = step.lower(*given).compile().memory_analysis()  # type: ignore
     return {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -4,11 +4,12 @@ Frozen dataclasses, flat in use; bounds stand beside the defaults. A contradicti
 raises ValueError here, naming the fields; nothing is rewritten.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from jalign.data.columns import parse_columns
 from jalign.data.sources import Source
+from jalign.models.lora import LoraConfig
 from jalign.settings import Checked, check, check_bounds, nearest, number
 from jalign.train.loss_spec import Term, parse_losses
 from jalign.train.loss_table import BOUNDS, REGISTRY
@@ -94,16 +95,86 @@ class ComputeOptions(Checked):
     """Recompute activations in the backward pass instead of keeping them."""
 
 
+@dataclass(frozen=True)
+class LoraOptions(Checked):
+    """Low-rank adapters are trained beside the frozen model, in place of all of it."""
+
+    lora_rank: int | None = number(None, ">= 1")
+    """Rank of the adapters; unset trains the whole model, or, where `model` is a
+    folder with adapters, goes on with those."""
+    lora_alpha: float = number(32.0, "> 0")
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: str = "all"
+    """Linear layers that have one: all, attention, mlp, or ends of names (or regexes)
+    such as "q_proj,v_proj"."""
+    lora_dropout: float = number(0.0, ">= 0", "< 1")
+    """Share of the adapters' inputs that is set to 0 while training."""
+    lora_rank_pattern: str | None = None
+    """Other ranks, by the end of a layer's name: "down_proj=8,layers.0.*=4"."""
+    lora_alpha_pattern: str | None = None
+    """Other alphas, likewise."""
+    lora_train: str | None = None
+    """What is trained in full beside them: embed, head, or both; the head of a reward
+    model or critic always is."""
+    rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_rank) instead (arXiv:2312.03732)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.lora()
+        # Dropout may be of adapters that the model has already.
+        alone = [f for f in fields(self) if f.name not in ("lora_rank", "lora_dropout")]
+        given = [f.name for f in alone if getattr(self, f.name) != f.default]
+        check(
+            self.lora_rank is not None or not given,
+            f"{', '.join(given)}: this is of new adapters; set lora_rank, too",
+        )
+
+    def lora(self) -> LoraConfig | None:
+        """What `models.lora.init` takes; None without lora_rank."""
+        if self.lora_rank is None:
+            return None
+        return LoraConfig(
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            targets=_names(self.lora_targets),
+            rank_pattern=_pattern("rank", self.lora_rank_pattern, int),
+            alpha_pattern=_pattern("alpha", self.lora_alpha_pattern, float),
+            rank_stabilized=self.rslora,
+            train_full=_names(self.lora_train or ""),
+        )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+def _pattern(of: str, text: str | None, kind: Any) -> tuple[tuple[str, Any], ...]:
+    """ "a=1,b=2" -> (("a", 1), ("b", 2))."""
+    pairs = []
+    for part in _names(text or ""):
+        key, _, value = part.rpartition("=")
+        try:
+            pairs.append((key, kind(value)))
+        except ValueError:
+            key = ""
+        check(bool(key), f"lora_{of}_pattern: {part!r} is not as NAME=8")
+    return tuple(pairs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(DataOptions):
     """The fields of every run; a subclass adds its recipe's own."""
 
     model: str
-    """Model to train: a directory in HF format or a hub id."""
+    """Model to train: a directory in HF format or a hub id; or one of adapters, which
+    are trained on."""
     data: Source
     """Training rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split."""
     out: str
     """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
+    base: str | None = None
+    """Of adapters in `model`: what they stand on; unset takes what they name."""
     steps: int | None = number(None, ">= 1")
     """Optimizer steps; overrides epochs."""
     epochs: float = number(1.0, "> 0")
@@ -131,10 +202,15 @@ class RunConfig(DataOptions):
     """Continue with another number of steps, although the learning rate depends on it:
     what is left of the run follows the new schedule."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)
 
     def __post_init__(self):
         super().__post_init__()
+        check(
+            self.lora.lora_rank is None or self.optim.optimizer != "muon",
+            "optimizer muon is for whole matrices: adapters need another one",
+        )
         check(
             self.holds_out or self.eval_every is None,
             "eval_every needs held-out rows: eval_data or eval_split",

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from jalign import sharding
-from jalign.models.families import kind_of
+from jalign.models.families import is_matrix
 
 _log = logging.getLogger("jalign.train")
 FIRST = ("loss", "learning_rate", "grad_norm", "num_tokens")
@@ -51,19 +51,25 @@ def peak_flops() -> float | None:
     return None
 
 
-def training_flops_per_token(params: Any) -> float:
-    """6 times the parameters of the matrix products: forward 2, backward 4.
+def training_flops_per_token(params: Any, frozen: Any = None) -> float:
+    """6 times the parameters of the matrix products: forward 2, backward 4; and 4 times
+    those of a frozen base beside adapters, which have no gradient of their own.
 
     Attention scores and rematerialization are not counted, the input embedding only
     where it is also the output matrix.
     """
-    rows = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    kernels = {path: n for path, n in rows.items() if kind_of(path) == "kernel"}
-    tied = all(path.startswith("layers/") for path in kernels)
-    return 6.0 * (sum(kernels.values()) + tied * rows.get("embed/embedding", 0))
+
+    def sizes(tree: Any) -> dict[str, int]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    flops = {path: 4.0 * size for path, size in sizes(frozen).items()}
+    flops |= {path: 6.0 * size for path, size in sizes(params).items()}
+    products = {p: n for p, n in flops.items() if is_matrix(p) and "embed/" not in p}
+    tied = all(path.startswith("layers/") for path in products)
+    return sum(products.values()) + tied * flops.get("embed/embedding", 0.0)
 
 
 OnStep = Callable[[int, dict[str, Any]], None]

@@ -27,7 +27,7 @@ from jalign.train.recipe import measure_start, resumed, train_and_report
 from jalign.train.rows import load_run_rows
 from jalign.train.run import identify, open_run
 from jalign.train.step import init_state, make_trainer
-from jalign.train.stop import whole_folder
+from jalign.train.trained import part, save
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
@@ -63,7 +63,8 @@ def run_recipe(
         # Whatever is wrong with the rows is said before the model is loaded.
         train_rows, eval_rows = load_run_rows(config.data, config)
         head = None if recipe.prepare else "language"
-        opened = open_pretrained(config.model, head=head, max_length=config.max_length)
+        how = {"head": head, "max_length": config.max_length}
+        opened = open_pretrained(config.model, config.base, **how)
         tokenizer = opened.tokenizer
         found = tokenizer_inputs(tokenizer)
         if recipe.prepare:
@@ -93,27 +94,33 @@ def run_recipe(
             shown = eval_rows or train_rows
             prompts = sample_prompts(shown, tokenizer, config.columns)
 
+        parted = part(config, model, params, opened)
+        del params
+
         def look(params):
-            given = recipe.measure, model, params, sets.get("eval")
+            given = recipe.measure, model, parted.whole(params), sets.get("eval")
             figures = measure(*given, collate=recipe.collate, **how)
-            return Evaluation(figures, sample_texts(model, params, tokenizer, prompts))
+            texts = sample_texts(model, parted.whole(params), tokenizer, prompts)
+            return Evaluation(figures, texts)
 
-        def save(tree):
-            with whole_folder(run.out / "model") as folder:
-                models.save(folder, model, tree["state"].params, tokenizer)
+        def save_best(tree):
+            given = model, parted, tree["state"].params, tokenizer, config
+            return save(run.out, *given)
 
-        evaluations = measure_start(run, params, look, digest=held_out)
+        evaluations = measure_start(run, parted.params, look, digest=held_out)
         trainer = make_trainer(
             recipe.objective(model),
-            model,
+            parted.params,
             config.optim,
+            mesh=run.mesh,
             updates=steps,
             microbatches=compute.microbatches,
+            dropout=config.lora.lora_dropout,
         )
-        restored = resumed(run, {"state": model}, {"state": trainer}, steps)
+        restored = resumed(run, {"state": parted}, {"state": trainer}, steps)
         if restored is None:
             key = jax.random.key(config.seed)
-            state = init_state(params, trainer.tx, key, mesh=run.mesh)
+            state = init_state(parted.params, trainer.tx, key, mesh=run.mesh)
         else:
             state = restored.tree["state"]
         index, count = sharding.process_slice(run.mesh)
@@ -132,15 +139,15 @@ def run_recipe(
             run,
             evaluations,
             state=state,
-            step_fn=trainer.step,
+            step_fn=partial(trainer.step, frozen=parted.frozen),
             batches=batches,
             steps=steps,
             restored=restored,
             names=row_namer(train_rows, sets["train"], config),
             prompts=prompts,
-            save=save,
+            save=save_best,
             counts=lambda s, n: {"steps": int(s.step), "num_tokens": int(n)},
-            flops_per_token=training_flops_per_token(state.params),
+            flops_per_token=training_flops_per_token(state.params, parted.frozen),
         )
 
 

@@ -19,7 +19,7 @@ from jalign.train.rollout import ROLLOUT_KL, evaluate_prompts
 from jalign.train.rows import load_run_rows
 from jalign.train.run import identify, open_run
 from jalign.train.shapes import choose_shapes
-from jalign.train.stop import whole_folder
+from jalign.train.trained import save, save_whole
 from jalign.train.updates import (
     Algorithm,
     OnlineState,
@@ -74,7 +74,7 @@ def _run(
         # Rows are cheap to refuse: everything about them is known before a model.
         train_rows, eval_rows = load_run_rows(config.data, config)
         how: dict[str, Any] = {"head": "language", "max_length": config.max_length}
-        opened = open_pretrained(config.model, **how)
+        opened = open_pretrained(config.model, config.base, **how)
         found = tokenizer_inputs(opened.tokenizer)
         prompts = make_prompts(train_rows, opened.tokenizer, config)
         held_out = []
@@ -83,8 +83,8 @@ def _run(
         size = len(prompts), config.batch_size
         steps = config.steps or data.num_steps(*size, config.epochs)
         loaded = load_models(config, run.mesh, opened)
-        start = loaded.params["policy"]
-        found |= run_inputs(config, start, prompts, steps) | dict(loaded.inputs)
+        whole, start = loaded.params["policy"], loaded.parts["policy"].params
+        found |= run_inputs(config, whole, prompts, steps) | dict(loaded.inputs)
         shown = examples_digest(held_out) + loaded.gold_digest
         run = identify(run, found, shown, reschedule=config.reschedule)
         shapes = choose_shapes(prompts, held_out, config)
@@ -98,13 +98,13 @@ def _run(
             return evaluate_prompts(measured, params, held_out, config)
 
         evaluations = measure_start(run, start, look, digest=shown)
-        restored = resumed(run, loaded.models, trainers, steps)
+        restored = resumed(run, loaded.parts, trainers, steps)
         if restored is None:
             state = start_state(loaded, trainers, config)
         else:
             kl_coef = restored.meta.get("kl_coef", 0.0)
             state = OnlineState(restored.tree, kl_coef, restored.step)
-        del start
+        del start, whole
         if not config.has_reference:
             loaded.params.clear()  # the state has its own
 
@@ -159,14 +159,18 @@ def make_prompts(
 
 def save_models(
     loaded: OnlineModels, config: OnlineConfig, states: dict[str, TrainState]
-) -> None:
-    """OUT/model, and OUT/critic where asked for, in HF format."""
-    found = {name: (loaded.models[name], states[name].params) for name in states}
-    if loaded.models["policy"].value_head:
-        found["policy"], found["critic"] = models.split_heads(*found["policy"])
-    wanted = {"policy": "model"}
+) -> Path:
+    """OUT/model or OUT/adapter, and OUT/critic where asked for; returns the first."""
+    found = {
+        name: (loaded.models[name], loaded.parts[name].whole(state.params))
+        for name, state in states.items()
+    }
+    policy, params = loaded.models["policy"], states["policy"].params
+    if policy.value_head:
+        policy, params = models.split_heads(policy, params)[0]
+        found["critic"] = models.split_heads(*found["policy"])[1]
+    out = Path(config.out)
     if isinstance(config, PPOConfig) and config.ppo.critic.save_critic:
-        wanted = {"critic": "critic"} | wanted
-    for name, folder_name in wanted.items():
-        with whole_folder(Path(config.out) / folder_name) as folder:
-            models.save(folder, *found[name], loaded.tokenizer)
+        save_whole(out / "critic", *found["critic"], loaded.tokenizer)
+    given = policy, loaded.parts["policy"], params, loaded.tokenizer, config
+    return save(out, *given)

@@ -10,12 +10,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jalign import data, forward, generate, rewards, sharding
-from jalign.models import Model, add_scalar_head, add_value_head
-from jalign.pretrained import Opened, load_pretrained
+from jalign.models import Model, add_scalar_head, add_value_head, lora
+from jalign.pretrained import Opened, load_pretrained, open_pretrained
 from jalign.train.inputs import reward_inputs
 from jalign.train.online_config import OnlineConfig, PPOConfig
 from jalign.train.rollout import GOLD, RolloutFunctions, in_groups
 from jalign.train.shapes import Shapes, in_pieces, longest_shapes
+from jalign.train.trained import Trained, part
 from jalign.types import PyTree
 
 
@@ -26,6 +27,7 @@ class OnlineModels(NamedTuple):
       models: "policy", a causal language model, perhaps with a value head; and, where
         the algorithm has one of its own, "critic", a model with a scalar head.
       params: what each starts from; the policy's are the reference's, too.
+      parts: what is trained of them, and what stands beside it.
       tokenizer: the policy's.
       reward: (prompts, completions, rows) -> float32 [B] or [B, K]; NaN: not judged.
       reward_weights: name -> weight of each of the K rewards, in their order.
@@ -36,6 +38,7 @@ class OnlineModels(NamedTuple):
 
     models: dict[str, Model]
     params: dict[str, PyTree]
+    parts: dict[str, Trained]
     tokenizer: Any
     reward: rewards.RewardFn
     reward_weights: Mapping[str, float] = {"reward": 1.0}
@@ -61,28 +64,32 @@ def load_models(
     terms = rewards.parse_rewards(config.reward)
     seconds = config.options.reward_timeout
     loaded = rewards.load_terms(terms, timeout=seconds, wrap=on_main_process, **how)
-    policy, params, tokenizer = load_pretrained(
-        opened or config.model, head="language", **how
-    )
+    opened = opened or open_pretrained(config.model, config.base, head="language")
+    policy, params, tokenizer = load_pretrained(opened, **how)
     gold, gold_digest = load_gold(config, timeout=seconds, **how)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    found = {"policy": (policy, params)}
+    found, source = {"policy": (policy, params)}, {"policy": opened}
     if isinstance(config, PPOConfig):
         if config.ppo.critic.shared_trunk:
             found["policy"] = add_value_head(policy, params, key=key)
         else:
             alike = (
-                (reward_model.model, reward_model.params)
+                # Its adapters, if it has some, are no start for the critic's own.
+                (reward_model.model, lora.merge(reward_model.params))
                 for reward_model in loaded.reward_models
                 if reward_model
                 and reward_model.tokenizer.get_vocab() == tokenizer.get_vocab()
             )
-            found["critic"] = next(alike, None) or add_scalar_head(
-                policy, params, key=key
-            )
+            known = next(alike, None)
+            found["critic"] = known or add_scalar_head(policy, params, key=key)
+            source["critic"] = opened._replace(lora=None) if known else opened
     return OnlineModels(
         {name: model for name, (model, _) in found.items()},
         {name: params for name, (_, params) in found.items()},
+        {
+            name: part(config, *given, source[name], number=number)
+            for number, (name, given) in enumerate(found.items())
+        },
         tokenizer,
         loaded.function,
         loaded.weights,
@@ -158,9 +165,10 @@ def make_functions(
     rows = config.completions // config.options.num_minibatches
     stops = stop_tokens(models, sampling.stop_token_ids)
     reference = models.params["policy"] if config.has_reference else None
-    temperature = sampling.temperature
+    temperature, parts = sampling.temperature, models.parts
 
     def sample(params, prompts, key):
+        params = parts["policy"].whole(params)
         *shorter, length = shapes.prompt_lengths
         size, pad_to = group_size, (min(config.completions, held_out), length)
         if shorter and not held_out and max(map(len, prompts)) <= shorter[0]:
@@ -187,6 +195,7 @@ def make_functions(
 
     def score(params, batch, with_logps):
         passes, how = {}, {"temperature": temperature}
+        params = {name: parts[name].whole(tree) for name, tree in params.items()}
         if with_logps:
             passes["policy"] = lambda b: _policy(policy, params["policy"], b, **how)
         if reference is not None:

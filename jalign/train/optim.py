@@ -104,7 +104,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
     By name, since layers are stacked: a stacked bias has three axes.
     """
-    return _by_path(lambda path, _: families.kind_of(path) in families.MATRICES, params)
+    return _by_path(lambda path, _: families.is_matrix(path), params)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:

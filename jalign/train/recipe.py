@@ -8,7 +8,6 @@ from typing import Any
 
 from jalign import report, sharding
 from jalign.data import PromptExample
-from jalign.models import Model
 from jalign.settings import as_text
 from jalign.train.checkpoint import Restored
 from jalign.train.evaluations import Evaluation, Evaluations
@@ -16,6 +15,7 @@ from jalign.train.loop import SkipGuard, fit, whole_state
 from jalign.train.metrics import MetricsWriter
 from jalign.train.run import Run, kept_tree, restore_state
 from jalign.train.step import Trainer, abstract_state
+from jalign.train.trained import Trained
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
@@ -38,16 +38,16 @@ def measure_start(
 
 
 def resumed(
-    run: Run, models: Mapping[str, Model], trainers: Mapping[str, Trainer], steps: int
+    run: Run, parts: Mapping[str, Trained], trainers: Mapping[str, Trainer], steps: int
 ) -> Restored | None:
-    """The newest good checkpoint of the models that are trained, by name; or None.
+    """The newest good checkpoint of what is trained, by name; or None.
 
     Raises: ValueError where it has taken more than `steps`; as Checkpointer.restore.
     """
     restored = restore_state(
         run,
         {
-            name: abstract_state(models[name].param_shapes(), trainer.tx, mesh=run.mesh)
+            name: abstract_state(parts[name].params, trainer.tx, mesh=run.mesh)
             for name, trainer in trainers.items()
         },
     )
@@ -69,7 +69,7 @@ def train_and_report(
     restored: Restored | None,
     names: Callable[[int], str],
     prompts: Sequence[PromptExample],
-    save: Callable[[PyTree], None],
+    save: Callable[[PyTree], Path],
     counts: Callable[[Any, float], dict[str, Any]],
     stored: Callable[[Any], tuple[PyTree, Mapping[str, float]]] = whole_state,
     flops_per_token: float = 0.0,
@@ -83,7 +83,7 @@ def train_and_report(
       restored: the checkpoint that the state is of; None for a fresh one.
       names: step -> where its rows come from.
       prompts: those of the texts that the evaluations have.
-      save: exports the arrays of `stored`.
+      save: exports the arrays of `stored`; returns where the model is.
       counts: (last state, tokens seen) -> what the summary says of them.
       flops_per_token: for `mfu`; 0 leaves it out.
 
@@ -121,12 +121,12 @@ def train_and_report(
     run.clock.lap("train")
     last = int(state.step)
     tree, kept = kept_tree(run, evaluations, stored(state)[0], last)
-    save(tree)
+    exported = save(tree)
     run.clock.lap("save model")
     summary = counts(state, writer.num_tokens) | guard.summary()
     summary |= evaluations.summary(last) | before_and_after(evaluations, kept)
     write_report(run, summary, prompts, evaluations, kept)
-    return summary | {"model": str(run.out / "model")}
+    return summary | {"model": str(exported)}
 
 
 def before_and_after(evaluations: Evaluations, step: int) -> dict[str, float]:

@@ -31,8 +31,9 @@ from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
 
-# Of what is stored with a checkpoint; 1 had no inputs, 2 not `jalign reward`'s options.
-RECORD_VERSION = 3
+# Of what is stored with a checkpoint; 1 had no inputs, 2 not `jalign reward`'s options,
+# 3 no adapters.
+RECORD_VERSION = 4
 # Fields that a continued run may have changed: they do not change the steps taken.
 MAY_CHANGE = frozenset(
     {"out", "eval_data", "eval_split", "steps", "epochs", "checkpoint_every", "resume"}
@@ -40,7 +41,7 @@ MAY_CHANGE = frozenset(
     | {"mesh", "remat", "save_critic", "reward_timeout", "reschedule"}
 )
 # Paths: what they hold is compared (inputs.py), and not where it lies.
-SOURCES = frozenset({"model", "data", "reward"})
+SOURCES = frozenset({"model", "base", "data", "reward"})
 
 
 class Clock:

@@ -1,7 +1,7 @@
 """The few shapes of an online run, known before its first rollout, and how batches of
 them reach the mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -118,3 +118,19 @@ def cut(rollout: Rollout, row_lengths: Sequence[int]) -> Rollout:
     longest = int(np.flatnonzero(used).max(initial=0)) + 1
     length = next(n for n in row_lengths if n >= longest)
     return jax.tree.map(lambda x: x[:, :length], rollout)
+
+
+def minibatches(
+    rollout: Rollout,
+    config: OnlineConfig,
+    iteration: int,
+    row_lengths: Sequence[int] = (),
+) -> Iterator[Rollout]:
+    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled, each
+    cut to the first of the row lengths that holds it."""
+    lengths = row_lengths or rollout.tokens.shape[1:]
+    for epoch in range(config.options.num_epochs):
+        random = np.random.default_rng([config.seed, iteration, epoch])
+        order = random.permutation(config.completions)
+        for part in np.split(order, config.options.num_minibatches):
+            yield cut(jax.tree.map(lambda x, part=part: x[part], rollout), lengths)

@@ -9,12 +9,13 @@ import optax
 from jax.sharding import Mesh
 
 from jalign import sharding
-from jalign.models import Model
+from jalign.models import lora
 from jalign.train.objectives import Objective
 from jalign.train.optim import OptimConfig, current_learning_rate, make_optimizer
 from jalign.types import Loss, PyTree, TrainState
 
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+"""(state, batch), or (state, batch, frozen) -> (state, metrics)."""
 
 
 def init_state(
@@ -75,8 +76,9 @@ def make_train_step(
     state_shardings: PyTree | None = None,
     schedule: optax.Schedule | None = None,
     name: str = "the training step",
+    dropout: float = 0.0,
 ) -> TrainStep:
-    """A jitted step(state, batch) -> (state, metrics), donating the state.
+    """A jitted step(state, batch, frozen=None) -> (state, metrics), donating the state.
 
     Gradients and (sum, count) of the micro-batches are added in float32 and divided
     once by the global count, so the result does not depend on `microbatches` or on
@@ -92,14 +94,23 @@ def make_train_step(
         choice). `sharding.state_shardings(mesh, state)` makes it.
       schedule: reports `learning_rate` if given.
       name: what it is called where its compilation is logged.
+      dropout: of adapters, see lora.with_dropout.
 
-    Returns: step; its metrics are float32 []: loss, grad_norm (before clipping),
-      skipped, num_tokens, learning_rate, and the objective's own as sum / count.
+    Returns: step. With `frozen`, parameters that are neither trained nor donated, the
+      objective sees those and state.params in one tree, as lora.join has it. Its
+      metrics are float32 []: loss, grad_norm (before clipping), skipped, num_tokens,
+      learning_rate, and the objective's own as sum / count.
     """
 
-    def step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch, frozen: PyTree | None = None):
+        def on_whole(params, batch, key):
+            whole = params if frozen is None else lora.join(frozen, params)
+            if dropout:
+                whole = lora.with_dropout(whole, jax.random.fold_in(key, 1), dropout)
+            return objective(whole, batch, key)
+
         key = jax.random.fold_in(state.key, state.step)
-        loss, grads = accumulate(objective, state.params, batch, key, microbatches)
+        loss, grads = accumulate(on_whole, state.params, batch, key, microbatches)
         count = jnp.maximum(loss.count, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.global_norm(grads)
@@ -122,7 +133,7 @@ def make_train_step(
     if state_shardings is not None:
         options["out_shardings"] = (state_shardings, None)
 
-    def words(state, batch):
+    def words(state, batch, frozen=None):
         return sharding.batch_words(name, batch)
 
     return sharding.announced(step, words, **options)
@@ -142,26 +153,30 @@ class Trainer(NamedTuple):
 
 def make_trainer(
     objective: Objective,
-    model: Model,
+    shapes: PyTree,
     optim: OptimConfig,
     *,
+    mesh: Mesh | None,
     updates: int,
     microbatches: int,
+    dropout: float = 0.0,
     name: str = "the training step",
 ) -> Trainer:
-    """The optimizer and the compiled step of a model; the schedule runs over `updates`.
+    """The optimizer and the compiled step of what has these shapes; the schedule runs
+    over `updates`.
 
     The new state is pinned to the layout of the old one. `name` is the step's.
     """
     tx, schedule = make_optimizer(optim, updates)
-    shapes = abstract_state(model.param_shapes(), tx, mesh=model.mesh)
+    state = abstract_state(shapes, tx, mesh=mesh)
     step = make_train_step(
         objective,
         tx,
         microbatches=microbatches,
-        state_shardings=model.mesh and sharding.state_shardings(model.mesh, shapes),
+        state_shardings=mesh and sharding.state_shardings(mesh, state),
         schedule=schedule,
         name=name,
+        dropout=dropout,
     )
     return Trainer(step, tx)
 

@@ -6,7 +6,7 @@ completions become a Rollout. All else is shared, and here.
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from jalign.train.rollout import (
     sample_and_score,
     shape_scores,
 )
-from jalign.train.shapes import cut, local_rows
+from jalign.train.shapes import local_rows, minibatches
 from jalign.train.step import Trainer, init_state, make_trainer
 from jalign.types import PyTree, Rollout, TrainState
 
@@ -88,29 +88,45 @@ def make_trainers(
 ) -> dict[str, Trainer]:
     """Optimizers and compiled steps of "policy" and, where there is one, "critic"."""
     updates = iterations * config.options.updates_per_rollout
-    how = config.options, config.optim, updates, config.compute.microbatches
-    return _trainers(algorithm, tuple(models.models.items()), *how)
+    shapes = jax.eval_shape(lambda: {n: p.params for n, p in models.parts.items()})
+    leaves, structure = jax.tree.flatten(shapes)
+    how = updates, config.compute.microbatches, config.lora.lora_dropout
+    named = tuple(models.models.items())
+    given = algorithm, named, (structure, tuple(leaves)), config.options, config.optim
+    return {
+        name: trainer._replace(
+            step=functools.partial(trainer.step, frozen=models.parts[name].frozen)
+        )
+        for name, trainer in _trainers(*given, *how).items()
+    }
 
 
 @functools.lru_cache(maxsize=4)
 def _trainers(
     algorithm: Algorithm,
     named: tuple[tuple[str, Model], ...],
+    flat: tuple[Any, tuple[jax.ShapeDtypeStruct, ...]],
     options: OnlineOptions,
     optim: OptimConfig,
     updates: int,
     microbatches: int,
+    dropout: float,
 ) -> dict[str, Trainer]:
-    """Kept, so that a second run in one process (a notebook) compiles nothing."""
-    models = dict(named)
+    """Kept, so that a second run in one process (a notebook) compiles nothing.
+
+    `flat` is the structure and the leaves of the shapes of what is trained, by name.
+    """
+    models, shapes = dict(named), jax.tree.unflatten(*flat)
     names = {"policy": "the training step", "critic": "the critic's training step"}
     return {
         name: make_trainer(
             objective,
-            models[name],
+            shapes[name],
             own_optim,
+            mesh=models[name].mesh,
             updates=updates,
             microbatches=microbatches,
+            dropout=dropout,
             name=names[name],
         )
         for name, (objective, own_optim) in algorithm.objectives(
@@ -122,13 +138,13 @@ def _trainers(
 def start_state(
     models: OnlineModels, trainers: Mapping[str, Trainer], config: OnlineConfig
 ) -> OnlineState:
-    """The state before the first rollout. Parameters are copied where they are the
-    reference's too, else taken over."""
+    """The state before the first rollout. Parameters are copied where they may be the
+    reference's too, or another model's, else taken over."""
     states = {}
     keys = jax.random.split(jax.random.key(config.seed))
     for key, (name, trainer) in zip(keys, trainers.items(), strict=False):
-        params = models.params[name]
-        if config.has_reference:
+        params = models.parts[name].params
+        if config.has_reference or models.parts[name].frozen is not None:
             params = jax.tree.map(jnp.copy, params)
         mesh = models.models[name].mesh
         states[name] = init_state(params, trainer.tx, key, mesh=mesh)
@@ -226,22 +242,6 @@ def update(
         if limit is not None and float(row[UPDATE_KL]) > limit:
             break
     return models, jax.device_get(rows)
-
-
-def minibatches(
-    rollout: Rollout,
-    config: OnlineConfig,
-    iteration: int,
-    row_lengths: Sequence[int] = (),
-) -> Iterator[Rollout]:
-    """num_epochs passes over a rollout in num_minibatches parts, anew shuffled, each
-    cut to the first of the row lengths that holds it."""
-    lengths = row_lengths or rollout.tokens.shape[1:]
-    for epoch in range(config.options.num_epochs):
-        random = np.random.default_rng([config.seed, iteration, epoch])
-        order = random.permutation(config.completions)
-        for part in np.split(order, config.options.num_minibatches):
-            yield cut(jax.tree.map(lambda x, part=part: x[part], rollout), lengths)
 
 
 def over_updates(rows: Rows, algorithm: Algorithm) -> dict[str, float]:

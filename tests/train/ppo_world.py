@@ -10,6 +10,7 @@ from jalign import data, models
 from jalign.train.online_config import CriticConfig, PPOConfig, PPOOptions, SampleConfig
 from jalign.train.online_models import OnlineModels
 from jalign.train.optim import OptimConfig
+from jalign.train.trained import Trained
 
 WORDS = ["<pad>", "<s>", "</s>", *"abcdefghijklm"]
 STOP = WORDS.index("</s>")
@@ -87,6 +88,7 @@ def make_models(reward=share_of_a, mesh=None, *, shared=False) -> OnlineModels:
     return OnlineModels(
         {name: model for name, (model, _) in found.items()},
         {name: params for name, (_, params) in found.items()},
+        {name: Trained(params) for name, (_, params) in found.items()},
         make_tokenizer(),
         float_reward,
     )
