@@ -46,8 +46,9 @@ _OPTIONS = {flag for flags in _READ.values() for flag in flags}
 
 @dataclass(frozen=True)
 class MergeConfig(Checked):
-    """One checkpoint of several: --model with its --adapter or a --delta; or several
-    --models by a --method.
+    """One checkpoint of several: an adapter and its base, or models averaged.
+
+    --model with its --adapter, or with a --delta; or several --models by a --method.
 
     Raises: ValueError naming the flags that do not go together.
     """
@@ -66,18 +67,18 @@ class MergeConfig(Checked):
     """What --method is about: directories or hub ids of models of one architecture and
     one vocabulary. Its tokenizer and dtypes are the first one's."""
     method: Method | None = None
-    """linear: the weighted mean. slerp: between two models, along the arc. Of what each
-    model has learned since --base: task_arithmetic, the sum; ties, the mean of the
-    largest changes of the elected sign; dare_linear and dare_ties, the same sums of a
-    random part of it. delta: the first and only model less --base, which --delta
-    applies."""
+    """linear: the mean. slerp: between two models, along the arc. The others work on
+    the changes since --base. task_arithmetic: their sum. ties: the mean of the largest
+    ones, of the sign that outweighs the other. dare_linear: the sum of a random part,
+    scaled up. dare_ties: of that, what has the sign that outweighs. delta: the changes
+    of one model, for --delta."""
     base: str | None = None
-    """The model that all of `models` were trained from."""
+    """The model that `models` were trained from."""
     weights: tuple[float, ...] = ()
     """One for each of `models`; unset counts them alike."""
     density: float | None = number(None, "> 0", "<= 1")
-    """Share of the changes that are kept, of each tensor; unset takes 0.2 for ties, and
-    0.1 for dare, whose p is 0.9."""
+    """Share of each tensor's changes that is kept; unset takes 0.2 for ties, and 0.1
+    for dare, whose p is 0.9."""
     scale: float | None = None
     """Factor of the merged changes, lambda; unset takes 1."""
     t: float | None = number(None, ">= 0", "<= 1")

@@ -2,7 +2,8 @@
 
 t_i = x_i - x_0 is model i's task vector, w_i its weight. Functions of arrays of one
 shape: apply them to each parameter, under `jax.jit` or not, on a mesh or not. They
-compute in float32, and return that.
+compute in float32, and return that. Other shapes, or weights of another number, raise
+ValueError.
 """
 
 from collections.abc import Sequence
@@ -177,7 +178,7 @@ def drop(task: jax.Array, density: float, key: jax.Array) -> jax.Array:
       key: typed PRNG key.
     """
     _check_density(density)
-    stays = jax.random.bernoulli(key, density, task.shape)
+    stays = jax.random.bernoulli(key, float(density), task.shape)
     return jnp.where(stays, task / density, 0.0)
 
 
@@ -187,7 +188,11 @@ def _check_density(density: float) -> None:
 
 
 def _float32(arrays: Arrays) -> list[jax.Array]:
-    return [jnp.asarray(x).astype(jnp.float32) for x in arrays]
+    xs = [jnp.asarray(x).astype(jnp.float32) for x in arrays]
+    for x in xs:
+        if x.shape != xs[0].shape:
+            raise ValueError(f"arrays of shapes {xs[0].shape} and {x.shape}")
+    return xs
 
 
 def _weights(models: Arrays, weights: Weights) -> list[float]:
@@ -227,7 +232,8 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum(rows)
 
 
-def _kth_largest(sizes: jax.Array, k: int) -> jax.Array:
+@jax.jit
+def _kth_largest(sizes: jax.Array, k: ArrayLike) -> jax.Array:
     """The k-th largest of float32 values >= 0, by their 31 bits from the highest on:
     in memory and time far below a sort, which would also gather a mesh's shards."""
     bits = jax.lax.bitcast_convert_type(sizes, jnp.int32)  # ordered as the values are

@@ -51,8 +51,8 @@ class TensorWriter:
         self._out.seek(8 + self._room)
         return self
 
-    def add(self, written: Written, name: str) -> None:
-        """Appends what there is of a tensor."""
+    def add(self, written: Written, name: str) -> list[str]:
+        """Appends what there is of a tensor; returns its names in the file."""
         for key, x in written.arrays.items():
             start, self.num_bytes = self.num_bytes, self.num_bytes + x.nbytes
             self._tensors[key] = {
@@ -63,6 +63,7 @@ class TensorWriter:
             self._out.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
         if written.note:
             self._notes[name] = written.note
+        return [*written.arrays]
 
     def __exit__(self, kind: Any, *_: object) -> None:
         with self._out:
@@ -103,9 +104,8 @@ def write_shards(
         room = sum(len(t) + _ENTRY_BYTES for t in tensors) * most_arrays + 64
         with TensorWriter(folder / file, room) as writer:
             for tensor in tensors:
-                written = make(tensor)
-                writer.add(written, tensor)
-                weight_map |= dict.fromkeys(written.arrays, file)
+                # Not held by a name here while the next one is made.
+                weight_map |= dict.fromkeys(writer.add(make(tensor), tensor), file)
         size += writer.num_bytes
     if total == 1:
         return {*names}

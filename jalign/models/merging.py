@@ -133,8 +133,9 @@ def _write(
     }
 
     def rounded(name: str) -> Written:
-        x = np.asarray(make(name).astype(dtypes[name]))
-        if not np.isfinite(x.astype(np.float32)).all():
+        with np.errstate(over="ignore"):
+            x = np.asarray(make(name)).astype(dtypes[name], copy=False)
+        if not np.isfinite(x.astype(np.float32, copy=False)).all():
             raise ValueError(
                 f"{out.folder}: {name} is not finite in {dtypes[name]}; try another "
                 "--dtype"
