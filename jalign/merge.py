@@ -2,7 +2,9 @@
 base and a weight delta; and that delta.
 """
 
+import contextlib
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from jalign import sharding
 from jalign.models import averaging, merging, weight_delta
@@ -107,6 +110,8 @@ class MergeConfig(Checked):
             check(not unread, f"--{flag} says nothing with {what}; leave it out")
         if "base" in _READ[self.kind]:
             check(bool(self.base), f"{what} needs --base, which they were trained from")
+        numbers = (*self.weights, self.scale or 0.0)
+        check(all(map(math.isfinite, numbers)), "--weights and --scale must be finite")
         many = len(self.models)
         if self.weights:
             counts = f"{len(self.weights)} --weights for {many} --models"
@@ -135,12 +140,19 @@ def run_merge(config: MergeConfig) -> dict[str, Any]:
     """Makes the checkpoint; returns what was written, for the screen."""
     result: dict[str, Any] = {"wrote": config.out}
     if sharding.is_main_process():
-        # The work is in reading and writing: an accelerator would not help, and the
-        # memory of the host is larger.
-        with jax.default_device("cpu"):
+        with _on_host():
             result |= _merge(config)
     sharding.barrier(f"merge {config.out}")
     return result
+
+
+def _on_host() -> contextlib.AbstractContextManager:
+    """The work is in reading and writing: an accelerator would not help, and the memory
+    of the host is larger."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return contextlib.nullcontext()
 
 
 def _merge(config: MergeConfig) -> dict[str, Any]:
@@ -223,4 +235,7 @@ def _combine(config: MergeConfig) -> Callable[..., jax.Array]:
         # By the name, so that the order of the files does not matter.
         return merge(*arrays, key=jax.random.fold_in(key, zlib.crc32(name.encode())))
 
+    # Weights that do not fit are said before anything is written.
+    shapes = [np.zeros(1)] * len(config.models), np.zeros(1) if config.base else None
+    jax.eval_shape(functools.partial(combine, "", *shapes))
     return combine

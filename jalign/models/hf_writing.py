@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from jalign.models import hf_files
 
+_log = logging.getLogger("jalign.models")
 Json = dict[str, Any]
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What weights may be, in safetensors' spelling -> NumPy's."""
@@ -107,6 +109,8 @@ def write_shards(
                 # Not held by a name here while the next one is made.
                 weight_map |= dict.fromkeys(writer.add(make(tensor), tensor), file)
         size += writer.num_bytes
+        if total > 1:
+            _log.info("wrote %s, of %d", folder / file, total)
     if total == 1:
         return {*names}
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
