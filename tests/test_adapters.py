@@ -124,9 +124,8 @@ def test_a_reward_adapter_is_a_reward_model_on_a_language_model(folder):
     joined = lora.join(base_params, adapters)
     for row, ids in enumerate(tokens):
         hidden, _ = model.apply(joined, np.array([ids], np.int32))
-        assert got[row] == pytest.approx(
-            float(model.score(joined, hidden)[0, -1]), abs=1e-5
-        )
+        want = float(model.score(joined, hidden)[0, -1])
+        assert got[row] == pytest.approx(want, abs=1e-4)
     with pytest.raises(ValueError, match="reward is a reward model"):
         open_pretrained(folder / "reward", head="language")
     with pytest.raises(ValueError, match="adapter is no reward model"):

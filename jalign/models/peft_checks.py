@@ -217,6 +217,9 @@ def _misshapen(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> str:
     if ".lora_" in name and len(got) == 2 and ranks[0] != ranks[1]:
         said = f"{ranks[1][0]} by r and rank_pattern of {ADAPTER_CONFIG}"
         return f"{name} has rank {ranks[0][0]}, and {said}"
+    if ".lora_" not in name and got[1:] == want[1:] and want[0] > 1:
+        resized = "give the base that has its tokens"
+        return f"{name} is of {got[0]} tokens, its base of {want[0]}: {resized}"
     return f"{name} has shape {got}, for this base {want}: is it of another one?"
 
 
@@ -229,4 +232,4 @@ def _unexpected(name: str, shape: tuple[int, ...], model: Model) -> str:
             return f"{name}: {what} not supported; {MERGE}"
     if name == _SCORE:
         return f"{name}: the model has no scalar head, see Model.with_scalar_head"
-    return f"unexpected tensor {name} {shape}"
+    return f"unexpected tensor {name} {shape}; {MERGE}"

@@ -39,7 +39,7 @@ ADAPTERS = {
 def write(folder, name="llama", config=None, **how):
     """A saved adapter: (model, adapters)."""
     config = config or LoraConfig(rank=4, targets=("q_proj", "down_proj"))
-    model = Model(CONFIGS[name], mesh=how.pop("mesh", None))
+    model = Model(CONFIGS[name])
     adapters = random_adapters(model, config)
     save_adapter(folder, model, adapters, config, base="the/base", **how)
     return model, adapters
@@ -171,13 +171,17 @@ def test_a_mesh_gives_the_same_file_and_gets_the_same_adapters(tmp_path):
         assert one.read_bytes() == two.read_bytes()
 
 
-def test_layers_without_an_adapter_stay_without(good, tmp_path):
+@pytest.mark.parametrize("layers", [[0], 0], ids=str)
+def test_layers_without_an_adapter_stay_without(layers, good, tmp_path):
     model, _ = good
     gone = {
         name: None for name in load_file(tmp_path / ADAPTER_WEIGHTS) if ".1." in name
     }
     change(
-        tmp_path, gone, layers_to_transform=[0], target_modules=["q_proj", "down_proj"]
+        tmp_path,
+        gone,
+        layers_to_transform=layers,
+        target_modules=["q_proj", "down_proj"],
     )
     adapters, config = load_adapter(tmp_path, model)
     assert config.rank_pattern == (
@@ -251,6 +255,13 @@ def test_full_copies_in_each_layout_and_unasked(layout, tmp_path, caplog):
     assert "its own embed replaces the base's" in caplog.text
 
 
+def test_a_tensor_that_is_there_by_two_names_is_refused(good, tmp_path):
+    wrapped = HEAD.replace(".weight", ".modules_to_save.weight")
+    change(tmp_path, dict.fromkeys((HEAD, wrapped), np.ones((48, 24), np.float32)))
+    with pytest.raises(ValueError, match="lm_head.weight and .* are the same tensor"):
+        load_adapter(tmp_path, good[0])
+
+
 def test_narrow_tensors_are_read_as_float32(good, tmp_path):
     model, adapters = good
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapters)
@@ -299,8 +310,9 @@ BAD = {
     "experts": ({"target_parameters": ["w"]}, {}, r"target_parameters=\['w'\]"),
     "tokens": ({"trainable_token_indices": [1]}, {}, "trainable_token_indices"),
     "base": ({}, {Q0 + "lora_A.weight": A[:, :9]}, r"\(4, 9\), for this base \(4"),
-    "vocabulary": ({}, {EMBED: A}, r"weight has shape \(4, 24\), for this"),
+    "resized": ({}, {HEAD: np.ones((49, 24), "f4")}, "of 49 tokens, its base of 48"),
     "missing copy": ({"modules_to_save": ["lm_head"]}, {}, "missing tensor .*lm_head"),
+    "norm": ({}, {P + "model.norm.weight": ONE}, "unexpected tensor .*; merge it into"),
     "unknown key": ({"use_novelty": True}, {}, "use_novelty=True is a key that jalign"),
     "kind of value": ({"r": 4.0}, {}, "r=4.0 is not a int"),
     "kind of pattern": ({"rank_pattern": {"q": "x"}}, {}, "rank_pattern: q='x'"),
