@@ -29,6 +29,7 @@ COMMANDS = {
     "grpo": ("jalign.train", "GRPOConfig", "run_grpo", "groups in place of a critic"),
     "generate": ("jalign.commands", "GenerateConfig", "run_generate", "sample text"),
     "eval": ("jalign.commands", "EvalConfig", "run_eval", "held-out measures"),
+    "merge": ("jalign.merge", "MergeConfig", "run_merge", "adapters, averages, deltas"),
 }
 RECIPES = [name for name, row in COMMANDS.items() if row[0] == "jalign.train"]
 for _name in RECIPES:

@@ -41,6 +41,7 @@ EXAMPLES = {
     "--out runs/grpo --group-size 8",
     "generate": '--model runs/dpo/model --prompt "What is a prime?" --chat',
     "eval": "--model runs/dpo/model --ref-model runs/sft/model --data pairs.jsonl",
+    "merge": "--model MODEL --adapter runs/dpo/adapter --out runs/merged",
     "plan": '--model MODEL --topology v5e:4x4 --mesh "fsdp=16" --batch-size 64',
 }
 

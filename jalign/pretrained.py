@@ -200,14 +200,24 @@ def settle(config: models.ModelConfig, tokenizer: Any) -> models.ModelConfig:
     )
 
 
-def check_same_vocab(first: Opened, second: Opened, names: str) -> None:
-    """Raises ValueError where two models do not mean the same by the same ids."""
+def check_same_vocab(
+    first: Opened,
+    second: Opened,
+    names: str,
+    why: str = "their log-probabilities are of different tokens",
+) -> None:
+    """Raises ValueError where two models do not mean the same by the same ids.
+
+    Args:
+      first, second: the models.
+      names: how the message calls them.
+      why: why they have to.
+    """
     one, two = first.tokenizer.get_vocab(), second.tokenizer.get_vocab()
     if one == two:
         return
     differ = sorted(one.items() ^ two.items(), key=lambda item: item[1])
     raise ValueError(
         f"{names} have different vocabularies ({len(one)} and {len(two)} tokens; the "
-        f"first that differs: {differ[0][0]!r}): their log-probabilities are of "
-        "different tokens"
+        f"first that differs: {differ[0][0]!r}): {why}"
     )

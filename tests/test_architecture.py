@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "rewards": {"types", "models", "sharding", "data", "rewards", "pretrained"}
     | {"settings", "terms"},
     "pretrained": {"types", "models", "data"},
+    "merge": {"settings", "models", "sharding", "pretrained"},
     "texts": {"types", "models", "data", "generate", "rewards"},
     "evaluate": {"types", "models", "sharding", "data", "losses", "generate"}
     | {"rewards", "forward", "texts"},

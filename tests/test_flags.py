@@ -47,6 +47,8 @@ FLAGS = {
         ref_model=None reward=None reward_timeout=600.0 limit=None batch_size=16
         max_length=1024 max_new_tokens=128 temperature=1.0 seed=0 mesh=None
         bad_rows=error out=None""",
+    "merge": """out=! model=None adapter=None delta=None models=() method=None base=None
+        weights=() density=None scale=None t=None seed=None dtype=None""",
 }
 LAUNCH = """coordinator=None num_processes=None process_id=None cpu_devices=None
 compilation_cache=True traceback=False"""

@@ -15,7 +15,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_OLD_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_OLD_FILES = re.compile(r"(model|delta)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _MAX_JSON_BYTES = 64 * 2**20
 # Of a weight file: the names and shapes of some 200,000 tensors.
 _MAX_HEADER_BYTES = 32 * 2**20
@@ -105,6 +105,7 @@ class WeightFiles:
     Attributes:
       folder: where the files are.
       name: of the weight file, where there is one and no index of several.
+      file_of: tensor -> name of its file.
       problems: what is wrong with the files themselves.
     """
 
@@ -112,6 +113,7 @@ class WeightFiles:
         self.folder, self.name = folder, name
         self.problems: list[str] = []
         self._stack = ExitStack()
+        self.file_of: dict[str, str] = {}
         self._where: dict[str, Any] = {}
 
     def __enter__(self) -> "WeightFiles":
@@ -140,6 +142,10 @@ class WeightFiles:
     def dtype(self, name: str) -> str:
         """Dtype by the header, in safetensors' spelling: F32, BF16, ..."""
         return self._where[name].get_slice(name).get_dtype()
+
+    def note(self, name: str) -> str:
+        """What the metadata of its file says under its name, "" for nothing."""
+        return (self._where[name].metadata() or {}).get(name, "")
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or the part of it at `index`; reads only those bytes."""
@@ -190,6 +196,7 @@ class WeightFiles:
             elif index and index.get(tensor) != name:
                 self.problems.append(f"{tensor} is in {name} but not so in the index")
             self._where.setdefault(tensor, handle)
+            self.file_of.setdefault(tensor, name)
 
     def _inside(self, file: Path) -> bool:
         """Whether the file, symlinks followed, lies in the folder.

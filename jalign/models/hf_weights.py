@@ -2,11 +2,12 @@
 
 Reading is strict, and tensor by tensor to its shards: only safetensors files are ever
 opened (a pickle can run code), and only after their headers have shown that they hold
-exactly the tensors of the model. Writing goes one weight file at a time.
+exactly the tensors of the model. Writing goes one stacked leaf at a time.
 """
 
+import collections
+import contextlib
 import functools
-import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from jalign.models import families, hf_files, hf_headers, hf_quantized
 from jalign.models.config import ModelConfig
 from jalign.models.hf_config import config_to_hf, read_config, settled
 from jalign.models.hf_files import WeightFiles, report as _report
+from jalign.models.hf_writing import Written, checkpoint, write_shards
 from jalign.models.model import Model, Params
 from jalign.models.quantize import check_method
 from jalign.models.quantized import is_quantized
@@ -189,9 +191,8 @@ def save(
 ) -> None:
     """Writes a checkpoint that transformers (4 and 5) and `load` read.
 
-    Collective: every process calls it, process 0 writes. Host memory: a stacked leaf
-    and a weight file. An older checkpoint in the folder is replaced; its config.json
-    goes first and the new one comes last, so that a torn write is no model.
+    Collective: every process calls it, process 0 writes. Host memory: a stacked leaf.
+    An older checkpoint in the folder is replaced, see hf_writing.checkpoint.
 
     Args:
       path: the folder, created where it is missing.
@@ -218,16 +219,10 @@ def save(
             raise ValueError(f"{path} is not written: {row.path} is not finite")
     dtype = str(flat["embed/embedding"].dtype)
     config, generation = config_to_hf(settled(model.config, tokenizer), dtype)
+    files = checkpoint(folder, config, generation, tokenizer)
+    with files if write else contextlib.nullcontext(set()) as written:
+        written |= _write_weights(folder, model.config, flat, max_shard_size, write)
     if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
-    written = _write_weights(folder, model.config, flat, max_shard_size, write)
-    if write:
-        hf_files.remove_weights(folder, but=written)
-        if tokenizer is not None:
-            hf_files.save_tokenizer(folder, tokenizer)
-        hf_files.write_json(folder / "generation_config.json", generation)
-        hf_files.write_json(folder / "config.json", config)
         _log.info("wrote %s: %d weight file(s)", folder, len(written))
     sharding.barrier(f"models.save {path}")
 
@@ -242,29 +237,18 @@ def _write_weights(
 ) -> set[str]:
     """Writes files as they fill up; returns the names of all weight files."""
     plan = _plan(config, params, max_bytes)
-    total = len(plan)
-    names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, 1 + total)]
-    names = [hf_files.WEIGHTS] if total == 1 else names
     tensors = _tensors(config, params)
-    for name, part in zip(names, plan, strict=True):
-        pending = {key: x for key, x in itertools.islice(tensors, len(part)) if write}
-        if write:
-            hf_files.write_tensors(folder / name, pending)
-    if total == 1:
-        return {*names}
     if write:
-        size = sum(x.size * x.dtype.itemsize for x in params.values())
-        weight_map = {t: name for name, ts in zip(names, plan, strict=True) for t in ts}
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        hf_files.write_json(folder / hf_files.INDEX, index)
-    return {*names, hf_files.INDEX}
+        return write_shards(folder, plan, lambda name: Written(dict([next(tensors)])))
+    collections.deque(tensors, maxlen=0)  # gathering takes every process
+    return set()
 
 
 def _plan(config: ModelConfig, params: Flat, max_bytes: int) -> list[list[str]]:
     """Tensor names of each file, in the order in which they are written."""
     files: list[list[str]] = [[]]
     size = 0
-    for row in families.tensors_of(config):
+    for row in _rows(config, params):
         leaf = params[row.path]
         names = row.names(leaf.shape[0])
         num_bytes = leaf.size // len(names) * leaf.dtype.itemsize
@@ -277,9 +261,15 @@ def _plan(config: ModelConfig, params: Flat, max_bytes: int) -> list[list[str]]:
     return files
 
 
+def _rows(config: ModelConfig, params: Flat) -> list[families.Tensor]:
+    """In the order of writing: larger items first, as TensorWriter wants them."""
+    rows = families.tensors_of(config)
+    return sorted(rows, key=lambda row: -params[row.path].dtype.itemsize)
+
+
 def _tensors(config: ModelConfig, params: Flat) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor, gathering one stacked leaf at a time."""
-    for row in families.tensors_of(config):
+    for row in _rows(config, params):
         leaf = sharding.gather(params[row.path])
         parts = leaf if row.stacked else [leaf]
         left, right = row.pattern.split(" -> ")
