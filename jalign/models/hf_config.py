@@ -19,6 +19,7 @@ from jalign.models.families import (
     architecture_of,
 )
 from jalign.models.hf_files import is_adapter, read_json
+from jalign.models.hf_headers import check_quantization
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of generation_config.json that ModelConfig has, or that are not ours to say.
@@ -78,7 +79,7 @@ def config_from_hf(
         raise ValueError(f"missing key(s) {', '.join(missing)}")
     check_values(raw, CONFIG_CHECKS)
     _check_fixed(raw, family)
-    _check_quantization(raw)
+    check_quantization(raw)
     values = family.defaults | raw
     fields = {field: values.get(key) for field, key in CONFIG_KEYS.items()}
     if fields["num_kv_heads"] is None:
@@ -137,29 +138,6 @@ def _check_fixed(raw: dict[str, Any], family: Family) -> None:
     for key, value in FIXED_KEYS.items():
         if key not in family.unfixed and raw.get(key, value) not in (value, None):
             raise ValueError(f"{key}={raw[key]!r} is not supported, only {value!r}")
-
-
-def _check_quantization(raw: dict[str, Any]) -> None:
-    """Raises ValueError for quantized weights, but bitsandbytes' nf4, which is read."""
-    given = raw.get("quantization_config") or raw.get("compression_config")
-    if given is None:
-        return
-    what = str(given)[:80]  # a stranger's value may be long
-    if isinstance(given, dict):
-        what = given.get("quant_method") or "of no quant_method"
-        if what == "bitsandbytes" and given.get("load_in_4bit") is True:
-            kind = given.get("bnb_4bit_quant_type") or "fp4"
-            storage = given.get("bnb_4bit_quant_storage") or "uint8"
-            if (kind, storage) == ("nf4", "uint8"):
-                return
-            what = f"bitsandbytes {kind} stored as {storage}"
-        elif what == "bitsandbytes":
-            what = "bitsandbytes int8 (LLM.int8)"
-    raise ValueError(
-        f"quantization_config: {what} is not read, only bitsandbytes nf4 stored as "
-        'uint8; give the full-precision model, and quantize it ("nf4" or "int8") '
-        "while it is loaded"
-    )
 
 
 def _read_num_labels(raw: dict[str, Any]) -> int:

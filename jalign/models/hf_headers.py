@@ -104,3 +104,26 @@ def _allowed(files: WeightFiles, config: ModelConfig, name: str) -> bool:
     if original not in files or files.shape(name) != files.shape(original):
         return False
     return np.array_equal(files.read(name), files.read(original))
+
+
+def check_quantization(raw: dict[str, Any]) -> None:
+    """Raises ValueError for quantized weights, but bitsandbytes' nf4, which is read."""
+    given = raw.get("quantization_config") or raw.get("compression_config")
+    if given is None:
+        return
+    what = str(given)[:80]  # a stranger's value may be long
+    if isinstance(given, dict):
+        what = given.get("quant_method") or "of no quant_method"
+        if what == "bitsandbytes" and given.get("load_in_4bit") is True:
+            kind = given.get("bnb_4bit_quant_type") or "fp4"
+            storage = given.get("bnb_4bit_quant_storage") or "uint8"
+            if (kind, storage) == ("nf4", "uint8"):
+                return
+            what = f"bitsandbytes {kind} stored as {storage}"
+        elif what == "bitsandbytes":
+            what = "bitsandbytes int8 (LLM.int8)"
+    raise ValueError(
+        f"quantization_config: {what} is not read, only bitsandbytes nf4 stored as "
+        'uint8; give the full-precision model, and quantize it ("nf4" or "int8") '
+        "while it is loaded"
+    )
