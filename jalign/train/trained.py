@@ -11,12 +11,13 @@ from jalign.models import Model, lora
 from jalign.models.lora import LoraConfig
 from jalign.pretrained import Opened
 from jalign.settings import check
-from jalign.train.config import RunConfig
+from jalign.train.config import RewardConfig, RunConfig, SFTConfig
 from jalign.train.stop import whole_folder
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
-LOW_RATE = 3e-5  # below it, a rate is more likely one of full training
+# Up to these a rate is more likely one of full training; of DPO and online runs, 1e-6.
+LOW_RATE = {SFTConfig: 3e-5, RewardConfig: 3e-5}
 
 
 class Trained(NamedTuple):
@@ -75,7 +76,8 @@ def part(
     _hint(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 2 + number)
     trained, frozen = parts_of(model, params, chosen, None if had else key)
-    sizes = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, params))
+    trees = trained, model.param_shapes()
+    sizes = (sum(x.size for x in jax.tree.leaves(tree)) for tree in trees)
     _log.info(
         "training %s parameters of adapters beside %s", *map("{:,}".format, sizes)
     )
@@ -139,9 +141,10 @@ def save_whole(target: Path, model: Model, params: PyTree, tokenizer: Any) -> Pa
 
 
 def _hint(config: RunConfig) -> None:
-    if config.optim.learning_rate <= LOW_RATE:
+    rate = config.optim.learning_rate
+    if rate <= LOW_RATE.get(type(config), 1e-6):
         _log.warning(
             "learning rate %g: adapters learn best at about ten times the rate of full "
-            "training (Schulman et al. 2025), for example 2e-4 for sft",
-            config.optim.learning_rate,
+            "training (Schulman et al. 2025), such as 2e-4 for sft and 1e-5 for dpo",
+            rate,
         )
