@@ -100,7 +100,10 @@ def _taken_over(
     for key, table in tables.items():
         if not np.allclose(part(key), table, rtol=1e-6, atol=1e-9):
             raise ValueError(f"{where}: its {key} is not that of nf4; {ADVICE}")
-    leaves = {"nf4": turned(files.read(name)), "absmax": turned(part("absmax"))[:, 0]}
+    leaves = {
+        "nf4": turned(_by_halves(files.read(name))),
+        "absmax": turned(part("absmax"))[:, 0],
+    }
     if nested:
         offset = state.get("nested_offset")
         if not isinstance(offset, float):
@@ -110,6 +113,12 @@ def _taken_over(
     if not all(np.isfinite(x).all() for x in leaves.values()):
         raise ValueError(f"{where}: its absmax is not finite")
     return leaves
+
+
+def _by_halves(packed: np.ndarray) -> np.ndarray:
+    """Bytes with two neighbours each -> with one code of each half of a block."""
+    codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1, BLOCK)
+    return codes[:, : BLOCK // 2] << 4 | codes[:, BLOCK // 2 :]
 
 
 def _state(data: np.ndarray, where: str) -> dict:

@@ -1,11 +1,12 @@
 """Kernels in 4 or 8 bits: NF4 with double quantization, and int8 with a scale per row.
 
-Dettmers et al. 2023, QLoRA (arXiv:2305.14314); the constants, the order of blocks and
-that of bytes are those of bitsandbytes, so that its files are taken over as they are.
-In the parameters a quantized kernel is a dict of leaves in the kernel's place. The
-shapes of one layer, of I inputs and outputs [...]:
+Dettmers et al. 2023, QLoRA (arXiv:2305.14314); the constants and blocks are those of
+bitsandbytes, so that its files are taken over as they are. In the parameters a
+quantized kernel is a dict of leaves in the kernel's place. The shapes of one layer, of
+I inputs and outputs [...]:
 
-  nf4             uint8 [blocks, 32, ...], two codes a byte, the first in the high bits
+  nf4             uint8 [blocks, 32, ...], two codes a byte: in the high bits the
+                  block's first half, in the low ones its second
   absmax          uint8 or float32 [blocks, ...], the largest magnitude of each block
   nested_absmax   float32 [groups], where absmax is quantized too: of 256 blocks each
   nested_offset   float32 [], the mean that was taken off absmax before
@@ -13,7 +14,8 @@ shapes of one layer, of I inputs and outputs [...]:
   scale           float32 [...], the step of each output's row
 
 A block is 64 inputs of one output. Where I is no multiple of 64 each row's last block
-is partly empty; bitsandbytes' blocks run over into the next row instead.
+is partly empty; bitsandbytes' blocks run over into the next row instead. Neighbours in
+one byte, as bitsandbytes has them, a TPU would have to move apart one by one.
 """
 
 import math
@@ -92,7 +94,7 @@ def quantize(
     codes = jnp.zeros(blocks.shape, jnp.uint8)
     for bound in bounds:
         codes += blocks > bound[:, None]
-    leaves = {"nf4": codes[:, ::2] << 4 | codes[:, 1::2]}
+    leaves = {"nf4": codes[:, : BLOCK // 2] << 4 | codes[:, BLOCK // 2 :]}
     return leaves | (_nested(absmax) if double else {"absmax": absmax})
 
 
@@ -173,8 +175,8 @@ def dequantize(
         scale = jnp.broadcast_to(leaves["scale"], values.shape)
         return (values * scale).astype(dtype)
     packed = leaves["nf4"].astype(jnp.int32)
-    pairs = jnp.stack([_lookup(NF4, packed >> 4), _lookup(NF4, packed & 15)], 2)
-    values = (pairs * _absmax(leaves, keep)[:, None, None]).astype(dtype)
+    halves = jnp.stack([_lookup(NF4, packed >> 4), _lookup(NF4, packed & 15)], 1)
+    values = (halves * _absmax(leaves, keep)[:, None, None]).astype(dtype)
     rows = values.reshape(-1, *packed.shape[2:])
     return rows[: math.prod(shape) // math.prod(packed.shape[2:])].reshape(shape)
 

@@ -18,8 +18,8 @@ MIDDLES = (q.NF4[1:] + q.NF4[:-1]) / 2
 def unpacked(packed) -> np.ndarray:
     """[blocks, 32, ...] -> codes [64 blocks, ...]."""
     packed = np.asarray(packed)
-    pairs = np.stack([packed >> 4, packed & 15], 2)
-    return pairs.reshape(-1, *packed.shape[2:])
+    halves = np.stack([packed >> 4, packed & 15], 1)
+    return halves.reshape(-1, *packed.shape[2:])
 
 
 def kernel(rows: int, dtype="f4") -> np.ndarray:
