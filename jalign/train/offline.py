@@ -116,6 +116,7 @@ def run_recipe(
             state = init_state(params, trainer.tx, key, mesh=run.mesh)
         else:
             state = restored.tree["state"]
+        del params  # the state has its own
         index, count = sharding.process_slice(run.mesh)
         batches = data.make_loader(
             sets["train"],
