@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from jalign import losses
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
+from jalign.losses.layout import ONE_DEVICE
 from jalign.models import Model
+from jalign.sharding.groups import logits_groups
 from jalign.types import PreferenceBatch, TokenBatch
 
 PyTree = Any
@@ -45,6 +47,13 @@ def chunk_size(model: Model) -> int:
         fit = max(1, at_once // (4 * model.config.vocab_size))
         tokens = min(tokens, max(FEWEST_TOKENS, 1 << fit.bit_length() - 1))
     return tokens * (model.mesh.size if model.mesh is not None else 1)
+
+
+def logits_options(model: Model, hidden: jax.Array) -> dict[str, Any]:
+    """chunk_size and layout of `losses.map_logits` for hidden states [B, T, D]."""
+    sizes = *hidden.shape[:2], model.config.vocab_size
+    layout = logits_groups(model.mesh, *sizes) or ONE_DEVICE
+    return {"chunk_size": chunk_size(model), "layout": layout}
 
 
 def hidden_states(model: Model, params: PyTree, batch) -> jax.Array:
@@ -99,7 +108,7 @@ def _score(model: Model, params: PyTree, hidden, batch, temperature: float, **op
         mask=rows[2],
         temperature=temperature,
         softcap=head.softcap,
-        chunk_size=chunk_size(model),
+        **logits_options(model, hidden),
         **options,
     )
     return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), scores)

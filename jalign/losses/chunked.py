@@ -4,7 +4,7 @@ a loss of them, with its gradient taken in the forward pass.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from jalign.losses.checks import Array, PyTree
 from jalign.losses.chunks import (
-    Grid,
     back,
     chunk_grid,
     join_chunks,
@@ -20,6 +19,7 @@ from jalign.losses.chunks import (
     split_chunks,
     to_front,
 )
+from jalign.losses.layout import ONE_DEVICE, Layout
 from jalign.losses.linear import with_transpose
 
 DEFAULT_CHUNK_SIZE = 1024
@@ -37,6 +37,7 @@ def map_logits(
     *,
     mask: Array | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    layout: Layout = ONE_DEVICE,
 ) -> PyTree:
     """`row_fn(hidden @ unembed, rows, consts)` without the logits of all tokens.
 
@@ -59,18 +60,21 @@ def map_logits(
         of a chunk. None for everywhere.
       chunk_size: tokens per chunk over the whole (global) batch. On a mesh multiply
         by the number of devices over which the batch is split.
+      layout: how the logits lie on a mesh, as of sharding.groups.logits_groups: the
+        unembedding is gathered once and its gradient reduced once. By default the
+        compiler decides, which does both anew for each chunk.
 
     Returns: the tree of [B, T] that row_fn gives.
     Raises: AssertionError at trace time on wrong rank, shape or dtype, ValueError if
       chunk_size < 1.
     """
     check(hidden, unembed, (rows, mask), chunk_size)
-    row_fn = Static(row_fn)
+    static = Static(row_fn), How(chunk_size, layout)
     if mask is None:
-        return map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, None)
+        return map_chunks(*static, hidden, unembed, rows, consts, None)
     front = make_front(mask)
     hidden, rows = to_front((hidden, rows), front)
-    out = map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, front.longest)
+    out = map_chunks(*static, hidden, unembed, rows, consts, front.longest)
     return back(out, front, mask)
 
 
@@ -105,82 +109,107 @@ class Static:
         return hash(self.identity)
 
 
+class How(NamedTuple):
+    """Tokens of a chunk, over all groups of the layout; and the layout."""
+
+    chunk_size: int
+    layout: Layout
+
+    def logits(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+        """Of a chunk, float32 [R, S, V]."""
+        logits = _product("bsd,dv->bsv", x, weights)
+        return self.layout.place(logits, None, None, "vocab")
+
+    def zeros(self, weights: jax.Array) -> jax.Array:
+        """For the gradient of the unembedding to add up in."""
+        return self.layout.place(jnp.zeros_like(weights, jnp.float32), None, "vocab")
+
+    def over_chunks(self, body, carry, by_rows, needed):
+        """lax.scan of body over the chunks of a group's rows: (its outputs, the carry).
+
+        Zeros for chunks all of whose positions are `needed` or later; None for none.
+        """
+        place, size = self.layout.place, max(1, self.chunk_size // self.layout.groups)
+        grid = chunk_grid(jax.tree.leaves(by_rows)[0], size)
+
+        def placed(carry, chunk):
+            carry, outs = body(carry, jax.tree.map(place, chunk))
+            return carry, jax.tree.map(lambda y: place(y, "row"), outs)
+
+        def skip(carry, chunk):
+            outs = jax.eval_shape(body, carry, chunk)[1]
+            return carry, jax.tree.map(jnp.zeros_like, outs)
+
+        def step(carry, where):
+            start, chunk = where
+            return jax.lax.cond(start < needed, placed, skip, carry, chunk)
+
+        chunks = split_chunks(by_rows, grid)
+        starts = jnp.tile(grid.size * jnp.arange(grid.pieces_t), grid.pieces_b)
+        each = (placed, chunks) if needed is None else (step, (starts, chunks))
+        carry, outs = jax.lax.scan(each[0], carry, each[1])
+        return join_chunks(outs, grid), carry
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def map_chunks(row_fn, chunk_size, hidden, unembed, rows, consts, needed):
-    grid = chunk_grid(hidden, chunk_size)
+def map_chunks(row_fn, how: How, hidden, unembed, rows, consts, needed):
+    def local(by_rows, weights):
+        def one_chunk(carry, chunk):
+            x, r = chunk
+            return carry, row_fn(how.logits(x, weights), r, consts)
+
+        return how.over_chunks(one_chunk, (), by_rows, needed)
+
     weights = unembed.astype(hidden.dtype)
-
-    def one_chunk(carry, chunk):
-        x, r = chunk
-        return carry, row_fn(logits_of(x, weights), r, consts)
-
-    _, out = over_chunks(
-        one_chunk, (), split_chunks((hidden, rows), grid), grid, needed
-    )
-    return join_chunks(out, grid)
+    return how.layout.run(local, (hidden, rows), weights)[0]
 
 
 @map_chunks.defjvp
-def _map_jvp(row_fn, chunk_size, primals, tangents):
+def _map_jvp(row_fn, how, primals, tangents):
     moved, gradients = (
-        functools.partial(f, row_fn, chunk_size) for f in (_tangents, _gradients)
+        functools.partial(f, row_fn, how) for f in (_tangents, _gradients)
     )
-    out = map_chunks(row_fn, chunk_size, *primals)
+    out = map_chunks(row_fn, how, *primals)
     # No gradient flows to rows, consts and what is needed.
     return out, with_transpose(moved, gradients, primals, tangents[:2])
 
 
-def _tangents(row_fn, chunk_size, primals, tangents):
+def _tangents(row_fn, how, primals, tangents):
     """Of the result, from those of hidden and unembed."""
     hidden, unembed, rows, consts, needed = primals
-    grid = chunk_grid(hidden, chunk_size)
-    weights, weights_dot = (w.astype(hidden.dtype) for w in (unembed, tangents[1]))
 
-    def one_chunk(carry, chunk):
-        x, x_dot, r = chunk
-        logits_dot = logits_of(x_dot, weights) + logits_of(x, weights_dot)
-        logits = logits_of(x, weights)
-        return carry, jax.jvp(lambda z: row_fn(z, r, consts), (logits,), (logits_dot,))[
-            1
-        ]
+    def local(by_rows, weights):
+        weights, weights_dot = weights
 
-    chunks = split_chunks((hidden, tangents[0], rows), grid)
-    return join_chunks(over_chunks(one_chunk, (), chunks, grid, needed)[1], grid)
+        def one_chunk(carry, chunk):
+            x, x_dot, r = chunk
+            logits_dot = how.logits(x_dot, weights) + how.logits(x, weights_dot)
+            logits = how.logits(x, weights)
+            row = jax.jvp(lambda z: row_fn(z, r, consts), (logits,), (logits_dot,))
+            return carry, row[1]
+
+        return how.over_chunks(one_chunk, (), by_rows, needed)
+
+    both = tuple(w.astype(hidden.dtype) for w in (unembed, tangents[1]))
+    return how.layout.run(local, (hidden, tangents[0], rows), both)[0]
 
 
-def _gradients(row_fn, chunk_size, primals, cotangents):
+def _gradients(row_fn, how, primals, cotangents):
     """Of hidden and unembed, from the cotangents of the result."""
     hidden, unembed, rows, consts, needed = primals
-    grid = chunk_grid(hidden, chunk_size)
-    weights = unembed.astype(hidden.dtype)
 
-    def one_chunk(d_unembed, chunk):
-        x, r, g = chunk
-        _, vjp = jax.vjp(lambda z: row_fn(z, r, consts), logits_of(x, weights))
-        d_hidden, d_weights = gradients(x, weights, vjp(g)[0])
-        return d_unembed + d_weights, d_hidden
+    def local(by_rows, weights):
+        def one_chunk(d_unembed, chunk):
+            x, r, g = chunk
+            _, vjp = jax.vjp(lambda z: row_fn(z, r, consts), how.logits(x, weights))
+            d_hidden, d_weights = gradients(x, weights, vjp(g)[0])
+            return d_unembed + d_weights, d_hidden
 
-    zeros = jnp.zeros_like(unembed, jnp.float32)
-    chunks = split_chunks((hidden, rows, cotangents), grid)
-    d_unembed, d_hidden = over_chunks(one_chunk, zeros, chunks, grid, needed)
-    return join_chunks(d_hidden, grid), d_unembed.astype(unembed.dtype)
+        return how.over_chunks(one_chunk, how.zeros(weights), by_rows, needed)
 
-
-def over_chunks(body, carry, chunks, grid: Grid, needed):
-    """lax.scan, with zeros for chunks all of whose positions are `needed` or later."""
-    if needed is None:
-        return jax.lax.scan(body, carry, chunks)
-
-    def skip(carry, chunk):
-        outs = jax.eval_shape(body, carry, chunk)[1]
-        return carry, jax.tree.map(jnp.zeros_like, outs)
-
-    def step(carry, place):
-        start, chunk = place
-        return jax.lax.cond(start < needed, body, skip, carry, chunk)
-
-    starts = jnp.tile(grid.size * jnp.arange(grid.pieces_t), grid.pieces_b)
-    return jax.lax.scan(step, carry, (starts, chunks))
+    by_rows, weights = (hidden, rows, cotangents), unembed.astype(hidden.dtype)
+    d_hidden, d_unembed = how.layout.run(local, by_rows, weights)
+    return d_hidden, d_unembed.astype(unembed.dtype)
 
 
 def gradients(x, weights, d_logits):
@@ -196,10 +225,6 @@ def _product(spec: str, a: jax.Array, b: jax.Array, **options) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, **options)
 
 
-def logits_of(hidden: jax.Array, weights: jax.Array) -> jax.Array:
-    return _product("bsd,dv->bsv", hidden, weights)
-
-
 def sum_over_logits(
     row_fn: RowFn,
     hidden: Array,
@@ -208,6 +233,7 @@ def sum_over_logits(
     mask: Array,
     *,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[jax.Array, PyTree]:
     """The sum of a loss of the logits, for less than `map_logits` and a sum.
 
@@ -218,7 +244,7 @@ def sum_over_logits(
     Args:
       row_fn: (logits float32 [R, S, V], rows) -> (loss [R, S], tree of [R, S]); as of
         `map_logits`. No gradient flows through the tree.
-      hidden, unembed, rows, chunk_size: as of `map_logits`.
+      hidden, unembed, rows, chunk_size, layout: as of `map_logits`.
       mask: bool [B, T], True where the loss counts.
 
     Returns: (the sum of the loss where the mask is True, float32 []; the tree [B, T],
@@ -226,26 +252,25 @@ def sum_over_logits(
     Raises: as `map_logits`.
     """
     check(hidden, unembed, (rows, mask), chunk_size)
-    row_fn = Static(row_fn)
     front = make_front(mask)
     hidden, rows, fronted_mask = to_front((hidden, rows, mask), front)
-    args = row_fn, chunk_size, hidden, unembed, rows, fronted_mask, front.longest
-    total, tree = _sum_over_logits(*args)  # pyright: ignore
+    static = Static(row_fn), How(chunk_size, layout)
+    args = hidden, unembed, rows, fronted_mask, front.longest
+    total, tree = _sum_over_logits(*static, *args)  # pyright: ignore
     return total, back(tree, front, mask)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sum_over_logits(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
+def _sum_over_logits(row_fn, how, hidden, unembed, rows, mask, needed):
     plain_fn = Static(lambda z, r, _: row_fn(z, r))
-    args = (plain_fn, chunk_size, hidden, unembed, rows, (), needed)
-    out: Any = map_chunks(*args)
+    out: Any = map_chunks(plain_fn, how, hidden, unembed, rows, (), needed)
     loss, tree = out
     return jnp.sum(jnp.where(mask, loss, 0.0)), tree
 
 
 @_sum_over_logits.defjvp
-def _sum_jvp(row_fn, chunk_size, primals, tangents):
-    out, (d_hidden, d_unembed) = _sum_and_gradients(row_fn, chunk_size, *primals)
+def _sum_jvp(row_fn, how, primals, tangents):
+    out, (d_hidden, d_unembed) = _sum_and_gradients(row_fn, how, *primals)
     hidden_dot, unembed_dot, *_ = tangents  # no gradient flows to the rest
     # In their own dtypes, for the backward pass keeps the gradients as they are.
     total_dot = jnp.sum(d_hidden * hidden_dot, dtype=jnp.float32)
@@ -253,21 +278,20 @@ def _sum_jvp(row_fn, chunk_size, primals, tangents):
     return out, (total_dot, jax.tree.map(jnp.zeros_like, out[1]))
 
 
-def _sum_and_gradients(row_fn, chunk_size, hidden, unembed, rows, mask, needed):
-    grid = chunk_grid(hidden, chunk_size)
-    weights = unembed.astype(hidden.dtype)
+def _sum_and_gradients(row_fn, how: How, hidden, unembed, rows, mask, needed):
+    def local(by_rows, weights):
+        def one_chunk(carry, chunk):
+            x, r, counts = chunk
+            logits = how.logits(x, weights)
+            loss, vjp, tree = jax.vjp(lambda z: row_fn(z, r), logits, has_aux=True)
+            counted = vjp(counts.astype(loss.dtype))[0]
+            d_hidden, d_weights = gradients(x, weights, counted)
+            total = carry[0] + jnp.sum(jnp.where(counts, loss, 0.0))
+            return (total, carry[1] + d_weights), (tree, d_hidden)
 
-    def one_chunk(carry, chunk):
-        x, r, counts = chunk
-        loss, vjp, tree = jax.vjp(
-            lambda z: row_fn(z, r), logits_of(x, weights), has_aux=True
-        )
-        d_hidden, d_weights = gradients(x, weights, vjp(counts.astype(loss.dtype))[0])
-        total = carry[0] + jnp.sum(jnp.where(counts, loss, 0.0))
-        return (total, carry[1] + d_weights), (tree, d_hidden)
+        zeros = jnp.float32(0.0), how.zeros(weights)
+        return how.over_chunks(one_chunk, zeros, by_rows, needed)
 
-    zeros = jnp.float32(0.0), jnp.zeros_like(unembed, jnp.float32)
-    chunks = split_chunks((hidden, rows, mask), grid)
-    (total, d_unembed), outs = over_chunks(one_chunk, zeros, chunks, grid, needed)
-    tree, d_hidden = join_chunks(outs, grid)
+    by_rows, weights = (hidden, rows, mask), unembed.astype(hidden.dtype)
+    (tree, d_hidden), (total, d_unembed) = how.layout.run(local, by_rows, weights)
     return (total, tree), (d_hidden, d_unembed.astype(unembed.dtype))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jalign.losses.checks import Array, Scalar, check_float32, check_mask
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE, map_logits
+from jalign.losses.layout import ONE_DEVICE, Layout
 
 
 def logps_from_logits(logits: Array, targets: Array) -> jax.Array:
@@ -51,6 +52,7 @@ def token_logps(
     chunk_size: int = ...,
     temperature: Scalar = ...,
     softcap: float | None = ...,
+    layout: Layout = ...,
     return_entropy: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -65,6 +67,7 @@ def token_logps(
     chunk_size: int = ...,
     temperature: Scalar = ...,
     softcap: float | None = ...,
+    layout: Layout = ...,
     return_entropy: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -78,6 +81,7 @@ def token_logps(
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     temperature: Scalar = 1.0,
     softcap: float | None = None,
+    layout: Layout = ONE_DEVICE,
     return_entropy: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """log p(targets[b, t] | hidden[b, t]), without ever holding [B, T, V] logits.
@@ -98,6 +102,7 @@ def token_logps(
         multiply by the number of devices over which the batch is split.
       temperature: > 0, divides the logits. No gradient flows.
       softcap: c > 0 replaces each logit z by c tanh(z / c), before the temperature.
+      layout: of the logits on a mesh, as in map_logits.
       return_entropy: also return the entropy of each distribution.
 
     Returns: float32 [B, T], nats; with return_entropy also the entropies, the same.
@@ -108,7 +113,7 @@ def token_logps(
         _logps_and_entropy, softcap=softcap, with_entropy=return_entropy
     )
     consts = jnp.asarray(temperature, jnp.float32)
-    how = {"mask": mask, "chunk_size": chunk_size}
+    how = {"mask": mask, "chunk_size": chunk_size, "layout": layout}
     out = map_logits(row_fn, hidden, unembed, targets, consts, **how)
     return out if return_entropy else out[0]
 

@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jalign import sharding
 from jalign.models import quantized
 from jalign.models.config import ModelConfig, RopeScaling
 from jalign.models.platform import PLAIN, Platform
+from jalign.sharding.groups import embedding_groups
 
 INIT_STD = 0.02  # the initializer_range of every family here
 _kernel_init = nn.initializers.normal(INIT_STD)
@@ -83,11 +83,7 @@ class Projection(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token table [V, D]. A token id outside [0, V) embeds to NaN, to be noticed.
-
-    The table is cut over vocabulary and features, the rows over the batch: either the
-    table or the rows must be gathered first, so the smaller of them is.
-    """
+    """Token table [V, D]. A token id outside [0, V) embeds to NaN, to be noticed."""
 
     vocab_size: int
     features: int
@@ -105,39 +101,38 @@ class Embedding(nn.Module):
 def embed(
     mesh: Mesh | None, dtype: DTypeLike, table: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Rows of a table: [V, D] and int [...] -> [..., D] in dtype, see Embedding.
+    """Rows of a table: [V, D] and int [B, T] -> [B, T, D] in dtype, see Embedding.
 
-    The table's gradient adds up in float32 whatever is gathered: a token may stand in
-    half of the places, and bfloat16 stops growing after some hundred equal summands.
+    The table is cut over features, the rows over the batch. Each device takes its
+    features of the tokens of its group, and the group's members exchange them.
     """
     # Cast first, so that the wire carries the narrower numbers.
-    table = table.astype(dtype) if _gathers_table(mesh, table, tokens) else table
+    table = table if mesh is None else table.astype(dtype)
     return _rows(mesh, dtype, table, tokens)
 
 
 @embed.defjvp
 def _embed_jvp(mesh, dtype, primals, tangents):
+    # The gradient adds up in float32, whatever the table's dtype: a token may stand in
+    # half of the places, and bfloat16 stops growing after some hundred equal summands.
     table_dot = tangents[0].astype(jnp.float32)
     return embed(mesh, dtype, *primals), _rows(mesh, dtype, table_dot, primals[1])
 
 
-def _gathers_table(mesh: Mesh | None, table: jax.Array, tokens: jax.Array) -> bool:
-    return mesh is not None and tokens.size >= table.shape[0]
-
-
 def _rows(mesh: Mesh | None, dtype: DTypeLike, table: jax.Array, tokens: jax.Array):
-    gathers_table = _gathers_table(mesh, table, tokens)
-    if gathers_table:
-        table = sharding.constrain(table, mesh, "act_vocab", None)
+    groups = embedding_groups(mesh, table.shape[1])
+    if groups is not None:
+        table = groups.place(table, "stored", "member")
+        tokens = groups.place(tokens, "group")
     rows = (
         jnp.asarray(table)
         .at[tokens]
         .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    ).astype(dtype)
-    if not gathers_table:
-        rows = sharding.constrain(rows, mesh, None, None, "embed")
-        rows = sharding.constrain(rows, mesh, None, None, None)
-    return rows
+    )
+    if groups is not None:
+        rows = groups.place(rows, "group", None, "member")
+    rows = rows.astype(dtype)
+    return rows if groups is None else groups.place(rows, "batch")
 
 
 class RMSNorm(nn.Module):

@@ -178,8 +178,8 @@ def optimizer(config: train.OptimConfig) -> optax.GradientTransformation:
     return train.make_optimizer(config, config.warmup_steps + 1)[0]
 
 
-def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int]:
-    """Bytes on each device of the training step, as the compiler lays it out.
+def compiled_step(config: train.RunConfig, model_config, mesh) -> Any:
+    """The training step of a run, compiled: a jax.stages.Compiled.
 
     Args:
       mesh: of real devices, or of sharding.topology_devices.
@@ -208,7 +208,12 @@ def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int
         places,
     )
     given = (state, batch, beside) if frozen else (state, batch)
-    memory = step.lower(*given).compile().memory_analysis()  # type: ignore
+    return step.lower(*given).compile()  # type: ignore
+
+
+def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int]:
+    """Bytes on each device of `compiled_step`, as the compiler lays it out."""
+    memory = compiled_step(config, model_config, mesh).memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,

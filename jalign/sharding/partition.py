@@ -55,7 +55,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str | None) -> jax
     """
     if mesh is None or mesh.size == 1:
         return x
-    spec = _activation_spec(mesh, x.shape, logical_axes)
+    spec = fitting_spec(mesh, x.shape, logical_axes)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
@@ -78,7 +78,7 @@ def shard_map(
     @functools.wraps(fn)
     def wrapped(*args):
         specs = tuple(
-            _activation_spec(mesh, x.shape, axes)
+            fitting_spec(mesh, x.shape, axes)
             for x, axes in zip(args, in_axes, strict=True)
         )
         cut = {
@@ -195,13 +195,22 @@ def _param_spec(mesh, path, shape, param_rules, axis_rules) -> PartitionSpec:
     return _spec(parts, path)
 
 
-def _activation_spec(mesh, shape, axes) -> PartitionSpec:
+def fitting_spec(
+    mesh: Mesh,
+    shape: Sequence[int],
+    axes: LogicalAxes,
+    axis_rules: AxisRules = AXIS_RULES,
+) -> PartitionSpec:
+    """The spec of an array, without the mesh axes that do not divide its dimensions.
+
+    Raises: ValueError as `constrain`.
+    """
     if len(axes) != len(shape):
         raise ValueError(f"shape {tuple(shape)} has not the axes {axes}")
     parts = []
     for size, name in zip(shape, axes, strict=True):
         part = ()
-        for axis in _mesh_axes(name, AXIS_RULES, "activation"):
+        for axis in _mesh_axes(name, axis_rules, "activation"):
             ways = math.prod(mesh.shape[a] for a in (*part, axis))
             part = (*part, axis) if size % ways == 0 else part
         parts.append(part)

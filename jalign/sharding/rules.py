@@ -49,6 +49,19 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "act_vocab": ("tensor",),
 }
 
+# Of the meshes of groups.py, where fsdp = groups x members.
+GROUP_RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "groups", "members"),
+    "group": ("data", "groups"),
+    "row": ("members",),
+    "member": ("members",),
+    "embed_of_group": ("groups",),
+    "vocab": ("tensor", "members"),
+    # as AXIS_RULES cuts the parameters
+    "embed": ("groups", "members"),
+    "stored": ("tensor",),
+}
+
 # Weights of these axes are replicated where the mesh axis does not divide them:
 # a model with 4 kv heads may run on tensor=8, each pair of shards holding the same.
 REPLICATE_IF_UNEVEN = frozenset({"kv_heads"})

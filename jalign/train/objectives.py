@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from jalign import losses
 from jalign.forward import (
-    chunk_size,
     hidden_states,
     in_one_row,
+    logits_options,
     pair_logps,
     pair_rewards,
     pair_sums,
@@ -71,7 +71,7 @@ def make_sft_objective(
             head.unembed,
             targets,
             mask,
-            chunk_size=chunk_size(model),
+            **logits_options(model, hidden),
         )
         metrics = {
             "nll": losses.token_mean(nll, mask),

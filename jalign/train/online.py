@@ -105,8 +105,7 @@ def _run(
             kl_coef = restored.meta.get("kl_coef", 0.0)
             state = OnlineState(restored.tree, kl_coef, restored.step)
         del start, whole
-        if not config.has_reference:
-            loaded.params.clear()  # the state has its own
+        loaded.params.clear()  # the state has its own
 
         def step(state, _):
             state, metrics = iterate(

@@ -26,7 +26,7 @@ class OnlineModels(NamedTuple):
     Attributes:
       models: "policy", a causal language model, perhaps with a value head; and, where
         the algorithm has one of its own, "critic", a model with a scalar head.
-      params: what each starts from; the policy's are the reference's, too.
+      params: what each starts from.
       parts: what is trained of them, and what stands beside it.
       tokenizer: the policy's.
       reward: (prompts, completions, rows) -> float32 [B] or [B, K]; NaN: not judged.
@@ -34,6 +34,7 @@ class OnlineModels(NamedTuple):
       inputs: digests of what is behind the rewards (inputs.py).
       gold: what judges held-out completions beside the reward; None without.
       gold_digest: of what is behind it.
+      reference: what the policy starts from, frozen; None where none is asked for.
     """
 
     models: dict[str, Model]
@@ -45,6 +46,7 @@ class OnlineModels(NamedTuple):
     inputs: Mapping[str, str] = {}
     gold: rewards.RewardFn | None = None
     gold_digest: str = ""
+    reference: PyTree = None
 
 
 def load_models(
@@ -97,7 +99,17 @@ def load_models(
         reward_inputs(terms, loaded.reward_models),
         gold,
         gold_digest,
+        reference_params(policy, params) if config.has_reference else None,
     )
+
+
+def reference_params(policy: Model, params: PyTree) -> PyTree:
+    """The parameters, frozen, in the dtype of the policy's products.
+
+    Products cast their kernels to it anyway, so no log-probability changes by a bit;
+    what they do not cast, the norms' scales, stays float32.
+    """
+    return jax.jit(policy.replace(unroll=False).for_decoding)(params)
 
 
 def load_gold(config: OnlineConfig, **how: Any) -> tuple[rewards.RewardFn | None, str]:
@@ -165,7 +177,7 @@ def make_functions(
     critic = models.models.get("critic")
     rows = config.completions // config.options.num_minibatches
     stops = stop_tokens(models, sampling.stop_token_ids)
-    reference = models.params["policy"] if config.has_reference else None
+    reference = models.reference if config.has_reference else None
     temperature, parts = sampling.temperature, models.parts
 
     def sample(params, prompts, key):

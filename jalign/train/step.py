@@ -30,8 +30,8 @@ def init_state(
     Args:
       params: parameters, or a function key -> parameters (`model.init`), which then
         runs inside the jit so that no device ever holds the whole model. Arrays are
-        taken over: the first step donates them. Pass `jax.tree.map(jnp.copy, params)`
-        to keep yours.
+        taken over where they lie as the mesh wants them, not copied: the first step
+        donates them. Pass `jax.tree.map(jnp.copy, params)` to keep yours.
       tx: of make_optimizer, or any optax transformation.
       key: typed PRNG key []; each step folds its number into it, so it never changes.
       mesh: None leaves everything where it is.
@@ -41,10 +41,32 @@ def init_state(
         return _fresh(params(key) if callable(params) else given, tx, key)
 
     given = None if callable(params) else params
-    if mesh is None:
-        return jax.jit(make)(given, key)
-    shardings = sharding.state_shardings(mesh, jax.eval_shape(make, given, key))
-    return jax.jit(make, out_shardings=shardings)(given, key)
+    shardings = None
+    if mesh is not None:
+        shardings = sharding.state_shardings(mesh, jax.eval_shape(make, given, key))
+    if given is None:
+        return jax.jit(make, out_shardings=shardings)(given, key)
+    given = _laid_out(given, shardings and shardings.params)
+    # Parameters go past the jit, which would return copies of them.
+    rest = jax.jit(
+        lambda given, key: make(given, key)._replace(params=None),
+        out_shardings=shardings and shardings._replace(params=None),
+    )
+    return rest(given, key)._replace(params=given)
+
+
+def _laid_out(params: PyTree, shardings: PyTree | None) -> PyTree:
+    """The parameters themselves where they lie right, else copies that do."""
+
+    def right(x, place=None) -> bool:
+        return isinstance(x, jax.Array) and (
+            place is None or x.sharding.is_equivalent_to(place, x.ndim)
+        )
+
+    trees = (params,) if shardings is None else (params, shardings)
+    if all(jax.tree.leaves(jax.tree.map(right, *trees))):
+        return params
+    return jax.jit(lambda x: x, out_shardings=shardings)(params)
 
 
 def _fresh(params: PyTree, tx: optax.GradientTransformation, key) -> TrainState:

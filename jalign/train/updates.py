@@ -138,8 +138,8 @@ def _trainers(
 def start_state(
     models: OnlineModels, trainers: Mapping[str, Trainer], config: OnlineConfig
 ) -> OnlineState:
-    """The state before the first rollout. Parameters are copied where they may be the
-    reference's too, or another model's, else taken over."""
+    """The state before the first rollout. Parameters are copied where another model may
+    have them too (the reference, the critic, a reward model), else taken over."""
     states = {}
     keys = jax.random.split(jax.random.key(config.seed))
     for key, (name, trainer) in zip(keys, trainers.items(), strict=False):

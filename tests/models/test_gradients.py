@@ -1,6 +1,7 @@
 """Every parameter's gradient on a mesh beside one device's, and forward mode."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +104,34 @@ def test_forward_mode_goes_through_a_plain_model():
     np.testing.assert_allclose(moved, want, rtol=1e-4)
     assert value == jax.jit(loss, static_argnums=1)(params, model)
     assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(curved))
+
+
+@pytest.mark.parametrize(("features", "members"), [(16, 8), (512, 4)])
+def test_no_device_is_sent_the_embedding_or_all_of_its_gradient(features, members):
+    """The rows are exchanged; of the table, the features of a group's member at most,
+    which are none where the group is the whole mesh."""
+    mesh, vocab = sharding.make_mesh(fsdp=8), 256
+    table = np.random.default_rng(0).normal(size=(vocab, features)).astype(np.float32)
+    where = sharding.param_shardings(mesh, {"embed": {"embedding": table}})
+    rows = sharding.batch_sharding(mesh)
+
+    def total(table, tokens, weights):
+        embedding = Embedding(vocab, features, jnp.bfloat16, mesh)
+        x = embedding.apply({"params": {"embedding": table}}, tokens)
+        return jnp.sum((x * weights).astype(jnp.float32))
+
+    weights = np.ones((*TOKENS.shape, features), jnp.bfloat16)
+    places = *where["embed"].values(), rows, rows
+    args = jax.device_put((table, TOKENS, weights), places)
+    step = jax.jit(jax.value_and_grad(total)).lower(*args).compile()
+    most = TOKENS.size * features // 8  # of a device's rows
+    if members < 8:
+        most = max(most, vocab * features // members)
+    for line in step.as_text().splitlines():
+        found = re.search(r"= (.*) (all-[\w-]+|collective-permute)(-start)?\(", line)
+        for dims in re.findall(r"f32\[([\d,]+)\]", found[1] if found else ""):
+            assert np.prod([int(n) for n in dims.split(",")]) <= most, line
+    value, gradient = step(*args)
+    np.testing.assert_array_equal(gradient[7], np.sum(TOKENS == 7))
+    want = table.astype(jnp.bfloat16).astype(np.float32)[TOKENS].sum()
+    np.testing.assert_allclose(value, want, rtol=1e-5)

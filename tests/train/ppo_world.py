@@ -8,7 +8,7 @@ import numpy as np
 
 from jalign import data, models
 from jalign.train.online_config import CriticConfig, PPOConfig, PPOOptions, SampleConfig
-from jalign.train.online_models import OnlineModels
+from jalign.train.online_models import OnlineModels, reference_params
 from jalign.train.optim import OptimConfig
 from jalign.train.trained import Trained
 
@@ -91,6 +91,7 @@ def make_models(reward=share_of_a, mesh=None, *, shared=False) -> OnlineModels:
         {name: Trained(params) for name, (_, params) in found.items()},
         make_tokenizer(),
         float_reward,
+        reference=reference_params(policy, params),
     )
 
 

@@ -4,9 +4,16 @@ import jax
 import numpy as np
 import pytest
 
-from jalign import models, sharding
-from jalign.train.online_models import load_models, make_functions, stop_tokens
+from jalign import forward, models, sharding
+from jalign.train.online_models import (
+    load_models,
+    make_functions,
+    reference_params,
+    stop_tokens,
+)
 from jalign.train.shapes import Shapes, in_pieces
+from jalign.types import TokenBatch
+from tests.models.tiny import CONFIGS, random_params, random_tokens
 from tests.train.grpo_world import make_group_models, make_grpo_config
 from tests.train.ppo_world import (
     STOP,
@@ -75,3 +82,26 @@ def test_the_critic_starts_from_the_reward_model(tmp_path):
     assert {"reward 2's weights", "reward 1's file"} <= loaded.inputs.keys()
     told = "1*share_of_a + 1*(mean(checkpoint, gsm8k_format))"
     assert loaded.inputs["the reward"] == told
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama3"])  # biases, norms, tied
+def test_the_reference_is_kept_in_the_products_dtype_and_says_the_same(name):
+    policy = models.Model(CONFIGS[name], dtype="bfloat16")
+    params = random_params(policy)
+    reference = reference_params(policy, params)
+    for path, leaf in jax.tree.leaves_with_path(reference):
+        kept = path[-1].key == "scale"
+        assert leaf.dtype == (np.float32 if kept else policy.dtype), path
+    batch = make_batch(random_tokens((2, 12)))
+    got, want = (
+        jax.jit(forward.token_logps, static_argnums=0)(policy, given, batch)
+        for given in (reference, params)
+    )
+    assert np.any(want)
+    np.testing.assert_array_equal(got, want)
+
+
+def make_batch(tokens):
+    mask, ids = np.ones(tokens.shape, bool), np.ones(tokens.shape, np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), ids.shape)
+    return TokenBatch(tokens, mask, ids, positions)

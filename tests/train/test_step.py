@@ -170,3 +170,22 @@ def test_new_parameters_that_are_not_finite_are_not_taken():
         assert tiny.same(state.params, {"kernel": jnp.ones(4)})
         moments = jax.tree.leaves(state.opt_state)
         assert all(np.isfinite(x).all() for x in moments)
+
+
+def test_parameters_that_lie_as_the_mesh_wants_them_are_taken_over(params):
+    mesh, tx, key = sharding.make_mesh(fsdp=8), optax.adam(1e-3), jax.random.key(0)
+    wanted = sharding.param_shardings(mesh, params)
+    laid_out = jax.device_put(jax.tree.map(np.asarray, params), wanted)
+    state = step.init_state(laid_out, tx, key, mesh=mesh)
+    for new, old in zip(*map(jax.tree.leaves, (state.params, laid_out)), strict=True):
+        assert [x.data.unsafe_buffer_pointer() for x in new.addressable_shards] == [
+            x.data.unsafe_buffer_pointer() for x in old.addressable_shards
+        ]
+    # Others are laid out first, and stay the caller's.
+    for given in (params, jax.tree.map(np.asarray, params)):
+        state = step.init_state(given, tx, key, mesh=mesh)
+        for new, place in zip(
+            *map(jax.tree.leaves, (state.params, wanted)), strict=True
+        ):
+            assert new.sharding.is_equivalent_to(place, new.ndim)
+        assert tiny.same(state.params, params)
