@@ -26,8 +26,8 @@ from jalign.train.metrics import training_flops_per_token
 from jalign.train.recipe import measure_start, resumed, train_and_report
 from jalign.train.rows import load_run_rows
 from jalign.train.run import identify, open_run
-from jalign.train.step import init_state, make_trainer
-from jalign.train.trained import loading, part, save
+from jalign.train.step import init_state
+from jalign.train.trained import loading, make_trainer, part, save
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")

@@ -14,8 +14,8 @@ from jalign.train.evaluations import Evaluation, Evaluations
 from jalign.train.loop import SkipGuard, fit, whole_state
 from jalign.train.metrics import MetricsWriter
 from jalign.train.run import Run, kept_tree, restore_state
-from jalign.train.step import Trainer, abstract_state
-from jalign.train.trained import Trained
+from jalign.train.step import abstract_state
+from jalign.train.trained import Trained, Trainer
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")

@@ -1,7 +1,7 @@
 """The training step: micro-batches, one division, a guard against non-finite steps."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jalign import sharding
 from jalign.models import lora
 from jalign.train.objectives import Objective
-from jalign.train.optim import OptimConfig, current_learning_rate, make_optimizer
+from jalign.train.optim import current_learning_rate
 from jalign.types import Loss, PyTree, TrainState
 
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -159,48 +159,6 @@ def make_train_step(
         return sharding.batch_words(name, batch)
 
     return sharding.announced(step, words, **options)
-
-
-class Trainer(NamedTuple):
-    """How a run updates one of its models.
-
-    Attributes:
-      step: of make_train_step.
-      tx: its optax transformation.
-    """
-
-    step: TrainStep
-    tx: optax.GradientTransformation
-
-
-def make_trainer(
-    objective: Objective,
-    shapes: PyTree,
-    optim: OptimConfig,
-    *,
-    mesh: Mesh | None,
-    updates: int,
-    microbatches: int,
-    dropout: float = 0.0,
-    name: str = "the training step",
-) -> Trainer:
-    """The optimizer and the compiled step of what has these shapes; the schedule runs
-    over `updates`.
-
-    The new state is pinned to the layout of the old one. `name` is the step's.
-    """
-    tx, schedule = make_optimizer(optim, updates)
-    state = abstract_state(shapes, tx, mesh=mesh)
-    step = make_train_step(
-        objective,
-        tx,
-        microbatches=microbatches,
-        state_shardings=mesh and sharding.state_shardings(mesh, state),
-        schedule=schedule,
-        name=name,
-        dropout=dropout,
-    )
-    return Trainer(step, tx)
 
 
 def guarded_update(

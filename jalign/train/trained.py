@@ -1,17 +1,23 @@
-"""What of a model is trained: all of it, or adapters beside a base that stays."""
+"""What of a model is trained, all of it or adapters beside a base that stays, and by
+which step."""
 
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
+from jax.sharding import Mesh
 
-from jalign import models
+from jalign import models, sharding
 from jalign.models import Model, lora
 from jalign.models.lora import LoraConfig
 from jalign.pretrained import Opened
 from jalign.settings import check
 from jalign.train.config import RewardConfig, RunConfig, SFTConfig
+from jalign.train.objectives import Objective
+from jalign.train.optim import OptimConfig, make_optimizer
+from jalign.train.step import TrainStep, abstract_state, make_train_step
 from jalign.train.stop import whole_folder
 from jalign.types import PyTree
 
@@ -148,3 +154,45 @@ def _hint(config: RunConfig) -> None:
             "training (Schulman et al. 2025), such as 2e-4 for sft and 1e-5 for dpo",
             rate,
         )
+
+
+class Trainer(NamedTuple):
+    """How a run updates one of its models.
+
+    Attributes:
+      step: of make_train_step.
+      tx: its optax transformation.
+    """
+
+    step: TrainStep
+    tx: optax.GradientTransformation
+
+
+def make_trainer(
+    objective: Objective,
+    shapes: PyTree,
+    optim: OptimConfig,
+    *,
+    mesh: Mesh | None,
+    updates: int,
+    microbatches: int,
+    dropout: float = 0.0,
+    name: str = "the training step",
+) -> Trainer:
+    """The optimizer and the compiled step of what has these shapes; the schedule runs
+    over `updates`.
+
+    The new state is pinned to the layout of the old one. `name` is the step's.
+    """
+    tx, schedule = make_optimizer(optim, updates)
+    state = abstract_state(shapes, tx, mesh=mesh)
+    step = make_train_step(
+        objective,
+        tx,
+        microbatches=microbatches,
+        state_shardings=mesh and sharding.state_shardings(mesh, state),
+        schedule=schedule,
+        name=name,
+        dropout=dropout,
+    )
+    return Trainer(step, tx)

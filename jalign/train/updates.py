@@ -29,7 +29,8 @@ from jalign.train.rollout import (
     shape_scores,
 )
 from jalign.train.shapes import local_rows, minibatches
-from jalign.train.step import Trainer, init_state, make_trainer
+from jalign.train.step import init_state
+from jalign.train.trained import Trainer, make_trainer
 from jalign.types import PyTree, Rollout, TrainState
 
 Rows = Sequence[Mapping[str, Any]]
