@@ -17,12 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from jalign.models import families, lora
 from jalign.models.families import Tensor
-from jalign.models.hf_files import WeightFiles
-from jalign.models.hf_writing import DTYPES, Written
-from jalign.models.model import Model
-from jalign.models.peft_files import load_adapter
-from jalign.models.peft_names import axis_sizes
-from jalign.models.side_by_side import (
+from jalign.models.hf_checkpoints import (
     Out,
     check_alike,
     opened,
@@ -30,6 +25,11 @@ from jalign.models.side_by_side import (
     rows_of,
     write,
 )
+from jalign.models.hf_files import WeightFiles
+from jalign.models.hf_writing import DTYPES, Written
+from jalign.models.model import Model
+from jalign.models.peft_files import load_adapter
+from jalign.models.peft_names import axis_sizes
 
 
 def merge_adapter(base: Path, adapter: Path, out: Out, dtype: str | None = None) -> int:

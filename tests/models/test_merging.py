@@ -1,4 +1,4 @@
-"""Tests for jalign/models/merging.py, weight_delta.py and side_by_side.py: on files."""
+"""Tests for jalign/models/merging.py, weight_delta.py, hf_checkpoints.py: on files."""
 
 import dataclasses
 import functools
@@ -14,11 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jalign.models import Model, averaging, hf_writing, load, lora, save, save_adapter
+from jalign.models.hf_checkpoints import Out, read
 from jalign.models.hf_config import config_to_hf
 from jalign.models.hf_files import WeightFiles
 from jalign.models.lora import LoraConfig
 from jalign.models.merging import average, merge_adapter
-from jalign.models.side_by_side import Out, read
 from jalign.models.weight_delta import apply_delta, make_delta
 from tests.models.adapters import random_adapters
 from tests.models.tiny import CONFIGS, SIZES, random_params
@@ -251,7 +251,7 @@ def test_a_model_with_a_bad_tensor_is_named(tensor, value, message, tmp_path, ll
 
 def test_what_does_not_fit_into_half_precision_is_named(tmp_path, llamas):
     shutil.copytree(llamas[0], tmp_path / "a")
-    change(tmp_path / "a", NORM, np.full(24, 1e5, "f4"))
+    change(tmp_path / "a", NORM, np.float32([1e5] + 23 * [1]))
     out = Out(tmp_path / "out", CONFIGS["llama"])
     with pytest.raises(ValueError, match=f"{NORM} is not finite in float16.*--dtype"):
         average([tmp_path / "a"], lambda *x: x[1][0], out, dtype="float16")
