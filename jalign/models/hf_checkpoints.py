@@ -108,7 +108,7 @@ def _check(files: WeightFiles, config: ModelConfig) -> None:
 def read(files: WeightFiles, name: str) -> np.ndarray:
     """A tensor. Raises ValueError where it is not finite."""
     x = files.read(name)
-    if not np.isfinite(x.astype(np.float32, copy=False)).all():
+    if not np.isfinite(x).all():
         raise ValueError(f"{files.folder}: {name} is not finite")
     return x
 
