@@ -14,6 +14,8 @@ THREADS = 2  # cores that every worker is held to
 ROWS = 8  # rows (pairs) of a step
 LENGTH = 512  # tokens of an SFT row; no pair is longer
 LEARNING_RATE = {"sft": 1e-4, "reward": 1e-4, "dpo": 1e-5, "grpo": 1e-5, "ppo": 1e-5}
+LEARNING_RATE |= {"lora-sft": 1e-3, "lora-dpo": 1e-4}
+LORA = {"rank": 16, "alpha": 32.0}  # on all linear layers
 BETA = 0.1  # of DPO
 MAX_GRAD_NORM = 1.0  # the default of all frameworks compared here
 
@@ -54,6 +56,8 @@ PIECES = {
     "sft": f"SFT step, {ROWS} rows of {LENGTH} tokens",
     "reward": f"reward-model step, {ROWS} pairs of at most {LENGTH} tokens",
     "dpo": f"DPO step with its reference pass, {ROWS} pairs of at most {LENGTH}",
+    "lora-sft": f"SFT step of adapters, {ROWS} rows of {LENGTH} tokens",
+    "lora-dpo": f"DPO step of adapters, {ROWS} pairs of at most {LENGTH}",
     "sample": f"sampling, {FIXED_ROWS} rows of {NEW_TOKENS} new tokens",
     "early": f"sampling, {EARLY_ROWS} rows that stop after {EARLY_MEAN} on average",
     "grpo": f"GRPO iteration, {ONLINE_PROMPTS} prompts x {GROUP_SIZE} completions",

@@ -1,5 +1,6 @@
 """jalign's share of the comparison, written as its notebooks are."""
 
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from jalign.train import SampleConfig
 from jalign.train.online_config import KLConfig
 
 
-def sft(model: str) -> Outcome:
+def sft(model: str, piece: str = "sft") -> Outcome:
     """Full rows: nothing to pack, nothing padded."""
     rows = assets.read_rows(model)["sft"]
     lm, params = ja.models.load(assets.folder(model) / "model")
@@ -23,7 +24,7 @@ def sft(model: str) -> Outcome:
         ja.data.Example(np.array(ids, np.int32), np.ones(len(ids), bool))
         for ids in rows
     ]
-    step, state = make_step("sft", ja.train.make_sft_objective(lm), params)
+    step, state = make_step(piece, ja.train.make_sft_objective(lm), params, lm)
     spans, losses = measure.laps(
         train(step, state, batches(examples, ja.data.collate_tokens))
     )
@@ -42,7 +43,7 @@ def reward(model: str) -> Outcome:
     return outcome(spans, losses, tokens)
 
 
-def dpo(model: str) -> Outcome:
+def dpo(model: str, piece: str = "dpo") -> Outcome:
     """As notebooks/02_dpo.ipynb: the reference's log-probabilities, then the step."""
     lm, reference = ja.models.load(assets.folder(model) / "model")
     pairs, tokens = load_pairs(model)
@@ -54,7 +55,8 @@ def dpo(model: str) -> Outcome:
             yield batch._replace(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
     objective = ja.train.make_dpo_objective(lm, beta=settings.BETA)
-    step, state = make_step("dpo", objective, jax.tree.map(jnp.copy, reference))
+    start = reference if lora(piece) else jax.tree.map(jnp.copy, reference)
+    step, state = make_step(piece, objective, start, lm)
     spans, losses = measure.laps(train(step, state, with_reference()))
     return outcome(spans, losses, tokens)
 
@@ -74,8 +76,19 @@ def early(model: str) -> Outcome:
     )
 
 
-def make_step(piece: str, objective, params):
+def lora(piece: str) -> bool:
+    """Whether a piece trains adapters, and leaves the parameters alone."""
+    return piece.startswith("lora-")
+
+
+def make_step(piece: str, objective, params, lm=None):
     """(step, first state) with the settings that all frameworks share."""
+    frozen = None
+    if lora(piece):
+        config = ja.models.lora.LoraConfig(**settings.LORA)
+        adapters = ja.models.lora.init(lm, params, config, jax.random.key(0))
+        trained, scales = ja.models.lora.trainable(adapters)
+        params, frozen = trained, ja.models.lora.join(params, scales)
     optim = ja.train.OptimConfig(
         learning_rate=settings.LEARNING_RATE[piece],
         schedule="constant",
@@ -84,7 +97,8 @@ def make_step(piece: str, objective, params):
     steps = settings.WARM_STEPS + settings.TIMED_STEPS
     tx, schedule = ja.train.make_optimizer(optim, steps)
     state = ja.train.init_state(params, tx, jax.random.key(0))
-    return ja.train.make_train_step(objective, tx, schedule=schedule), state
+    step = ja.train.make_train_step(objective, tx, schedule=schedule)
+    return functools.partial(step, frozen=frozen), state
 
 
 def batches(examples, collate, pack_rows=0):
@@ -214,6 +228,8 @@ PIECES = {
     "sft": sft,
     "reward": reward,
     "dpo": dpo,
+    "lora-sft": functools.partial(sft, piece="lora-sft"),
+    "lora-dpo": functools.partial(dpo, piece="lora-dpo"),
     "sample": sample,
     "early": early,
     "grpo": grpo,

@@ -1,5 +1,6 @@
 """TRL's share, through its trainers and `generate`, as its documentation shows them."""
 
+import functools
 import sys
 
 import torch
@@ -47,12 +48,13 @@ def shared(piece: str, model: str) -> dict:
     return options(piece, out, settings.WARM_STEPS + settings.TIMED_STEPS)
 
 
-def sft(model: str) -> Outcome:
+def sft(model: str, piece: str = "sft") -> Outcome:
     """Rows of token ids, which the trainer takes as they are."""
     rows = assets.read_rows(model)["sft"] * 2
     trainer = SFTTrainer(
         model=str(assets.folder(model) / "model"),
-        args=SFTConfig(**shared("sft", model)),
+        args=SFTConfig(**shared(piece, model)),
+        peft_config=adapters(piece),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
     )
     tokens = settings.TIMED_STEPS * settings.ROWS * settings.LENGTH
@@ -70,15 +72,28 @@ def reward(model: str) -> Outcome:
     return train(trainer, measure.pair_tokens(rows))
 
 
-def dpo(model: str) -> Outcome:
+def dpo(model: str, piece: str = "dpo") -> Outcome:
     """The reference's log-probabilities in every step, as by default."""
     rows = assets.read_rows(model)["pairs"]
     trainer = DPOTrainer(
         model=str(assets.folder(model) / "model"),
-        args=DPOConfig(beta=settings.BETA, **shared("dpo", model)),
+        args=DPOConfig(beta=settings.BETA, **shared(piece, model)),
+        peft_config=adapters(piece),
         train_dataset=text_pairs(rows),
     )
     return train(trainer, measure.pair_tokens(rows))
+
+
+def adapters(piece: str):
+    """PEFT's config of the pieces that train adapters; None of the others."""
+    if not piece.startswith("lora-"):
+        return None
+    from peft import LoraConfig
+
+    rank, alpha = settings.LORA["rank"], settings.LORA["alpha"]
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear"
+    )
 
 
 def text_pairs(rows) -> Dataset:
@@ -172,6 +187,8 @@ PIECES = {
     "sft": sft,
     "reward": reward,
     "dpo": dpo,
+    "lora-sft": functools.partial(sft, piece="lora-sft"),
+    "lora-dpo": functools.partial(dpo, piece="lora-dpo"),
     "sample": sample,
     "early": early,
     "grpo": grpo,

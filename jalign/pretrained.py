@@ -162,20 +162,24 @@ def load_pretrained(
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     head: Head | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    quantize: str | None = None,
 ) -> Pretrained:
     """Loads a model with its tokenizer.
 
     Args:
       source: what `open_pretrained` gave, or what it takes.
       base: as in `open_pretrained`, where that is still to be called.
-      mesh, dtype, remat: as in `models.load`.
+      mesh, dtype, remat, param_dtype, quantize: as in `models.load`.
       head: as in `open_pretrained`.
 
     Raises: as `open_pretrained` and `models.load`.
     """
     if not isinstance(source, Opened):
         source = open_pretrained(source, base, head=head)
-    model, params = models.load(source.folder, mesh=mesh, dtype=dtype, remat=remat)
+    how: dict[str, Any] = {"mesh": mesh, "dtype": dtype, "remat": remat}
+    how |= {"param_dtype": param_dtype, "quantize": quantize}
+    model, params = models.load(source.folder, **how)
     model = model.replace(config=source.config)
     if source.adapter is not None:
         adapters, _ = models.load_adapter(source.adapter, model)

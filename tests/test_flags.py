@@ -18,7 +18,7 @@ reschedule=False weight_decay=0.0 b1=0.9 b2=0.999 eps=1e-08 max_grad_norm=1.0
 microbatches=1 dtype=float32 remat=False
 eval_every=None keep_best=None patience=None base=None
 lora_rank=None lora_alpha=32.0 lora_targets=all lora_dropout=0.0 lora_train=None
-lora_rank_pattern=None lora_alpha_pattern=None rslora=False """
+lora_rank_pattern=None lora_alpha_pattern=None rslora=False quantize=None """
 OFFLINE = ROWS + RUN + "batch_size=8 max_length=1024 checkpoint_every=100 "
 ONLINE = """reward=! batch_size=64 max_length=512 checkpoint_every=10 num_minibatches=1
 entropy_coef=0.0 max_new_tokens=64 temperature=1.0 top_k=0 top_p=1.0 stop_token_ids=()

@@ -4,7 +4,7 @@ The only room that imports flax. Parameters are plain nested dicts with layers s
 on axis 0; a `Model` holds the sizes and turns (params, tokens) into hidden states.
 """
 
-from jalign.models import lora
+from jalign.models import lora, quantize, quantized
 from jalign.models.attention import attend
 from jalign.models.cache import KVCache
 from jalign.models.config import ModelConfig, RopeScaling
@@ -26,6 +26,8 @@ __all__ = [
     "load_adapter",
     "lora",
     "model_folder",
+    "quantize",
+    "quantized",
     "read_config",
     "save",
     "save_adapter",

@@ -52,8 +52,8 @@ class How(NamedTuple):
         shape: tuple[int, ...],
         bias_shape: tuple[int, ...] | None = None,
     ) -> Projection:
-        product = self.platform.einsum
-        return Projection(equation, shape, bias_shape, self.dtype, product, name=name)
+        how = self.dtype, self.platform, self.mesh
+        return Projection(equation, shape, bias_shape, *how, name=name)
 
 
 class Where(NamedTuple):

@@ -90,6 +90,11 @@ def file_shape(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[name] for name in group) for group in groups(left))
 
 
+def is_linear(row: Tensor) -> bool:
+    """Whether it is the kernel of a layer: what adapters and quantization take."""
+    return row.stacked and row.kind == "kernel"
+
+
 LAYER = "model.layers.{}."
 
 
@@ -145,7 +150,6 @@ FIXED_KEYS = {
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
 }
 
 

@@ -19,7 +19,7 @@ from jalign.models.config import ModelConfig
 from jalign.models.families import Tensor
 from jalign.models.hf_config import config_to_hf, read_config, settled
 from jalign.models.hf_files import WeightFiles
-from jalign.models.hf_weights import _header_problems as header_problems
+from jalign.models.hf_headers import problems_of as header_problems
 from jalign.models.hf_writing import DTYPES, Written, checkpoint, write_shards
 from jalign.models.model import Model
 

@@ -19,6 +19,7 @@ from jalign.models.families import (
     architecture_of,
 )
 from jalign.models.hf_files import is_adapter, read_json
+from jalign.models.hf_headers import check_quantization
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of generation_config.json that ModelConfig has, or that are not ours to say.
@@ -78,6 +79,7 @@ def config_from_hf(
         raise ValueError(f"missing key(s) {', '.join(missing)}")
     check_values(raw, CONFIG_CHECKS)
     _check_fixed(raw, family)
+    check_quantization(raw)
     values = family.defaults | raw
     fields = {field: values.get(key) for field, key in CONFIG_KEYS.items()}
     if fields["num_kv_heads"] is None:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,16 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jalign import sharding
-from jalign.models import families, hf_files
+from jalign.models import families, hf_files, hf_headers, hf_quantized
 from jalign.models.config import ModelConfig
 from jalign.models.hf_config import config_to_hf, read_config, settled
 from jalign.models.hf_files import WeightFiles, report as _report
 from jalign.models.hf_writing import Written, checkpoint, write_shards
 from jalign.models.model import Model, Params
+from jalign.models.quantize import check_method
+from jalign.models.quantized import is_quantized
 
 _log = logging.getLogger("jalign.models")
-_DTYPES = ("F32", "F16", "BF16")
 Flat = dict[str, Any]
 """Path, such as "norm/scale" -> the parameter, its shape, or its sharding."""
 
@@ -45,33 +45,44 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     attention: str = "auto",
+    quantize: str | None = None,
 ) -> tuple[Model, Params]:
     """Loads a Hugging Face checkpoint of a family in families.FAMILIES.
 
     Every process reads only the slices that its devices hold. Peak host memory is one
-    stacked leaf (one kind of tensor over all layers), not the model.
+    stacked leaf (one kind of tensor over all layers), not the model. Kernels that are
+    quantized are read whole by each process, and become codes layer by layer: memory
+    then holds one layer's kernel, and codes.
 
     Args:
       path: a folder, or a hub id such as "org/name", which is downloaded.
       mesh: of sharding.make_mesh; None puts everything on the default device.
       dtype: of activations and matmul inputs, see Model.
-      param_dtype: of the parameters; float32 for training.
+      param_dtype: of kernels and embeddings; float32 where they are trained. Norms,
+        biases and scalar heads, which compute in float32, are float32 always.
       remat, attention: see Model.
+      quantize: "nf4" (with double quantization) or "int8": the layers' kernels become
+        codes, see models.quantize; embeddings, norms, biases and heads stay. None:
+        kernels are as the file has them; bitsandbytes' nf4 is taken over as it is.
 
     Returns: the model and its parameters. A ...ForSequenceClassification with one
       label gives a model with a scalar head (num_labels=1).
     Raises: FileNotFoundError where there is no checkpoint. ValueError that lists all
-      missing, unexpected, duplicate, misshapen and non-finite tensors, and wrong types.
+      missing, unexpected, duplicate, misshapen and non-finite tensors, and wrong types;
+      and for quantized checkpoints of other kinds.
     """
+    if quantize is not None:
+        check_method(quantize)
     folder = hf_files.model_folder(path)
     config = read_config(folder)
     model = Model(config, mesh, dtype, remat, attention)  # pyright: ignore[reportArgumentType]
     shapes: Flat = flatten_dict(model.param_shapes(), sep="/")
     with WeightFiles(folder) as files:
-        problems = _header_problems(files, config, shapes)
+        problems = hf_headers.problems_of(files, config, shapes)
         if problems:
             raise ValueError(_report(folder, problems))
-        params = _read_params(files, model, shapes, jnp.dtype(param_dtype), problems)
+        how = jnp.dtype(param_dtype), quantize
+        params = _read_params(files, model, shapes, *how, problems)
     if problems:
         raise ValueError(_report(folder, problems))
     count = sum(math.prod(x.shape) for x in shapes.values())
@@ -79,84 +90,73 @@ def load(
     return model, unflatten_dict(params, sep="/")
 
 
-def _header_problems(
-    files: WeightFiles, config: ModelConfig, shapes: Flat
-) -> list[str]:
-    """Compares the files' headers with the model; reads no weights."""
-    want: dict[str, tuple[int, ...]] = {}
-    for row in families.tensors_of(config):
-        shape = shapes[row.path].shape
-        expected = families.file_shape(row.pattern, shape[row.stacked :])
-        want |= dict.fromkeys(row.names(shape[0]), expected)
-    problems = list(files.problems)
-    problems += [f"missing tensor {name}" for name in want if name not in files]
-    for name in files:
-        got, dtype = files.shape(name), files.dtype(name)
-        if name in want and got != want[name]:
-            problems.append(f"{name} has shape {got}, the config says {want[name]}")
-        elif name in want and dtype not in _DTYPES:
-            problems.append(f"{name} has dtype {dtype}, not one of {_DTYPES}")
-        elif name not in want and not _allowed(files, config, name):
-            problems.append(f"unexpected tensor {name} {got}")
-    return problems
-
-
-def _allowed(files: WeightFiles, config: ModelConfig, name: str) -> bool:
-    """Whether a tensor that the model lacks is one of the known harmless ones."""
-    if any(re.fullmatch(pattern, name) for pattern in families.IGNORED_TENSORS):
-        return True
-    original = families.TIED_ORIGINAL
-    if name != families.TIED_COPY or not config.tie_embeddings or config.num_labels:
-        return False
-    if original not in files or files.shape(name) != files.shape(original):
-        return False
-    return np.array_equal(files.read(name), files.read(original))
-
-
 def _read_params(
-    files: WeightFiles, model: Model, shapes: Flat, dtype, problems: list[str]
+    files: WeightFiles,
+    model: Model,
+    shapes: Flat,
+    dtype: np.dtype,
+    quantize: str | None,
+    problems: list[str],
 ) -> Flat:
     """All parameters, one stacked leaf after the other; notes the bad tensors."""
-    shardings: Flat = {}
     if model.mesh is not None:
-        placed = sharding.param_shardings(model.mesh, model.param_shapes())
-        shardings = flatten_dict(placed, sep="/")
+        # Says what does not fit before anything is read.
+        sharding.param_shardings(model.mesh, model.param_shapes())
     params: Flat = {}
     for row in families.tensors_of(model.config):
         shape = shapes[row.path].shape
-        read = _leaf_reader(files, row, shape, dtype, problems)
-        if not shardings:
-            params[row.path] = jnp.asarray(read((slice(None),) * len(shape)))
+        inner = shape[row.stacked :]
+        tensor = functools.partial(_tensor, files, row.pattern, inner, problems)
+        whole = functools.partial(tensor, np.float32, [(0, n) for n in inner])
+        leaves = hf_quantized.read(files, row, shape, quantize, whole)
+        if leaves is None:
+            narrow = families.is_matrix(row.path) and row.when != "score"
+            own = dtype if narrow else np.dtype(np.float32)
+            read = _leaf_reader(functools.partial(tensor, own), row, shape, own)
+            params[row.path] = _placed(model.mesh, row.path, shape, read)
             continue
-        value = jax.make_array_from_callback(shape, shardings[row.path], read)
-        # Wait, so that the host copy is freed before the next leaf is read.
-        params[row.path] = value.block_until_ready()
+        for name, x in leaves.items():
+            path = f"{row.path}/{name}"
+            params[path] = _placed(model.mesh, path, x.shape, x.__getitem__)
     return params
 
 
+def _placed(mesh: Mesh | None, path: str, shape: tuple[int, ...], read) -> jax.Array:
+    """The parameter whose slices `read` gives, where the mesh wants it."""
+    if mesh is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    tree = unflatten_dict({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, sep="/")
+    (where,) = jax.tree.leaves(sharding.param_shardings(mesh, tree))
+    # Wait, so that the host copy is freed before the next leaf is read.
+    return jax.make_array_from_callback(shape, where, read).block_until_ready()
+
+
+def _tensor(
+    files: WeightFiles, pattern: str, shape, problems: list[str], dtype, spans, name
+) -> np.ndarray:
+    """The part of a tensor that spans of its parameter cover; notes a bad one."""
+    x = _read_part(files, name, pattern, shape, spans).astype(dtype, copy=False)
+    if not np.isfinite(x.astype(np.float32, copy=False)).all():
+        problems.append(f"{name} is not finite")
+    return x
+
+
 def _leaf_reader(
-    files: WeightFiles, row: families.Tensor, shape, dtype, problems: list[str]
+    tensor: Callable[..., np.ndarray], row: families.Tensor, shape, dtype
 ) -> Callable[[Any], np.ndarray]:
-    """Index of a stacked parameter -> that slice, read from the files.
+    """Index of a stacked parameter -> that slice, read by `tensor`(spans, name).
 
     Devices that hold the same slice share one read.
     """
 
-    def tensor(name: str, spans) -> np.ndarray:
-        x = _read_part(files, name, row.pattern, shape[row.stacked :], spans)
-        x = x.astype(dtype)
-        if not np.isfinite(x.astype(np.float32)).all():
-            problems.append(f"{name} is not finite")
-        return x
-
     @functools.cache
     def read(spans: tuple[tuple[int, int], ...]) -> np.ndarray:
         if not row.stacked:
-            return tensor(row.name, spans)
+            return tensor(spans, row.name)
         (first, last), *inner = spans
         out = np.empty([stop - start for start, stop in spans], dtype)
         for i in range(first, last):
-            out[i - first] = tensor(row.name.format(i), inner)
+            out[i - first] = tensor(inner, row.name.format(i))
         return out
 
     def at(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -200,9 +200,15 @@ def save(
       tokenizer: of transformers, written beside the weights; or None.
       max_shard_size: bytes; a file holds at most that much, but at least one tensor.
 
-    Raises: ValueError where params do not fit the model, or are not finite; nothing
-      is touched then.
+    Raises: ValueError where params do not fit the model, are quantized, or are not
+      finite; nothing is touched then.
     """
+    if is_quantized(params):
+        raise ValueError(
+            f"{path} is not written: its kernels are quantized, and a checkpoint of "
+            "them would have lost what they had; save the adapters, and merge them "
+            "into the full-precision model (jalign merge)"
+        )
     folder, write = Path(path), sharding.is_main_process()
     shapes = jax.tree.map(lambda x: x.shape, params)
     if shapes != jax.tree.map(lambda x: x.shape, model.param_shapes()):

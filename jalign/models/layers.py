@@ -6,7 +6,7 @@ rotations compute in float32.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jalign import sharding
+from jalign.models import quantized
 from jalign.models.config import ModelConfig, RopeScaling
+from jalign.models.platform import PLAIN, Platform
 
 INIT_STD = 0.02  # the initializer_range of every family here
 _kernel_init = nn.initializers.normal(INIT_STD)
@@ -26,21 +28,21 @@ _kernel_init = nn.initializers.normal(INIT_STD)
 class Projection(nn.Module):
     """An einsum with a learned kernel, and a bias where bias_shape is given.
 
-    `product` computes it: jnp.einsum, or what gives the same and differentiates faster.
-    Where there are adapters beside the kernel (lora.py), theirs is added.
+    The platform's einsum computes it. The kernel may be quantized (quantized.py), its
+    codes cut over the mesh. Where there are adapters beside it (lora.py), theirs is
+    added.
     """
 
     equation: str
     shape: tuple[int, ...]
     bias_shape: tuple[int, ...] | None = None
     dtype: DTypeLike = jnp.float32
-    product: Callable[..., jax.Array] = jnp.einsum
+    platform: Platform = PLAIN
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _kernel_init, self.shape, jnp.float32)
-        kernel = kernel.astype(self.dtype)
-        y = self.product(self.equation, x.astype(self.dtype), kernel)
+        y = self._product(x.astype(self.dtype))
         if self.has_variable("params", "lora_a"):
             y = (y.astype(jnp.float32) + self._adapter(x)).astype(self.dtype)
         if self.bias_shape is None:
@@ -48,6 +50,14 @@ class Projection(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
         # Cast last: so its gradient, a sum over all tokens, adds up in float32.
         return y + jnp.broadcast_to(bias, y.shape).astype(self.dtype)
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        leaves = self.get_variable("params", "kernel")
+        if isinstance(leaves, Mapping):
+            how = self.platform, self.mesh, self.equation, self.shape
+            return quantized.product(*how, x, dict(leaves))
+        kernel = self.param("kernel", _kernel_init, self.shape, jnp.float32)
+        return self.platform.einsum(self.equation, x, kernel.astype(self.dtype))
 
     def _adapter(self, x: jax.Array) -> jax.Array:
         """s (x A) B in float32; x with dropout where lora.with_dropout asks for it."""
@@ -66,8 +76,9 @@ class Projection(nn.Module):
         low_axes = "".join(axis for axis in x_axes if axis not in ins) + "r"
         # Two products, never A B: that would be as large as the kernel.
         a, b = leaf("a").astype(self.dtype), leaf("b").astype(self.dtype)
-        low = self.product(f"{x_axes},{ins}r->{low_axes}", x.astype(self.dtype), a)
-        y = self.product(f"{low_axes},r{outs}->{y_axes}", low, b)
+        einsum = self.platform.einsum
+        low = einsum(f"{x_axes},{ins}r->{low_axes}", x.astype(self.dtype), a)
+        y = einsum(f"{low_axes},r{outs}->{y_axes}", low, b)
         return leaf("scale") * y.astype(jnp.float32)
 
 

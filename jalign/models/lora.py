@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jalign import sharding
-from jalign.models import families
+from jalign.models import families, quantized
 from jalign.models.model import Model, Params
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
@@ -73,7 +73,7 @@ class LoraConfig:
         patterns = [pattern for pattern, _ in (*self.rank_pattern, *self.alpha_pattern)]
         for pattern in (*self.targets, *patterns):
             try:
-                re.compile(pattern)
+                re.compile(rf"(.*\.)?({pattern})$")  # as it is matched
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regex: {error}") from None
 
@@ -101,7 +101,7 @@ def kernels(model: Model) -> _Kernels:
     return {
         row.module.removeprefix(families.LAYER): row
         for row in families.tensors_of(model.config)
-        if row.stacked and row.kind == "kernel"
+        if families.is_linear(row)
     }
 
 
@@ -156,8 +156,13 @@ def init(model: Model, params: Params, config: LoraConfig, key: jax.Array) -> Pa
         if FULL[name] not in params:
             why = "its embedding is its head: name embed" if name == "head" else ""
             raise ValueError(f"train_full: the model has no {name} of its own; {why}")
-        adapters[FULL[name]] = jax.tree.map(jnp.copy, params[FULL[name]])
+        adapters[FULL[name]] = jax.tree.map(_master, params[FULL[name]])
     return adapters
+
+
+def _master(x: jax.Array) -> jax.Array:
+    """A float32 copy, which is trained."""
+    return jnp.copy(x) if x.dtype == jnp.float32 else x.astype(jnp.float32)
 
 
 def _fresh(config: LoraConfig, row, shape, key) -> dict[str, jax.Array]:
@@ -221,10 +226,17 @@ def merge(params: Params, *, sign: float = 1.0) -> Params:
     Computed in float32, then rounded once to the kernel's dtype.
 
     Args:
-      params: of `join`; not of a quantized base.
+      params: of `join`.
       sign: -1 takes them off again, up to rounding; to have the base bit for bit, keep
         it (`split` gives it back).
+
+    Raises: ValueError where the base is quantized.
     """
+    if quantized.is_quantized(params):
+        raise ValueError(
+            "adapters are not merged into a quantized base, which would round all of "
+            "it again: merge them into the full-precision model (jalign merge)"
+        )
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     base: dict[str, Any] = flatten_dict(split(params)[0], sep="/")
     for path in [path for path in flat if path.endswith("/" + A)]:

@@ -21,7 +21,9 @@ from jalign.models.layers import Head
 from jalign.models.platform import Platform, platform_of
 
 Params = dict[str, Any]
-IN_FLOAT32 = ("scale", "lora_scale")  # whatever the products are in
+# Of leaves that are not cast to the products' dtype.
+KEPT_AS_THEY_ARE = ("scale", "lora_scale", "nf4", "absmax", "nested_absmax")
+KEPT_AS_THEY_ARE += ("nested_offset", "int8")
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class Model:
         """
 
         def cast(path, x):
-            return x if path[-1].key in IN_FLOAT32 else x.astype(self.dtype)
+            return x if path[-1].key in KEPT_AS_THEY_ARE else x.astype(self.dtype)
 
         params = jax.tree_util.tree_map_with_path(cast, params)
         if self.unrolled:

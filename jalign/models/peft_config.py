@@ -89,8 +89,8 @@ class AdapterConfig(NamedTuple):
         return any(module.endswith(name) for name in self.raw["modules_to_save"])
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT adapts a linear layer, by its full name, see its
-        check_target_module_exists; every one where target_modules is not set."""
+        """Whether PEFT adapts a linear layer, by its full name, where target_modules is
+        set; as its check_target_module_exists."""
         wanted = self.raw.get("target_modules")
         if _named(self.raw.get("exclude_modules"), module):
             return False
@@ -103,10 +103,14 @@ class AdapterConfig(NamedTuple):
         if chosen is None:
             return True
         for pattern in _listed(self.raw.get("layers_pattern")) or [r"[^.]*"]:
-            found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module)
+            found = re.match(_layer_regex(pattern), module)
             if found:
                 return int(found["layer"]) in _listed(chosen)
         return False
+
+
+def _layer_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\."
 
 
 def _listed(value: Any) -> list:
@@ -184,7 +188,8 @@ def _check_names(raw: dict[str, Any]) -> None:
     if isinstance(raw.get("target_modules"), str) and _INDICES[0] in raw:
         raise ValueError(f"{_INDICES[0]} is of a list of target_modules, not a regex")
     regexes = [raw.get("target_modules"), raw.get("exclude_modules")]
-    for regex in [*regexes, *_listed(raw.get("layers_pattern"))]:
+    regexes += map(_layer_regex, _listed(raw.get("layers_pattern")))
+    for regex in regexes:
         try:
             re.compile(regex if isinstance(regex, str) else "")
         except re.error as error:

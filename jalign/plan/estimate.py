@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jalign import sharding
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
 from jalign.models import Model
-from jalign.models.lora import LoraConfig
 from jalign.plan.recipes import (
     RECIPES,
     name_of,
@@ -102,6 +101,7 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
     model = next(iter(models.values()))
     weights = _param_bytes(mesh, model.param_shapes())
     resident: list[Row] = []
+    digits = config.lora.quantize or config.compute.dtype
     for name, each in models.items():
         state, frozen = _state(each, config)
         places = sharding.state_shardings(mesh, state).opt_state
@@ -109,7 +109,7 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
         kept = _param_bytes(mesh, frozen)
         resident += [
             Row(f"{name}parameters", _param_bytes(mesh, state.params), "float32"),
-            *([Row(f"{name}base", kept, "float32, frozen")] if kept else []),
+            *([Row(f"{name}base", kept, f"{digits}, frozen")] if kept else []),
             Row(f"{name}optimizer state", moments, "float32"),
         ]
     transient = {"update": _update(config, model, mesh)}
@@ -131,14 +131,15 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
 
 def _state(model: Model, config: RunConfig) -> tuple[TrainState, PyTree]:
     """Shapes of a model under training, and of what of it is not."""
-    chosen = config.lora.lora()
-    return _abstract(model, chosen, config.optim), shapes_of(model, chosen)[1]
+    shapes, frozen = shapes_of(config, model)
+    leaves, structure = jax.tree.flatten(shapes)
+    return _abstract(structure, tuple(leaves), config.optim), frozen
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract(model: Model, adapters: LoraConfig | None, optim: OptimConfig):
+def _abstract(structure, leaves, optim: OptimConfig) -> TrainState:
     """Kept, as advice asks for it again."""
-    return abstract_state(shapes_of(model, adapters)[0], optimizer(optim))
+    return abstract_state(jax.tree.unflatten(structure, leaves), optimizer(optim))
 
 
 def _param_bytes(mesh, shapes: PyTree) -> int:

@@ -13,7 +13,9 @@ import optax
 
 from jalign import sharding, train
 from jalign.models import Model
+from jalign.models.families import is_matrix
 from jalign.models.lora import LoraConfig
+from jalign.models.quantized import quantize_params
 from jalign.train.online_config import OnlineConfig
 from jalign.train.trained import parts_of
 from jalign.types import PreferenceBatch, PyTree, Rollout, TokenBatch
@@ -147,14 +149,26 @@ def trained(config: train.RunConfig, model_config, mesh) -> dict[str, Model]:
     return RECIPES[name_of(config)].models(config, model)
 
 
+def shapes_of(config: train.RunConfig, model: Model) -> tuple[PyTree, PyTree]:
+    """Shapes of what a run trains of a model, and of the rest ({} without adapters)."""
+    return _shapes(model, config.lora.lora(), config.lora.quantize)
+
+
 @functools.lru_cache(maxsize=8)
-def shapes_of(model: Model, config: LoraConfig | None) -> tuple[PyTree, PyTree]:
-    """Shapes of what is trained of a model, and of the rest ({} without adapters)."""
-    if config is None:
+def _shapes(model: Model, adapters: LoraConfig | None, quantize: str | None):
+    if adapters is None:
         return model.param_shapes(), {}
 
+    def narrow(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        kept = not is_matrix(name) or name.startswith("score/")
+        return x if kept else x.astype(model.dtype)
+
     def parts(params, key):
-        return parts_of(model, params, config, key)
+        params = jax.tree_util.tree_map_with_path(narrow, params)
+        if quantize:
+            params = quantize_params(params, quantize)
+        return parts_of(model, params, adapters, key)
 
     return jax.eval_shape(parts, model.param_shapes(), jax.random.key(0))
 
@@ -172,7 +186,7 @@ def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int
     """
     model = next(iter(trained(config, model_config, mesh).values()))
     recipe, tx = RECIPES[name_of(config)], optimizer(config.optim)
-    shapes, frozen = shapes_of(model, config.lora.lora())
+    shapes, frozen = shapes_of(config, model)
     state = train.abstract_state(shapes, tx, mesh=mesh)
     step = train.make_train_step(
         recipe.objective(config, model),

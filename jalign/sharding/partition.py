@@ -11,10 +11,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jalign.sharding.rules import (
     AXIS_RULES,
     PARAM_RULES,
-    REPLICATE_IF_UNEVEN,
     LogicalAxes,
     ParamRules,
     axes_of,
+    bends,
 )
 
 PyTree = Any
@@ -118,7 +118,7 @@ def param_shardings(
     Returns: the same tree with NamedSharding leaves.
     Raises: ValueError naming the path, when no rule matches it, the rank is another,
       a mesh axis would cut two dimensions, or a mesh axis does not divide a dimension
-      (kv_heads is replicated then instead).
+      (kv_heads, and the axes of quantized kernels, are replicated then instead).
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(
@@ -184,7 +184,7 @@ def _param_spec(mesh, path, shape, param_rules, axis_rules) -> PartitionSpec:
     for dim, (size, name) in enumerate(zip(shape, axes, strict=True)):
         cut = "*".join(parts[dim])
         ways = math.prod(mesh.shape[axis] for axis in parts[dim])
-        if size % ways and name in REPLICATE_IF_UNEVEN:
+        if size % ways and bends(path, name):
             parts[dim] = ()
         elif size % ways:
             raise ValueError(

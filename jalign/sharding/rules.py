@@ -54,25 +54,55 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 REPLICATE_IF_UNEVEN = frozenset({"kv_heads"})
 
 
-_ADAPTER = re.compile(r"(.*/)lora_(a|b|scale)")
+_QUANTIZED = r"kernel/(?:nf4|absmax|nested_absmax|nested_offset|int8|scale)"
+_PART = re.compile(rf"(.*/)({_QUANTIZED}|lora_(?:a|b|scale))")
 
 
 def axes_of(path: str, param_rules: ParamRules = PARAM_RULES) -> LogicalAxes | None:
     """The logical axes of a parameter, or None where no rule matches its path.
 
     An adapter's are its kernel's: A has the inputs and its rank, B the rank and the
-    outputs, cut as the kernel is. Of a kernel, "embed" is either all that goes in or
-    all that comes out.
+    outputs, cut as the kernel is. So are the leaves of a quantized kernel. Of a kernel,
+    "embed" is either all that goes in or all that comes out.
     """
-    adapter = _ADAPTER.fullmatch(path)
-    if adapter is not None:
-        kernel = axes_of(adapter[1] + "kernel", param_rules)
-        if kernel is None:
-            return None
-        layers, *inner = kernel
-        cut = 1 if inner[0] == "embed" else len(inner) - 1
-        inputs, outputs = inner[:cut], inner[cut:]
-        parts = {"a": (*inputs, "rank"), "b": ("rank", *outputs), "scale": ()}
-        return layers, *parts[adapter[2]]
-    matches = (axes for regex, axes in param_rules if re.fullmatch(regex, path))
-    return next(matches, None)
+    part = _PART.fullmatch(path)
+    if part is None:
+        matches = (axes for regex, axes in param_rules if re.fullmatch(regex, path))
+        return next(matches, None)
+    kernel = axes_of(part[1] + "kernel", param_rules)
+    if kernel is None:
+        return None
+    layers, *inner = kernel
+    cut = 1 if inner[0] == "embed" else len(inner) - 1
+    return layers, *part_axes(part[2], inner[:cut], inner[cut:])
+
+
+def part_axes(
+    name: str, inputs: Sequence[str | None], outputs: Sequence[str | None]
+) -> LogicalAxes:
+    """The axes of one layer's adapter, or leaf of a quantized kernel.
+
+    Args:
+      name: the end of its path, such as "lora_a" or "kernel/nf4".
+      inputs, outputs: the axes of the kernel. Blocks run along the inputs, and are cut
+        as the first of them is.
+    """
+    return {
+        "lora_a": (*inputs, "rank"),
+        "lora_b": ("rank", *outputs),
+        "lora_scale": (),
+        "kernel/nf4": (inputs[0], None, *outputs),
+        "kernel/absmax": (inputs[0], *outputs),
+        "kernel/nested_absmax": (None,),
+        "kernel/nested_offset": (),
+        "kernel/int8": (*inputs, *outputs),
+        "kernel/scale": (*outputs,),
+    }[name]
+
+
+def bends(path: str, axis: str | None) -> bool:
+    """Whether an axis of a parameter is replicated where the mesh does not divide it.
+
+    Of quantized kernels any axis: it may count blocks, which are cut as wholes only.
+    """
+    return axis in REPLICATE_IF_UNEVEN or bool(re.fullmatch(f".*/{_QUANTIZED}", path))

@@ -118,12 +118,15 @@ class LoraOptions(Checked):
     model or critic always is."""
     rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_rank) instead (arXiv:2312.03732)."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Hold the frozen layers in 4 or 8 bits a weight (QLoRA, arXiv:2305.14314)."""
 
     def __post_init__(self):
         super().__post_init__()
         self.lora()
-        # Dropout may be of adapters that the model has already.
-        alone = [f for f in fields(self) if f.name not in ("lora_rank", "lora_dropout")]
+        # These may be for adapters that the model has already.
+        open_ = ("lora_rank", "lora_dropout", "quantize")
+        alone = [f for f in fields(self) if f.name not in open_]
         given = [f.name for f in alone if getattr(self, f.name) != f.default]
         check(
             self.lora_rank is not None or not given,

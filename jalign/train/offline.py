@@ -27,7 +27,7 @@ from jalign.train.recipe import measure_start, resumed, train_and_report
 from jalign.train.rows import load_run_rows
 from jalign.train.run import identify, open_run
 from jalign.train.step import init_state, make_trainer
-from jalign.train.trained import part, save
+from jalign.train.trained import loading, part, save
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
@@ -75,7 +75,7 @@ def run_recipe(
         run.clock.lap("read data")
         compute = config.compute
         how = {"mesh": run.mesh, "dtype": compute.dtype, "remat": compute.remat}
-        model, params, _ = load_pretrained(opened, **how)
+        model, params, _ = load_pretrained(opened, **how, **loading(config, opened))
         if recipe.prepare:
             model, params = recipe.prepare(model, params)
         size = len(sets["train"]), config.batch_size

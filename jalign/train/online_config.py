@@ -235,6 +235,13 @@ class PPOConfig(OnlineConfig):
 
     ppo: PPOOptions = field(default_factory=PPOOptions)
 
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            not (self.ppo.critic.save_critic and self.lora.quantize),
+            "save_critic writes a whole model, and quantize leaves none to merge into",
+        )
+
     @property
     def options(self) -> PPOOptions:
         """The algorithm's own."""

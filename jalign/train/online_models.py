@@ -16,7 +16,7 @@ from jalign.train.inputs import reward_inputs
 from jalign.train.online_config import OnlineConfig, PPOConfig
 from jalign.train.rollout import GOLD, RolloutFunctions, in_groups
 from jalign.train.shapes import Shapes, in_pieces, longest_shapes
-from jalign.train.trained import Trained, part
+from jalign.train.trained import Trained, loading, part
 from jalign.types import PyTree
 
 
@@ -65,7 +65,8 @@ def load_models(
     seconds = config.options.reward_timeout
     loaded = rewards.load_terms(terms, timeout=seconds, wrap=on_main_process, **how)
     opened = opened or open_pretrained(config.model, config.base, head="language")
-    policy, params, tokenizer = load_pretrained(opened, **how)
+    given = how | loading(config, opened)
+    policy, params, tokenizer = load_pretrained(opened, **given)
     gold, gold_digest = load_gold(config, timeout=seconds, **how)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     found, source = {"policy": (policy, params)}, {"policy": opened}

@@ -39,6 +39,14 @@ class Trained(NamedTuple):
         return params if self.frozen is None else lora.join(self.frozen, params)
 
 
+def loading(config: RunConfig, opened: Opened) -> dict[str, Any]:
+    """How the parameters of a run are loaded, for `load_pretrained`: a base that stays
+    as it is needs no more digits than the products take of it."""
+    frozen = config.lora.lora_rank is not None or opened.lora is not None
+    dtype = config.compute.dtype if frozen else "float32"
+    return {"param_dtype": dtype, "quantize": config.lora.quantize}
+
+
 def part(
     config: RunConfig, model: Model, params: PyTree, opened: Opened, *, number: int = 0
 ) -> Trained:
@@ -60,8 +68,9 @@ def part(
     )
     chosen = chosen or had
     if chosen is None:
-        unread = config.lora.lora_dropout
-        check(not unread, "lora_dropout: there are no adapters, set lora_rank")
+        for name in ("lora_dropout", "quantize"):
+            unread = getattr(config.lora, name)
+            check(not unread, f"{name}: there are no adapters, set lora_rank")
         return Trained(params)
     _hint(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 2 + number)

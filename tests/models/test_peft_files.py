@@ -318,6 +318,8 @@ BAD = {
     "kind of pattern": ({"rank_pattern": {"q": "x"}}, {}, "rank_pattern: q='x'"),
     "kind of names": ({"target_modules": [1]}, {}, r"modules=\[1\] is not a list"),
     "regex": ({"target_modules": "("}, {}, r"'\(' is not a regex"),
+    "regex in a regex": ({"rank_pattern": {"(?i)q": 2}}, {}, r"q' is not a regex"),
+    "regex of layers": ({"layers_pattern": "(?P<layer>a)"}, {}, "is not a regex"),
     "task": ({"task_type": "TOKEN_CLS"}, {}, "task_type='TOKEN_CLS'"),
 }  # fmt: skip
 

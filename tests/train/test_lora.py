@@ -23,6 +23,7 @@ RECIPES = {
     "dpo": ("--lora-targets", "attention", "--rslora"),
     "ppo": ("--save-critic",),
     "grpo": ("--group-size", "2", "--lora-train", "embed"),
+    "sft": ("--quantize", "nf4", "--dtype", "bfloat16"),
 }
 
 
@@ -170,6 +171,7 @@ def test_a_step_costs_two_thirds_of_full_training():
         (("--lora-rank", "2", "--lora-rank-pattern", "q_proj"), "is not as"),
         (("--lora-rank", "2", "--optimizer", "muon"), "muon"),
         (("--lora-dropout", "0.1"), "no adapters"),
+        (("--quantize", "int8"), "quantize: there are no adapters"),
         (("--base", "x"), "no adapter"),
     ],
 )
