@@ -16,7 +16,7 @@ import numpy as np
 
 from jalign import sharding
 from jalign.models import averaging, merging, weight_delta
-from jalign.models.side_by_side import Out
+from jalign.models.hf_checkpoints import Out
 from jalign.pretrained import Opened, check_same_vocab, open_pretrained
 from jalign.settings import Checked, check, number
 

@@ -17,12 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from jalign.models import families, lora
 from jalign.models.families import Tensor
-from jalign.models.hf_files import WeightFiles
-from jalign.models.hf_writing import DTYPES, Written
-from jalign.models.model import Model
-from jalign.models.peft_files import load_adapter
-from jalign.models.peft_names import axis_sizes
-from jalign.models.side_by_side import (
+from jalign.models.hf_checkpoints import (
     Out,
     check_alike,
     opened,
@@ -30,6 +25,11 @@ from jalign.models.side_by_side import (
     rows_of,
     write,
 )
+from jalign.models.hf_files import WeightFiles
+from jalign.models.hf_writing import DTYPES, Written
+from jalign.models.model import Model
+from jalign.models.peft_files import load_adapter
+from jalign.models.peft_names import axis_sizes
 
 
 def merge_adapter(base: Path, adapter: Path, out: Out, dtype: str | None = None) -> int:
@@ -58,8 +58,7 @@ def merge_adapter(base: Path, adapter: Path, out: Out, dtype: str | None = None)
             row, layer = rows[name]
             if row.path in adapters:
                 return _in_file(row, adapters[row.path])
-            x = read(files, name).astype(np.float32, copy=False)
-            factors = _factors(adapters, row, layer)
+            x, factors = read(files, name), _factors(adapters, row, layer)
             sizes = axis_sizes(row, shapes[row.path].shape)
             return _adapted(x, row, sizes, factors) if factors else x
 
@@ -76,8 +75,9 @@ def _factors(adapters: dict[str, Any], row: Tensor, layer: int) -> dict[str, Any
 
 
 def _adapted(x: np.ndarray, row: Tensor, sizes: dict[str, int], factors) -> jax.Array:
-    """A file's float32 tensor of a kernel, with its adapter."""
-    kernel = jnp.asarray(einops.rearrange(x, row.pattern, **sizes)[None])
+    """A file's tensor of a kernel with its adapter, float32."""
+    regrouped = einops.rearrange(x, row.pattern, **sizes)
+    kernel = jnp.asarray(regrouped[None], jnp.float32)
     merged = lora.merge({"layer": {"kernel": kernel, **factors}})["layer"]["kernel"]
     return _in_file(row, merged[0])
 
@@ -135,7 +135,7 @@ def _write(
     def rounded(name: str) -> Written:
         with np.errstate(over="ignore"):
             x = np.asarray(make(name)).astype(dtypes[name], copy=False)
-        if not np.isfinite(x.astype(np.float32, copy=False)).all():
+        if not np.isfinite(x).all():
             raise ValueError(
                 f"{out.folder}: {name} is not finite in {dtypes[name]}; try another "
                 "--dtype"

@@ -11,9 +11,7 @@ import numpy as np
 
 from jalign.models import hf_files
 from jalign.models.config import ModelConfig
-from jalign.models.hf_files import WeightFiles
-from jalign.models.hf_writing import DTYPES, Written
-from jalign.models.side_by_side import (
+from jalign.models.hf_checkpoints import (
     Out,
     check_alike,
     file_shapes,
@@ -21,6 +19,8 @@ from jalign.models.side_by_side import (
     read,
     write,
 )
+from jalign.models.hf_files import WeightFiles
+from jalign.models.hf_writing import DTYPES, Written
 
 # Not the name of a model's weights: nothing loads a delta as a model.
 DELTA_WEIGHTS = "delta.safetensors"

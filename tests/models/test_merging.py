@@ -1,4 +1,4 @@
-"""Tests for jalign/models/merging.py, weight_delta.py and side_by_side.py: on files."""
+"""Tests for jalign/models/merging.py, weight_delta.py, hf_checkpoints.py: on files."""
 
 import dataclasses
 import functools
@@ -14,12 +14,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jalign.models import Model, averaging, hf_writing, load, lora, save, save_adapter
+from jalign.models.hf_checkpoints import Out, read
 from jalign.models.hf_config import config_to_hf
 from jalign.models.hf_files import WeightFiles
 from jalign.models.lora import LoraConfig
 from jalign.models.merging import average, merge_adapter
-from jalign.models.side_by_side import Out, read
+from jalign.models.quantize import NF4
 from jalign.models.weight_delta import apply_delta, make_delta
+from tests.models import bitsandbytes_files
 from tests.models.adapters import random_adapters
 from tests.models.tiny import CONFIGS, SIZES, random_params
 
@@ -73,8 +75,15 @@ def change(folder, name, value):
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", "bfloat16"),
+        ("llama3", "float32"),
+        ("qwen2", "float32"),
+        ("reward", "bfloat16"),
+    ],
+)
 def test_a_merged_adapter_is_the_merge_in_memory(name, dtype, tmp_path):
     model = Model(CONFIGS[name])
     causal = dataclasses.replace(model.config, num_labels=0)
@@ -167,18 +176,18 @@ def test_models_are_averaged_tensor_by_tensor(tmp_path):
     base, _ = saved(tmp_path / "base", "qwen2", 9)
     out, names = Out(tmp_path / "out", model.config), []
 
-    ties = jax.jit(functools.partial(averaging.ties, density=0.5))
+    added = jax.jit(functools.partial(averaging.task_arithmetic, scale=0.5))
 
     def combine(name, models, base):
         names.append(name)
-        return ties(models, base)
+        return added(models, base)
 
     number = average(folders, combine, out, base=tmp_path / "base")
     got, start = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "base")
     inputs = [tensors_of(folder) for folder in folders]
     assert sorted(names) == sorted(got) and number == len(got) > 20
     for name in names:  # norms and biases too
-        want = ties([each[name] for each in inputs], start[name])
+        want = added([each[name] for each in inputs], start[name])
         np.testing.assert_array_equal(got[name], want)
     load(tmp_path / "out")
 
@@ -249,9 +258,19 @@ def test_a_model_with_a_bad_tensor_is_named(tensor, value, message, tmp_path, ll
     assert not (out / "config.json").exists() and not [*out.glob("*.tmp")]
 
 
+def test_a_quantized_model_is_refused(tmp_path, llamas):
+    shutil.copytree(llamas[0], tmp_path / "base")
+    meant = bitsandbytes_files.rewrite(tmp_path / "base", NF4, nested=True)
+    out = Out(tmp_path / "out", CONFIGS["llama"])
+    text = f"base: .*q_proj.weight and {len(meant) - 1} more are quantized: give the"
+    with pytest.raises(ValueError, match=f"(?s){text} full-precision model"):
+        average([llamas[1], tmp_path / "base"], lambda *x: x[1][0], out)
+    assert not out.folder.exists()
+
+
 def test_what_does_not_fit_into_half_precision_is_named(tmp_path, llamas):
     shutil.copytree(llamas[0], tmp_path / "a")
-    change(tmp_path / "a", NORM, np.full(24, 1e5, "f4"))
+    change(tmp_path / "a", NORM, np.float32([1e5] + 23 * [1]))
     out = Out(tmp_path / "out", CONFIGS["llama"])
     with pytest.raises(ValueError, match=f"{NORM} is not finite in float16.*--dtype"):
         average([tmp_path / "a"], lambda *x: x[1][0], out, dtype="float16")

@@ -7,8 +7,8 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from jalign.models import read_config  # noqa: E402
+from jalign.models.hf_checkpoints import Out  # noqa: E402
 from jalign.models.merging import merge_adapter  # noqa: E402
-from jalign.models.side_by_side import Out  # noqa: E402
 from scripts.make_model_golden import CASES, build, inputs  # noqa: E402
 
 

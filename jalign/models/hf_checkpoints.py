@@ -19,7 +19,7 @@ from jalign.models.config import ModelConfig
 from jalign.models.families import Tensor
 from jalign.models.hf_config import config_to_hf, read_config, settled
 from jalign.models.hf_files import WeightFiles
-from jalign.models.hf_headers import problems_of as header_problems
+from jalign.models.hf_headers import problems_of
 from jalign.models.hf_writing import DTYPES, Written, checkpoint, write_shards
 from jalign.models.model import Model
 
@@ -95,12 +95,14 @@ def opened(folders: Sequence[Path]) -> Iterator[list[WeightFiles]]:
 
 def _check(files: WeightFiles, config: ModelConfig) -> None:
     shapes: dict[str, Any] = flatten_dict(Model(config).param_shapes(), sep="/")
-    problems = header_problems(files, config, shapes)
-    problems += [
-        f"{name} is {files.dtype(name)}: give the model that was quantized instead"
-        for name in rows_of(config)
-        if name in files and files.dtype(name) not in DTYPES
-    ]
+    problems = problems_of(files, config, shapes)
+    tensors = [name for name in rows_of(config) if name in files]
+    codes = [name for name in tensors if files.dtype(name) not in DTYPES]
+    if codes and not problems:
+        problems = [
+            f"{codes[0]} and {len(codes) - 1} more are quantized: give the "
+            "full-precision model that they were made of"
+        ]
     if problems:
         raise ValueError(hf_files.report(files.folder, problems))
 
@@ -108,7 +110,7 @@ def _check(files: WeightFiles, config: ModelConfig) -> None:
 def read(files: WeightFiles, name: str) -> np.ndarray:
     """A tensor. Raises ValueError where it is not finite."""
     x = files.read(name)
-    if not np.isfinite(x.astype(np.float32, copy=False)).all():
+    if not np.isfinite(x).all():
         raise ValueError(f"{files.folder}: {name} is not finite")
     return x
 
