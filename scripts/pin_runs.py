@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 from jalign import train
 from jalign.demo import ASSETS
 from jalign.train.online_config import CriticConfig
@@ -84,8 +86,13 @@ def pins(out: Path) -> dict[str, Any]:
             {k: v for k, v in json.loads(line).items() if k not in TIMES}
             for line in lines
         ]
-        weights = (Path(config.out) / "model" / "model.safetensors").read_bytes()
-        found[name] = {"rows": rows, "weights": hashlib.sha256(weights).hexdigest()}
+        weights, sha = (
+            Path(config.out) / "model" / "model.safetensors",
+            hashlib.sha256(),
+        )
+        for tensor, value in sorted(load_file(weights).items()):  # in whatever order
+            sha.update(tensor.encode() + value.tobytes())
+        found[name] = {"rows": rows, "weights": sha.hexdigest()}
         print(f"{name}: {len(rows)} rows", flush=True)
     return found
 

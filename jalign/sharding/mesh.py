@@ -171,8 +171,12 @@ def topology_devices(topology: str | None) -> list:
     # Only libtpu reads it, in C: it must not ask the cloud about a TPU that is not
     # here. putenv leaves os.environ as it is.
     os.putenv("TPU_SKIP_MDS_QUERY", "1")
+    how: dict[str, Any] = {"platform": "tpu", "topology_name": topology}
+    sides = [int(side) for side in re.findall(r"\d+(?=x|$)", topology)]
+    if math.prod(sides) < 4:  # a part of a host, which is 2 x 2 chips
+        how["chips_per_host_bounds"] = (*sides, 1, 1)[:3]
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        found = topologies.get_topology_desc(**how)
     except Exception as error:
         raise ValueError(
             f"cannot compile for topology {topology!r} ({error}): it must be a TPU "
