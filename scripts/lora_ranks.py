@@ -29,11 +29,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=200, help="rows")
-    parser.add_argument("--ranks", default="4,16,64")
+    parser.add_argument("--ranks", default="0,4,16,64", help="0: all")
     parser.add_argument("--rates", default="1e-3,3e-3,1e-2", help="of full training")
     parser.add_argument(
-        "--times", type=float, default=3, help="a rank's rates are these"
+        "--times", type=float, default=3, help="a rank's rates are so many times those"
     )
+    parser.add_argument("--train", default=None, help="embed: in full, beside them")
     args = parser.parse_args()
     logging.getLogger("jalign").setLevel(logging.ERROR)
     held_out = Path(args.eval_data).read_text("utf-8").splitlines()[: args.held_out]
@@ -41,11 +42,12 @@ def main() -> None:
     names = FIGURES[args.recipe]
     print(f"| trained | rate | {' | '.join(f'held-out {name}' for name in names)} |")
     print("|---|---|" + "---|" * len(names))
-    for rank in (None, *map(int, args.ranks.split(","))):
+    for rank in [int(rank) or None for rank in args.ranks.split(",")]:
         for rate in rates if rank is None else [rate * args.times for rate in rates]:
             figures = run(args, [json.loads(row) for row in held_out], rank, rate)
             cells = (f"{figures[f'eval_{name}']:.4f}" for name in names)
             what = "all" if rank is None else f"rank {rank}"
+            what += f" and {args.train}" if rank and args.train else ""
             print(f"| {what} | {rate:g} | {' | '.join(cells)} |", flush=True)
 
 
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace, held_out: list, rank: int | None, rate: float)
             checkpoint_every=0,
             learning_rate=rate,
             lora_rank=rank,
+            lora_train=args.train if rank else None,
         )
 
 

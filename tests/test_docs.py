@@ -68,7 +68,7 @@ def test_links_lead_to_files(page):
         (
             "from_trl.md",
             ["SFT", "GRPO"],
-            ["SFT", "Reward", "DPO", "DPO", "GRPO", "PPO"],
+            ["SFT", "Reward", "DPO", "DPO", "GRPO", "PPO", "SFT"],
         ),
         ("from_tunix.md", [], ["SFT", "DPO", "GRPO", "PPO"]),
     ],
