@@ -21,6 +21,7 @@ CONFIGS = {
     "01_sft": {"SETTINGS": train.SFTConfig},
     "02_dpo": {"SETTINGS": train.DPOConfig},
     "03_reward_ppo": {"REWARD": train.RewardConfig, "PPO": train.PPOConfig},
+    "05_qlora": {"SETTINGS": train.SFTConfig, "SFT": train.SFTConfig},
 }
 # They have a split "test", by their pages on the hub.
 HUB = {"trl-lib/Capybara", "trl-lib/ultrafeedback_binarized"}
@@ -44,8 +45,9 @@ def outputs(cells):
     return "".join(texts), pictures
 
 
-def test_there_are_four():
-    assert IDS == ["01_sft", "02_dpo", "03_reward_ppo", "04_your_own_loss"]
+def test_there_are_five():
+    first = ["01_sft", "02_dpo", "03_reward_ppo", "04_your_own_loss"]
+    assert IDS == [*first, "05_qlora"]
 
 
 @EACH
@@ -77,7 +79,10 @@ def test_a_notebook_shows_its_outputs_and_no_machine(path):
     assert not [o for c in code for o in c.outputs if o.get("name") == "stderr"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS[:3], ids=IDS[:3])
+SWITCHED = [path for path in NOTEBOOKS if path != NOTEBOOKS[3]]
+
+
+@pytest.mark.parametrize("path", SWITCHED, ids=[path.stem for path in SWITCHED])
 def test_one_cell_switches_to_the_hub_and_holds_out_another_split(path):
     settings = read(path)[1][1].source
     assert "MODEL = " in settings and "# MODEL = " in settings

@@ -95,7 +95,8 @@ def logits_groups(
     Of t tokens a device, groups of k members send 8 k t D bytes of hidden states and of
     their gradients, and 8 V D / k of the unembedding: least where k^2 = V / t.
 
-    Returns: None on one device, and where the rows do not divide over the devices.
+    Returns: None on one device, and where the rows do not divide over the devices, or
+      the vocabulary over `tensor`.
     """
     if mesh is None or mesh.size == 1:
         return None
@@ -105,7 +106,7 @@ def logits_groups(
     tokens = max(1, batch * length // ways)
     sizes = [k for k in _divisors(mesh) if not vocab_size % (tensor * k)]
     enough = (k for k in sizes if k * k * tokens >= vocab_size)
-    return _groups_of(mesh, next(enough, sizes[-1]))
+    return _groups_of(mesh, next(enough, sizes[-1])) if sizes else None
 
 
 @functools.lru_cache(maxsize=64)

@@ -110,7 +110,8 @@ class LoraOptions(Checked):
     lora_dropout: float = number(0.0, ">= 0", "< 1")
     """Share of the adapters' inputs that is set to 0 while training."""
     lora_rank_pattern: str | None = None
-    """Other ranks, by the end of a layer's name: "down_proj=8,layers.0.*=4"."""
+    """Other ranks, by the end of a layer's name: "down_proj=8,layers.0.*=4"; 0 for
+    none."""
     lora_alpha_pattern: str | None = None
     """Other alphas, likewise."""
     lora_train: str | None = None

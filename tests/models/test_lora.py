@@ -293,7 +293,7 @@ def test_decoding_reads_adapters_as_training_does(base):
     "settings, words",
     [
         (dict(rank=0), "rank"),
-        (dict(rank_pattern=(("q_proj", 0),)), "rank"),
+        (dict(rank_pattern=(("q_proj", -1),)), "rank"),
         (dict(alpha=0.0), "alpha"),
         (dict(targets=()), "targets is empty"),
         (dict(targets=("q_porj",)), "'q_porj' is none of all, attention, mlp"),
