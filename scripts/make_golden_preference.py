@@ -80,6 +80,7 @@ def _trainer(**attributes):
 
     accelerator = SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same)
     model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
+    model._modules = {}  # accelerate looks, where peft is installed
     return SimpleNamespace(
         model=model,
         accelerator=accelerator,
