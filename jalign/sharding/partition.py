@@ -15,7 +15,6 @@ from jalign.sharding.rules import (
     ParamRules,
     axes_of,
     bends,
-    is_adapter,
 )
 
 PyTree = Any
@@ -193,18 +192,7 @@ def _param_spec(mesh, path, shape, param_rules, axis_rules) -> PartitionSpec:
                 f"{size} elements, which mesh axis {cut} of size {ways} does not "
                 f"divide; choose a {cut} size that does"
             )
-    return _spec(_spread(mesh, shape, parts) if is_adapter(path) else parts, path)
-
-
-def _spread(mesh, shape, parts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The parts of an adapter, one of them cut over fsdp as well, if none is yet."""
-    if any("fsdp" in part for part in parts):
-        return parts
-    for dim, part in enumerate(parts):
-        cut = (*part, "fsdp")
-        if part and shape[dim] % math.prod(mesh.shape[axis] for axis in cut) == 0:
-            return [*parts[:dim], cut, *parts[dim + 1 :]]
-    return parts
+    return _spec(parts, path)
 
 
 def fitting_spec(

@@ -113,12 +113,6 @@ def part_axes(
     }[name]
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a parameter is an adapter's: then it is cut over fsdp as well where its
-    kernel's axes are cut over tensor alone, or it would lie whole on every device."""
-    return bool(re.fullmatch(r".*/lora_[ab]", path))
-
-
 def bends(path: str, axis: str | None) -> bool:
     """Whether an axis of a parameter is replicated where the mesh does not divide it.
 
