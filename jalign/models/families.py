@@ -75,6 +75,12 @@ def is_matrix(path: str) -> bool:
     return kind_of(path) in MATRICES
 
 
+def is_narrow(path: str) -> bool:
+    """Whether a parameter that is frozen may be in the products' dtype: matrices, but
+    not a scalar head's, which computes in float32 as norms and biases do."""
+    return is_matrix(path) and not path.startswith("score/")
+
+
 def groups(layout: str) -> list[list[str]]:
     """Axes of a file's tensor: "(n h) d" gives [["n", "h"], ["d"]]."""
     return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", layout)]

@@ -110,8 +110,7 @@ def _read_params(
         whole = functools.partial(tensor, np.float32, [(0, n) for n in inner])
         leaves = hf_quantized.read(files, row, shape, quantize, whole)
         if leaves is None:
-            narrow = families.is_matrix(row.path) and row.when != "score"
-            own = dtype if narrow else np.dtype(np.float32)
+            own = dtype if families.is_narrow(row.path) else np.dtype(np.float32)
             read = _leaf_reader(functools.partial(tensor, own), row, shape, own)
             params[row.path] = _placed(model.mesh, row.path, shape, read)
             continue

@@ -16,7 +16,7 @@ from jalign.models import ModelConfig
 from jalign.models.hf_config import config_from_hf, read_config
 from jalign.plan.estimate import Plan, Row, estimate
 from jalign.plan.recipes import RECIPES, compiled_bytes, update_rows
-from jalign.settings import flags_of, nearest, required, settings_or
+from jalign.settings import check, flags_of, nearest, required, settings_or
 from jalign.train.config import RunConfig
 
 __all__ = ["Plan", "PlanOptions", "Row", "plan", "run_plan"]
@@ -83,6 +83,7 @@ def plan(
     Raises: ValueError as the training command would: mesh, divisibility, settings.
     """
     run = _run_config(config, model, settings)
+    check(run.base is None, "base: a plan reads no adapters; give their base as model")
     model_config = _model_config(run.model if model is None else model)
     machine = sharding.machine(topology)
     sizes = sharding.parse_mesh(run.mesh)

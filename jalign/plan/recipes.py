@@ -13,11 +13,11 @@ import optax
 
 from jalign import sharding, train
 from jalign.models import Model
-from jalign.models.families import is_matrix
+from jalign.models.families import is_narrow
 from jalign.models.lora import LoraConfig
 from jalign.models.quantized import quantize_params
 from jalign.train.online_config import OnlineConfig
-from jalign.train.trained import parts_of
+from jalign.train.trained import adapters_of, parts_of
 from jalign.types import PreferenceBatch, PyTree, Rollout, TokenBatch
 
 Array = Callable[..., Any]
@@ -151,7 +151,7 @@ def trained(config: train.RunConfig, model_config, mesh) -> dict[str, Model]:
 
 def shapes_of(config: train.RunConfig, model: Model) -> tuple[PyTree, PyTree]:
     """Shapes of what a run trains of a model, and of the rest ({} without adapters)."""
-    return _shapes(model, config.lora.lora(), config.lora.quantize)
+    return _shapes(model, adapters_of(config, None), config.lora.quantize)
 
 
 @functools.lru_cache(maxsize=8)
@@ -161,8 +161,7 @@ def _shapes(model: Model, adapters: LoraConfig | None, quantize: str | None):
 
     def narrow(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        kept = not is_matrix(name) or name.startswith("score/")
-        return x if kept else x.astype(model.dtype)
+        return x.astype(model.dtype) if is_narrow(name) else x
 
     def parts(params, key):
         params = jax.tree_util.tree_map_with_path(narrow, params)

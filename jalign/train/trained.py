@@ -46,10 +46,28 @@ class Trained(NamedTuple):
         return params if self.frozen is None else lora.join(self.frozen, params)
 
 
+def adapters_of(config: RunConfig, had: LoraConfig | None) -> LoraConfig | None:
+    """The adapters that a run trains: new ones, those that its model has, or none.
+
+    Raises: ValueError for new ones on a model that has some, and for settings of
+      adapters where there are none.
+    """
+    chosen = config.lora.lora()
+    check(
+        chosen is None or had is None,
+        f"lora_rank: {config.model} has adapters already: leave it out to go on with "
+        "those, or merge them first (jalign merge) to put new ones on the result",
+    )
+    for name in ("lora_dropout", "quantize"):
+        unread = chosen is None and had is None and getattr(config.lora, name)
+        check(not unread, f"{name}: there are no adapters, set lora_rank")
+    return chosen or had
+
+
 def loading(config: RunConfig, opened: Opened) -> dict[str, Any]:
     """How the parameters of a run are loaded, for `load_pretrained`: a base that stays
     as it is needs no more digits than the products take of it."""
-    frozen = config.lora.lora_rank is not None or opened.lora is not None
+    frozen = adapters_of(config, opened.lora) is not None
     dtype = config.compute.dtype if frozen else "float32"
     return {"param_dtype": dtype, "quantize": config.lora.quantize}
 
@@ -65,23 +83,14 @@ def part(
       opened: the checkpoint it is from; with one of adapters, these are trained on.
       number: of the model, where a run trains several.
 
-    Raises: ValueError for new adapters on a model that has some.
+    Raises: as `adapters_of`.
     """
-    chosen, had = config.lora.lora(), opened.lora
-    check(
-        chosen is None or had is None,
-        f"lora_rank: {config.model} has adapters already: leave it out to go on with "
-        "those, or merge them first (jalign merge) to put new ones on the result",
-    )
-    chosen = chosen or had
+    chosen = adapters_of(config, opened.lora)
     if chosen is None:
-        for name in ("lora_dropout", "quantize"):
-            unread = getattr(config.lora, name)
-            check(not unread, f"{name}: there are no adapters, set lora_rank")
         return Trained(params)
     _hint(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 2 + number)
-    trained, frozen = parts_of(model, params, chosen, None if had else key)
+    trained, frozen = parts_of(model, params, chosen, None if opened.lora else key)
     trees = trained, model.param_shapes()
     sizes = (sum(x.size for x in jax.tree.leaves(tree)) for tree in trees)
     _log.info(

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jalign import sharding
-from jalign.models import Model, ModelConfig, lora
+from jalign import plan, sharding
+from jalign.models import Model, ModelConfig, add_scalar_head, lora
 from jalign.models.lora import LoraConfig
-from jalign.pretrained import load_pretrained
-from jalign.train import objectives, optim, step
+from jalign.plan.recipes import shapes_of
+from jalign.pretrained import load_pretrained, open_pretrained
+from jalign.train import RewardConfig, SFTConfig, objectives, optim, step
+from jalign.train.config import ComputeOptions, LoraOptions
 from jalign.train.metrics import training_flops_per_token
+from jalign.train.trained import loading, part
 from tests.train import tiny, world
 
 LORA = ("--lora-rank", "2", "--learning-rate", "1e-2", "--schedule", "constant")
@@ -178,3 +181,33 @@ def test_a_step_costs_two_thirds_of_full_training():
 def test_flags_that_do_nothing_are_refused(given, words, here, tmp_path, capsys):
     assert world.run("sft", here, tmp_path, *given) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+@pytest.mark.parametrize("config_class", [SFTConfig, RewardConfig])
+def test_a_plan_counts_what_a_run_loads_and_trains(config_class, quantize, here):
+    """Names, shapes and dtypes of what is trained and what is frozen, at both ends."""
+    options = LoraOptions(lora_rank=2, quantize=quantize)
+    compute = ComputeOptions(dtype="bfloat16")
+    given = {"model": str(here / "model"), "data": "", "out": ""}
+    config = config_class(**given, lora=options, compute=compute)
+    opened = open_pretrained(here / "model")
+    how = loading(config, opened)
+    model, params, _ = load_pretrained(opened, dtype=compute.dtype, **how)
+    if config_class is RewardConfig:
+        model, params = add_scalar_head(model, params, key=jax.random.key(0))
+    real = part(config, model, params, opened)
+    planned = shapes_of(config, model)
+
+    def told(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
+
+    assert told(real.params) == told(planned[0])
+    assert told(real.frozen) == told(planned[1])
+
+
+def test_a_plan_refuses_what_it_does_not_read(here):
+    with pytest.raises(ValueError, match="quantize: there are no adapters"):
+        plan.plan("sft", str(here / "model"), quantize="nf4")
+    with pytest.raises(ValueError, match="base: a plan reads no adapters"):
+        plan.plan("sft", str(here / "model"), base="x", lora_rank=2)
