@@ -102,7 +102,7 @@ def _score(model: Model, params: PyTree, hidden, batch, temperature: float, **op
     """`losses.token_logps` of each token's successor, where it is trained: [B, T]."""
     rows, head = in_one_row(model, (hidden, *successors(batch))), model.head(params)
     scores = losses.token_logps(
-        rows[0],
+        head.inputs(rows[0]),
         head.unembed,
         rows[1],
         mask=rows[2],

@@ -45,19 +45,123 @@ CASES = {
     "qwen3": ("Qwen3", dict()),
     "qwen3_reward": ("Qwen3", dict(num_labels=1)),
 }
+NEOX = dict(rotary_pct=0.67, use_parallel_residual=True, head_dim=6)
+PHI3 = dict(sliding_window=None, original_max_position_embeddings=8)
+LONG = dict(rope_type="longrope", rope_theta=1e4)
+LONG |= dict(short_factor=[1.0, 1.5, 2.0], long_factor=[1.0, 3.0, 6.0])
+GEMMA2 = dict(query_pre_attn_scalar=7, sliding_window=4, attn_logit_softcapping=5.0)
+GEMMA2 |= dict(final_logit_softcapping=6.0)
+GEMMA3 = dict(query_pre_attn_scalar=7, sliding_window=4, num_hidden_layers=3)
+GEMMA3 |= dict(
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    rope_parameters={
+        "full_attention": dict(rope_type="linear", factor=2.0, rope_theta=1e5),
+        "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+    },
+)
+GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2)
+GRANITE |= dict(residual_multiplier=0.22, logits_scaling=4.0)
+MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12)
+FALCON = dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=24)
+MPT = dict(d_model=24, n_layers=2, n_heads=6, max_seq_len=64, vocab_size=48)
+CASES |= {
+    "opt": ("OPT", dict(ffn_dim=40)),
+    "opt_350m": (
+        "OPT",
+        dict(ffn_dim=40, do_layer_norm_before=False, word_embed_proj_dim=16),
+    ),
+    "opt_no_bias": ("OPT", dict(ffn_dim=40, enable_bias=False)),
+    "opt_reward": (
+        "OPT",
+        dict(ffn_dim=40, word_embed_proj_dim=16, num_labels=1),
+    ),
+    "bloom": ("Bloom", dict(num_attention_heads=6)),
+    "bloom_reward": ("Bloom", dict(num_labels=1)),
+    "mpt": ("Mpt", MPT),
+    "mpt_clip": (
+        "Mpt",
+        MPT | dict(attn_config=dict(clip_qkv=0.4, softmax_scale=0.3)),
+    ),
+    "falcon_7b": ("Falcon", FALCON),
+    "falcon_40b": (
+        "Falcon",
+        FALCON | dict(new_decoder_architecture=True, num_kv_heads=2, multi_query=False),
+    ),
+    "falcon_11b": (
+        "Falcon",
+        FALCON
+        | dict(new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False)
+        | dict(num_ln_in_parallel_attn=1, ffn_hidden_size=32),
+    ),
+    "falcon_rw": (
+        "Falcon",
+        FALCON
+        | dict(alibi=True, multi_query=False, parallel_attn=False, bias=True)
+        | dict(num_attention_heads=6),
+    ),
+    "gpt_neox": ("GPTNeoX", NEOX),
+    "gpt_neox_sequential": (
+        "GPTNeoX",
+        NEOX | dict(use_parallel_residual=False, attention_bias=False),
+    ),
+    "gpt_neox_reward": ("GPTNeoX", NEOX | dict(num_labels=1)),
+    "gptj": ("GPTJ", dict(rotary_dim=4, n_inner=40)),
+    "gpt2": ("GPT2", dict(n_inner=40)),
+    "gpt2_reward": ("GPT2", dict(num_labels=1)),
+    "gemma": ("Gemma", dict(tie_word_embeddings=True)),
+    "gemma2": ("Gemma2", GEMMA2),
+    "gemma2_reward": ("Gemma2", GEMMA2 | dict(num_labels=1)),
+    "gemma3": ("Gemma3", GEMMA3),
+    "phi3": ("Phi3", PHI3 | dict(head_dim=6, sliding_window=5)),
+    "phi3_long": ("Phi3", PHI3 | dict(head_dim=6, rope_parameters=LONG)),
+    "phi4_mini": (
+        "Phi3",
+        PHI3
+        | dict(head_dim=6, tie_word_embeddings=True)
+        | dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.67)),
+    ),
+    "olmo2": ("Olmo2", dict(head_dim=6)),
+    "smollm3": ("SmolLM3", dict(head_dim=6, no_rope_layers=[1, 0])),
+    "granite": ("Granite", GRANITE | dict(head_dim=6)),
+    "mixtral": ("Mixtral", dict(num_local_experts=5, sliding_window=None)),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        MOE | dict(shared_expert_intermediate_size=20, head_dim=6),
+    ),
+    "qwen3_moe": ("Qwen3Moe", MOE | dict(norm_topk_prob=True)),
+    "qwen2_some_windows": (
+        "Qwen2",
+        dict(head_dim=6) | WINDOW | dict(max_window_layers=1),
+    ),
+}
+IDS = dict(bos_token_id=1, eos_token_id=2)
+SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+SHARED += ("max_position_embeddings", "pad_token_id")
+TEXT_CONFIGS = {"Gemma3": "Gemma3Text"}
+# What a case keeps of SIZES, where the family has not all of it.
+OTHER_KEYS = ("Mpt", "Falcon", "Bloom", "GPT2", "GPTJ", "OPT")
 
 
 def build(prefix: str, changes: dict) -> torch.nn.Module:
     """A transformers model with this script's weights."""
-    config = getattr(transformers, f"{prefix}Config")(**SIZES | changes)
-    config._attn_implementation = "eager"
+    name = TEXT_CONFIGS.get(prefix, prefix)
+    sizes = {k: v for k, v in SIZES.items() if prefix not in OTHER_KEYS or k in SHARED}
+    config = getattr(transformers, f"{name}Config")(**IDS | sizes | changes)
+    config._attn_implementation = "sdpa" if changes.get("alibi") else "eager"
     kind = "ForSequenceClassification" if "num_labels" in changes else "ForCausalLM"
+    kind = "LMHeadModel" if (prefix, kind) == ("GPT2", "ForCausalLM") else kind
+    if "num_labels" in changes:
+        prefix = name
     config.architectures = [prefix + kind]
     model = getattr(transformers, prefix + kind)(config).eval()
     rng = np.random.default_rng(0)
     state = dict(model.state_dict())
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
+    for name in [
+        name for name in state if name.endswith((".attn.bias", "masked_bias"))
+    ]:
+        del state[name]  # buffers
     with torch.no_grad():
         for name in sorted(state):
             draw = rng.normal(0.0, 0.3, tuple(state[name].shape)).astype("f4")

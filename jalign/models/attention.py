@@ -5,7 +5,6 @@ of the same tokens in order.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 from jalign import sharding
 from jalign.models.attention_blocked import MASKED, blocked_attention, heads_in_cache
 from jalign.models.platform import Platform, platform_of
+from jalign.models.scores import PLAIN_SCORES, Scores
 
 IMPLEMENTATIONS = ("auto", "plain", "blocked", "cudnn", "splash")
 # Below this many query x key pairs a row, the score matrix is small enough to keep.
@@ -37,12 +37,13 @@ def attend(
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     sliding_window: int | None = None,
+    scores: Scores = PLAIN_SCORES,
     implementation: str = "auto",
     in_order: bool | None = None,
     mesh: Mesh | None = None,
     platform: Platform | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention, softmax(q k / sqrt(H)) v.
+    """Causal grouped-query attention, softmax(scores of q k) v.
 
     A query sees the keys of its own segment whose position is at most its own, and,
     with a sliding window, more than its own minus the window.
@@ -54,6 +55,7 @@ def attend(
       q_segment_ids, kv_segment_ids: int32 [B, T] and [B, S], or both None: every row
         is one document.
       sliding_window: tokens, or None.
+      scores: scale, bias and cap; by default q k / sqrt(H).
       implementation: "plain" keeps all scores; "blocked" none of them, skips key
         blocks that causality or the window masks, and recomputes in the backward
         pass; "cudnn" and "splash" are kernels for GPU and TPU. "auto" takes the
@@ -73,17 +75,18 @@ def attend(
     if in_order is None:
         in_order = q.shape[1] == k.shape[1]
     platform = platform_of(mesh) if platform is None else platform
-    if not in_order:
+    if not in_order or scores.plain_only:
         implementation = "plain"  # decoding: a kernel for training has no say here
     elif implementation == "auto":
-        implementation = _choose(q, k, q_segment_ids, platform.attention)
+        implementation = _choose(q, k, q_segment_ids, platform.attention, scores)
     if implementation == "plain":
         mask = attention_mask(
             q_positions, kv_positions, q_segment_ids, kv_segment_ids, sliding_window
         )
         one = q.shape[1] == 1 and platform.one_query_sums
-        return (one_query_attention if one else plain_attention)(q, k, v, mask)
-    qkv = q, k, v, q_segment_ids, sliding_window
+        how = scores, q_positions, kv_positions
+        return (one_query_attention if one else plain_attention)(q, k, v, mask, *how)
+    qkv = q, k, v, q_segment_ids, sliding_window, scores
     if implementation == "blocked":
         size = platform.scores_bytes if mesh is None else None
         heads = None if size is None else heads_in_cache(q, k, size)
@@ -95,9 +98,11 @@ def attend(
     raise ValueError(f"implementation={implementation!r} is not in {IMPLEMENTATIONS}")
 
 
-def _choose(q, k, segment_ids, best: str) -> str:
+def _choose(q, k, segment_ids, best: str, scores: Scores) -> str:
     """What "auto" is for tokens in order, where `best` is best for long rows."""
-    if best == "cudnn" and cudnn_obstacle(q, k, segment_ids) is not None:
+    if best == "cudnn" and cudnn_obstacle(q, k, segment_ids, scores) is not None:
+        best = "blocked"
+    if best == "splash" and scores.slopes:
         best = "blocked"
     short = q.shape[1] * k.shape[1] <= PLAIN_UP_TO
     return "plain" if best == "blocked" and short else best
@@ -121,7 +126,13 @@ def attention_mask(
 
 
 def plain_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scores: Scores = PLAIN_SCORES,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
 ) -> jax.Array:
     """The definition: all scores at once. Shapes as of `attend`, mask bool [B, T, S].
 
@@ -130,14 +141,21 @@ def plain_attention(
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores / math.sqrt(H), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    products = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    unmasked = scores.of(products, H, q_positions, kv_positions)
+    masked = jnp.where(mask[:, None, None], unmasked, MASKED)
+    weights = jax.nn.softmax(masked, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
 
 
 def one_query_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    scores: Scores = PLAIN_SCORES,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
 ) -> jax.Array:
     """`plain_attention` for T = 1, as sums: small products of matrices cost more."""
     B, _, N, H = q.shape
@@ -145,14 +163,18 @@ def one_query_attention(
     q = q.reshape(B, K, N // K, H, 1).astype(jnp.float32)
     k = k.transpose(0, 2, 3, 1)[:, :, None].astype(jnp.float32)
     v = v.transpose(0, 2, 1, 3)[:, :, None].astype(jnp.float32)
-    scores = jnp.sum(q * k, axis=-2)
-    scores = jnp.where(mask[:, None], scores / math.sqrt(H), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)[..., None]
+    products = jnp.sum(q * k, axis=-2)[..., None, :]  # [B, K, G, 1, S]
+    unmasked = scores.of(products, H, q_positions, kv_positions)[..., 0, :]
+    weights = jax.nn.softmax(jnp.where(mask[:, None], unmasked, MASKED), axis=-1)
+    weights = weights[..., None]
     return jnp.sum(weights * v, axis=-2).reshape(B, 1, N, H).astype(dtype)
 
 
 def cudnn_obstacle(
-    q: jax.Array, k: jax.Array, segment_ids: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    segment_ids: jax.Array | None,
+    scores: Scores = PLAIN_SCORES,
 ) -> str | None:
     """Why cuDNN's fused attention does not apply, or None.
 
@@ -160,6 +182,8 @@ def cudnn_obstacle(
     dim of 256 needs a Hopper GPU, and the limit here is that of the older ones.
     """
     T, H = q.shape[1], q.shape[-1]
+    if scores.softcap is not None or scores.slopes:
+        return "it has no softcap and no ALiBi"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         return f"dtype {q.dtype} is not bfloat16 or float16"
     if H > 128 or H % 8:
@@ -175,9 +199,10 @@ def cudnn_attention(
     v: jax.Array,
     segment_ids: jax.Array | None,
     sliding_window: int | None,
+    scores: Scores = PLAIN_SCORES,
 ) -> jax.Array:
     """cuDNN's flash attention through jax.nn. Raises ValueError where it cannot."""
-    obstacle = cudnn_obstacle(q, k, segment_ids)
+    obstacle = cudnn_obstacle(q, k, segment_ids, scores)
     if obstacle is not None:
         raise ValueError(f"attention='cudnn' does not apply: {obstacle}")
     mask = None
@@ -190,6 +215,7 @@ def cudnn_attention(
         v,
         mask=mask,
         is_causal=True,
+        scale=scores.scale,
         local_window_size=window,
         implementation="cudnn",
     )
@@ -201,6 +227,7 @@ def splash_attention(
     v: jax.Array,
     segment_ids: jax.Array | None,
     sliding_window: int | None,
+    scores: Scores = PLAIN_SCORES,
     *,
     mesh: Mesh | None = None,
     interpret: bool = False,
@@ -210,7 +237,11 @@ def splash_attention(
     Args:
       mesh: rows are cut over its data and fsdp axes, heads over tensor.
       interpret: run the kernel's logic without a TPU (slow; for tests).
+
+    Raises: ValueError for scores with ALiBi, which the kernel does not have.
     """
+    if scores.slopes:
+        raise ValueError("attention='splash' does not apply: it has no ALiBi")
     if mesh is not None and k.shape[2] % mesh.shape["tensor"]:
         # Query and kv heads must be cut alike; where kv heads are too few, repeat.
         groups = q.shape[2] // k.shape[2]
@@ -221,11 +252,12 @@ def splash_attention(
     if segment_ids is not None:
         in_axes.append(("batch", "time"))
         args.append(segment_ids)
-    fn = functools.partial(_splash, window=sliding_window, interpret=interpret)
+    how = dict(window=sliding_window, scores=scores, interpret=interpret)
+    fn = functools.partial(_splash, **how)
     return sharding.shard_map(fn, mesh, in_axes, axes)(*args)
 
 
-def _splash(q, k, v, segment_ids=None, *, window, interpret):
+def _splash(q, k, v, segment_ids=None, *, window, scores, interpret):
     # Imported here: the module builds tables that only TPU users pay for.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -244,9 +276,10 @@ def _splash(q, k, v, segment_ids=None, *, window, interpret):
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(**dict.fromkeys(_SPLASH_TILES, block)),
+        attn_logits_soft_cap=scores.softcap,
         interpret=interpret,
     )
-    q = q * jnp.asarray(H**-0.5, q.dtype)
+    q = q * jnp.asarray(scores.factor(H), q.dtype)
     if segment_ids is None:
         out: Any = jax.vmap(kernel)(q, k, v)
     else:

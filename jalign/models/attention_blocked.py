@@ -8,7 +8,6 @@ memory grows with T and not with T^2.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jalign.models.platform import KEPT
+from jalign.models.scores import PLAIN_SCORES, Scores
 
 MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 PIECE, MAX_BLOCKS = 128, 16
@@ -69,6 +69,7 @@ def blocked_attention(
     v: jax.Array,
     segment_ids: jax.Array | None,
     sliding_window: int | None,
+    scores: Scores = PLAIN_SCORES,
     block: int | None = None,
     piece: int = PIECE,
     heads: int | None = None,
@@ -80,6 +81,7 @@ def blocked_attention(
       k, v: [B, T, K, H].
       segment_ids: int32 [B, T] or None.
       sliding_window: tokens, or None.
+      scores: scale, bias and cap.
       block, piece: see `block_spans`.
       heads: kv heads that are gone through at once, a divisor of K; None for all.
 
@@ -93,12 +95,13 @@ def blocked_attention(
     spans = block_spans(T, sliding_window, block, piece)
 
     def some_heads(qkv):
-        return _blocked(spans, sliding_window, *qkv, segment_ids)
+        return _blocked(spans, sliding_window, scores, *qkv, segment_ids)
 
+    by_heads = (q, k, v, scores.of_heads(K))
     if heads in (None, K):
-        out: jax.Array = some_heads((q, k, v))  # pyright: ignore[reportAssignmentType]
+        out: jax.Array = some_heads(by_heads)  # pyright: ignore[reportAssignmentType]
     else:
-        parts = jax.tree.map(lambda x: _split_heads(x, heads), (q, k, v))
+        parts = jax.tree.map(lambda x: _split_heads(x, heads), by_heads)
         out = jnp.moveaxis(jax.lax.map(some_heads, parts), 0, 1).reshape(q.shape)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -149,14 +152,14 @@ def _rows(x: jax.Array, start, span: Span, axis: int = 3) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _scores(q, k, segment_ids, start, span: Span, window):
-    """Masked float32 scores [B,K,G,t,s] of a piece q [B,K,G,t,H] with a span's keys."""
+def _scores(q, k, slopes, segment_ids, start, span: Span, window, how: Scores):
+    """Float32 scores [B,K,G,t,s] of a piece q [B,K,G,t,H] with a span's keys: masked,
+    and before that."""
     if span.pieces > 1:
         # Tied to q, for jax takes what depends on no weight out of all loops: the masks
         # of all pieces, T^2 numbers.
         start, q = jax.lax.optimization_barrier((start, q))
-    scale = 1 / math.sqrt(q.shape[-1])
-    scores = scale * jnp.einsum(
+    scores = how.factor(q.shape[-1]) * jnp.einsum(
         "bkgth,bkhs->bkgts", q, k, preferred_element_type=jnp.float32
     )
     # Added, in float arithmetic: XLA on a CPU turns this into a third of the time of
@@ -164,6 +167,9 @@ def _scores(q, k, segment_ids, start, span: Span, window):
     queries = (start + jnp.arange(q.shape[3])).astype(jnp.float32)
     keys = jnp.arange(span.first_key, span.end, dtype=jnp.float32)
     behind = queries[:, None] - keys[None, :]
+    if slopes is not None:
+        scores -= slopes[..., None, None] * behind
+    scores = how.capped(scores)
     hidden = jnp.maximum(-behind, 0.0)
     if window is not None:
         hidden += jnp.maximum(behind - (window - 1.0), 0.0)
@@ -173,33 +179,36 @@ def _scores(q, k, segment_ids, start, span: Span, window):
         of_queries = _rows(ids, start, span, axis=1)
         of_keys = ids[:, span.first_key : span.end]
         hidden = hidden + jnp.abs(of_queries[:, :, None] - of_keys[:, None, :])
-    return scores + (MASKED * jnp.minimum(hidden, 1.0))[:, None, None]
+    return scores + (MASKED * jnp.minimum(hidden, 1.0))[:, None, None], scores
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(spans, window, q, k, v, segment_ids):
-    return _forward(spans, window, q, k, v, segment_ids)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _blocked(spans, window, how, q, k, v, slopes, segment_ids):
+    return _forward(spans, window, how, q, k, v, slopes, segment_ids)[0]
 
 
-def _forward(spans, window, q, k, v, segment_ids):
+def _forward(spans, window, how, q, k, v, slopes, segment_ids):
     """q [B,K,G,T,H], k and v [B,K,T,H] -> out as q, and what the backward needs."""
     outs = []
     for span in spans:
         keys = slice(span.first_key, span.end)
         attend = functools.partial(
-            _attend_piece, q, k[..., keys], v[..., keys], segment_ids, span, window
+            _attend_piece,
+            *(q, k[..., keys], v[..., keys]),
+            *(slopes, segment_ids, span, window, how),
         )
         outs.append(_over_pieces(span, attend, None)[1])
     out, normalizer = (
         checkpoint_name(jnp.concatenate(x, axis=3), KEPT)
         for x in zip(*outs, strict=True)
     )
-    return out, (q, k, v, segment_ids, out, normalizer)
+    return out, (q, k, v, slopes, segment_ids, out, normalizer)
 
 
-def _attend_piece(q, k, v, segment_ids, span, window, carry, start):
+def _attend_piece(q, k, v, slopes, segment_ids, span, window, how, carry, start):
     """-> (carry, (out [B,K,G,t,H], log-normalizers [B,K,G,t,1]))."""
-    scores = _scores(_rows(q, start, span), k, segment_ids, start, span, window)
+    rows = _rows(q, start, span)
+    scores, _ = _scores(rows, k, slopes, segment_ids, start, span, window, how)
     top = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -212,8 +221,8 @@ def _attend_piece(q, k, v, segment_ids, span, window, carry, start):
     return carry, ((out / total).astype(q.dtype), top + jnp.log(total))
 
 
-def _backward(spans, window, saved, d_out):
-    q, k, v, segment_ids, out, normalizer = saved
+def _backward(spans, window, how, saved, d_out):
+    q, k, v, slopes, segment_ids, out, normalizer = saved
     # sum_s weights * d_weights, which the softmax's gradient subtracts.
     delta = jnp.einsum(
         "bkgth,bkgth->bkgt", d_out, out, preferred_element_type=jnp.float32
@@ -225,28 +234,42 @@ def _backward(spans, window, saved, d_out):
         piece = functools.partial(
             _piece_gradients,
             *(q, k[..., keys], v[..., keys], d_out, normalizer, delta),
-            *(segment_ids, span, window),
+            *(slopes, segment_ids, span, window, how),
         )
         zeros = tuple(jnp.zeros_like(x[..., keys]) for x in d_kv)
         added, d_block = _over_pieces(span, piece, zeros)
         d_q.append(d_block)
         d_kv = tuple(x.at[..., keys].add(y) for x, y in zip(d_kv, added, strict=True))
     d_q = jnp.concatenate(d_q, axis=3).astype(q.dtype)
-    return d_q, d_kv[0].astype(k.dtype), d_kv[1].astype(v.dtype), None
+    return d_q, d_kv[0].astype(k.dtype), d_kv[1].astype(v.dtype), None, None
 
 
 def _piece_gradients(
-    q, k, v, d_out, normalizer, delta, segment_ids, span, window, carry, start
+    q,
+    k,
+    v,
+    d_out,
+    normalizer,
+    delta,
+    slopes,
+    segment_ids,
+    span,
+    window,
+    how,
+    carry,
+    start,
 ):
     """carry (d_k, d_v) [B,K,H,s] of a span's keys -> (carry, d_q [B,K,G,t,H])."""
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     q, d_out, normalizer, delta = (
         _rows(x, start, span) for x in (q, d_out, normalizer, delta)
     )
-    scores = _scores(q, k, segment_ids, start, span, window)
+    scores, unmasked = _scores(q, k, slopes, segment_ids, start, span, window, how)
     weights = jnp.exp(scores - normalizer)
     d_weights = einsum("bkgth,bkhs->bkgts", d_out, v)
-    d_scores = weights * (d_weights - delta) / math.sqrt(q.shape[-1])
+    d_scores = how.scaled(weights * (d_weights - delta), q.shape[-1])
+    if how.softcap is not None:
+        d_scores *= 1 - jnp.square(unmasked / how.softcap)
     d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
     d_k = carry[0] + einsum("bkgth,bkgts->bkhs", q, d_scores)
     d_v = carry[1] + einsum("bkgth,bkgts->bkhs", d_out, weights)

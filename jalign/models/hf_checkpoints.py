@@ -16,12 +16,12 @@ from flax.traverse_util import flatten_dict
 
 from jalign.models import families, hf_files
 from jalign.models.config import ModelConfig
-from jalign.models.families import Tensor
 from jalign.models.hf_config import config_to_hf, read_config, settled
 from jalign.models.hf_files import WeightFiles
 from jalign.models.hf_headers import problems_of
 from jalign.models.hf_writing import DTYPES, Written, checkpoint, write_shards
 from jalign.models.model import Model
+from jalign.models.tensors import Tensor, file_shape
 
 _log = logging.getLogger("jalign.models")
 # Fields of a ModelConfig that say nothing of what is computed.
@@ -48,7 +48,7 @@ def rows_of(config: ModelConfig) -> dict[str, tuple[Tensor, int]]:
     return {
         name: (row, layer)
         for row in families.tensors_of(config)
-        for layer, name in enumerate(row.names(config.num_layers))
+        for layer, name in enumerate(row.names(config))
     }
 
 
@@ -57,8 +57,8 @@ def file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, Any] = flatten_dict(Model(config).param_shapes(), sep="/")
     found = {}
     for name, (row, _) in rows_of(config).items():
-        inner = shapes[row.path].shape[row.stacked :]
-        found[name] = families.file_shape(row.pattern, inner)
+        inner = shapes[row.path].shape[row.stacks :]
+        found[name] = file_shape(row.pattern, inner)
     return found
 
 
@@ -76,7 +76,7 @@ def check_alike(folders: Sequence[Path], but: set[str] | None = None) -> None:
             one, two = getattr(first[1], field), getattr(config, field)
             if field in skip or one == two:
                 continue
-            key = families.CONFIG_KEYS.get(field, field)
+            key = families.keys_of(config.family).get(field, field)
             raise ValueError(
                 f"{first[0]} and {folder} are not of one kind: {key} is {one} and {two}"
             )
@@ -130,7 +130,7 @@ def write(
       dtypes: of each tensor.
       make, how: see write_shards.
     """
-    dtype = str(dtypes[families.TIED_ORIGINAL])
+    dtype = str(dtypes[families.tied_names(out.config)[1]])
     config, generation = config_to_hf(settled(out.config, out.tokenizer), dtype)
     last = max(like.file_of.values())
     shards: dict[str, list[str]] = {}

@@ -6,32 +6,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jalign.models.config import ROPE_KINDS, ModelConfig, RopeScaling
+from jalign.models.config import ModelConfig
 from jalign.models.families import (
-    CONFIG_CHECKS,
-    CONFIG_KEYS,
     FAMILIES,
-    FIXED_KEYS,
-    REQUIRED_KEYS,
-    ROPE_CHECKS,
-    Check,
+    REQUIRED,
     Family,
     architecture_of,
+    keys_of,
 )
+from jalign.models.hf_checks import FIELD_CHECKS, KEY_CHECKS, check_values
 from jalign.models.hf_files import is_adapter, read_json
 from jalign.models.hf_headers import check_quantization
+from jalign.models.hf_traits import joined
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Keys of generation_config.json that ModelConfig has, or that are not ours to say.
 _NOT_KEPT = {*_TOKEN_KEYS, "transformers_version", "_from_model_config"}
-# RopeScaling field -> key in config.json, where that is another.
-_ROPE_KEYS = {"original_max_position": "original_max_position_embeddings"}
-_YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "llama3": ("factor", *_ROPE_KEYS, "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", *_ROPE_KEYS, *_YARN, "truncate"),
-}
+# Other names of one key, in files of other versions.
+_ALIASES = {"n_embed": "hidden_size", "num_attention_heads": "n_head"}
+_ALIASES |= {"num_hidden_layers": "n_layer"}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -68,75 +61,76 @@ def config_from_hf(
 
     Raises: ValueError naming the key that is missing, unknown or not supported.
     """
+    if raw.get("model_type") == "gemma3":  # images and text: the text's part
+        raw = raw | {"model_type": "gemma3_text"} | (raw.get("text_config") or {})
     family_name = raw.get("model_type")
     if not isinstance(family_name, str) or family_name not in FAMILIES:
         raise ValueError(
             f"model_type {family_name!r} is not supported; known: {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[family_name]
-    missing = [key for key in REQUIRED_KEYS if raw.get(key) is None]
+    family, keys = FAMILIES[family_name], keys_of(family_name)
+    raw = _with_aliases(raw, keys)
+    values = family.defaults | raw
+    required = [keys[field] for field in REQUIRED if field in keys]
+    required = [key for key in required if key not in family.defaults]
+    missing = [key for key in required if raw.get(key) is None]
     if missing:
         raise ValueError(f"missing key(s) {', '.join(missing)}")
-    check_values(raw, CONFIG_CHECKS)
+    own = {keys[f]: check for f, check in FIELD_CHECKS.items() if f in keys}
+    check_values(raw, own | KEY_CHECKS)
     _check_fixed(raw, family)
     check_quantization(raw)
-    values = family.defaults | raw
-    fields = {field: values.get(key) for field, key in CONFIG_KEYS.items()}
-    if fields["num_kv_heads"] is None:
-        fields["num_kv_heads"] = fields["num_heads"]
-    if fields["head_dim"] is None:
-        width, heads = raw["hidden_size"], raw["num_attention_heads"]
-        if width % heads:
-            raise ValueError(
-                f"hidden_size={width} is not a multiple of num_attention_heads={heads}"
-            )
-        fields["head_dim"] = width // heads
-    theta, scaling = _read_rope(values)
+    fields = _sizes({field: values.get(key) for field, key in keys.items()}, keys)
+    fields = joined(family.traits, values, family.switches | fields)
     generation = generation or {}
     others = {k: v for k, v in generation.items() if k not in _NOT_KEPT}
     fields |= {
-        "rope_theta": theta,
-        "rope_scaling": scaling,
         "family": family_name,
-        "sliding_window": _read_window(values, family),
         "num_labels": _read_num_labels(raw),
         "eos_token_ids": _eos_ids(raw, generation, family.defaults),
         "generation": json.dumps(others),
     }
     try:
-        return ModelConfig(**fields, **family.switches)
+        return ModelConfig(**fields)
     except ValueError as error:  # in the file's words
         message = str(error)
-        for field, key in CONFIG_KEYS.items():
+        for field, key in keys.items():
             message = re.sub(rf"\b{field}\b", key, message)
         raise ValueError(message) from error
 
 
-def check_values(raw: dict[str, Any], checks: dict[str, Check], of: str = "") -> None:
-    """Raises ValueError naming the first key whose value is of no use.
+def _with_aliases(raw: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    known = set(keys.values())
+    named = {
+        new: raw[old]
+        for old, new in _ALIASES.items()
+        if old in raw and old not in known and new in known
+    }
+    return named | raw
 
-    Args:
-      raw: of a JSON file.
-      checks: key -> what its value may be.
-      of: what goes before the key in a message.
-    """
-    for key, check in checks.items():
-        value = raw.get(key)
-        if value is None:
-            continue
-        shown = f"{of}{key}={repr(value)[:80]}"  # a stranger's value may be long
-        kinds = (int, float) if check.kind is float else (check.kind,)
-        if type(value) not in kinds:
-            name = {dict: "mapping", float: "number"}.get(check.kind)
-            raise ValueError(f"{shown} is not a {name or check.kind.__name__}")
-        if check.kind in (int, float) and not check.low <= value <= check.high:
-            bounds = f"{check.low:g} to {check.high:g}"
-            raise ValueError(f"{shown} is out of bounds: {bounds}")
+
+def _sizes(fields: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """The fields of a family's own keys, with those that follow from others."""
+    heads, width = fields["num_heads"], fields["hidden_size"]
+    if fields.get("num_kv_heads") is None:
+        fields["num_kv_heads"] = heads
+    if fields.get("head_dim") is None:
+        if width % heads:
+            raise ValueError(
+                f"{keys['hidden_size']}={width} is not a multiple of "
+                f"{keys['num_heads']}={heads}"
+            )
+        fields["head_dim"] = width // heads
+    if fields.get("intermediate_size") is None:
+        fields["intermediate_size"] = 4 * width
+    optional = ("query_scale", "attention_softcap", "final_softcap", "rotary_dim")
+    optional += ("bos_token_id", "pad_token_id")
+    return {f: x for f, x in fields.items() if x is not None or f in optional}
 
 
 def _check_fixed(raw: dict[str, Any], family: Family) -> None:
-    for key, value in FIXED_KEYS.items():
-        if key not in family.unfixed and raw.get(key, value) not in (value, None):
+    for key, value in family.fixed.items():
+        if raw.get(key, value) not in (value, None):
             raise ValueError(f"{key}={raw[key]!r} is not supported, only {value!r}")
 
 
@@ -145,7 +139,8 @@ def _read_num_labels(raw: dict[str, Any]) -> int:
     if architecture.endswith("ForSequenceClassification"):
         # transformers stores the labels, not their number; without them it means 2.
         return raw.get("num_labels") or len(raw.get("id2label") or "12")
-    if architecture and not architecture.endswith("ForCausalLM"):
+    known = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    if architecture and not architecture.endswith(known):
         raise ValueError(f"architecture {architecture!r} is not supported")
     return 0
 
@@ -178,48 +173,6 @@ def _eos_ids(*sources: dict[str, Any]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for ids in lists for i in ids if i is not None))
 
 
-def _read_window(values: dict[str, Any], family: Family) -> int | None:
-    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
-    if family.window == "never" or window is None:
-        return None
-    if family.window == "always":
-        return window
-    if not values.get("use_sliding_window", False):
-        return None
-    full = min(values["max_window_layers"], layers)
-    kinds = values.get("layer_types") or (
-        ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    )
-    if len(kinds) != layers:
-        raise ValueError(f"layer_types names {len(kinds)} layers of {layers}")
-    if len(set(map(str, kinds))) > 1:
-        raise ValueError("a sliding window on only some of the layers is not supported")
-    return window if kinds[0] == "sliding_attention" else None
-
-
-def _read_rope(values: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling: rope_parameters (5) or rope_theta and rope_scaling (4)."""
-    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    rope = values.get(name) or {}
-    check_values(rope, ROPE_CHECKS, f"{name}.")
-    theta = rope.get("rope_theta", values.get("rope_theta"))
-    theta = 10_000.0 if theta is None else float(theta)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1 is not supported")
-    if kind == "default":
-        return theta, None
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"rope type {kind!r} is not supported; known: {ROPE_KINDS}")
-    if "factor" not in rope:
-        raise ValueError(f"rope type {kind!r} without a factor")
-    fields = {f: rope.get(_ROPE_KEYS.get(f, f)) for f in _ROPE_FIELDS[kind]}
-    if fields.get("original_max_position", 1) is None:
-        fields["original_max_position"] = values["max_position_embeddings"]
-    given = {field: value for field, value in fields.items() if value is not None}
-    return theta, RopeScaling(kind, **given)
-
-
 def settled(config: ModelConfig, tokenizer: Any) -> ModelConfig:
     """The config, agreeing with the tokenizer beside it, if any, on EOS and padding."""
     if tokenizer is None:
@@ -239,48 +192,41 @@ def config_to_hf(
 
     Raises: ValueError where the family's files cannot hold what the config says.
     """
-    if config.final_softcap is not None:
-        raise ValueError(f"{config.family} files cannot hold a final_softcap")
+    family, keys = FAMILIES[config.family], keys_of(config.family)
+    _check_writable(config, family)
     raw: dict[str, Any] = {
         "architectures": [architecture_of(config)],
         "model_type": config.family,
     }
-    raw |= {key: getattr(config, field) for field, key in CONFIG_KEYS.items()}
+    raw |= {key: getattr(config, field) for field, key in keys.items()}
     eos = list(config.eos_token_ids)
     raw["eos_token_id"] = eos if len(eos) > 1 else config.eos_token_id
-    raw |= {"hidden_act": "silu", "torch_dtype": dtype, "initializer_range": 0.02}
-    raw |= {
-        "rope_theta": config.rope_theta,
-        "rope_scaling": _write_rope(config.rope_scaling),
-    }
-    raw |= _write_window(config)
+    raw |= {"torch_dtype": dtype, "initializer_range": 0.02}
+    for trait in family.traits:
+        raw |= trait.write(config)
     if config.num_labels:
         raw |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    if "attention_bias" not in FAMILIES[config.family].unfixed:
-        raw["attention_bias"] = False
+    raw |= {key: value for key, value in family.fixed.items() if value is not None}
     ids = {key: raw[key] for key in _TOKEN_KEYS if raw[key] is not None}
     return raw, json.loads(config.generation) | ids
 
 
-def _write_rope(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    fields = {f: getattr(scaling, f) for f in _ROPE_FIELDS[scaling.kind]}
-    given = {_ROPE_KEYS.get(f, f): x for f, x in fields.items() if x is not None}
-    return {"rope_type": scaling.kind} | given
+def _check_writable(config: ModelConfig, family: Family) -> None:
+    """Raises ValueError where reading what is written would give another model."""
+    raw: dict[str, Any] = {}
+    for trait in family.traits:
+        raw |= trait.write(config)
+    keys = keys_of(config.family)
+    raw |= {key: getattr(config, field) for field, key in keys.items()}
+    known = {field: getattr(config, field) for field in (*keys, "head_dim")}
+    read = joined(family.traits, family.defaults | raw, family.switches | known)
+    for field in (f.name for f in dataclasses.fields(ModelConfig)):
+        default = getattr(_DEFAULTS, field, None)
+        if field not in _ALWAYS and read.get(field, default) != getattr(config, field):
+            what = f"{field}={getattr(config, field)!r}"
+            raise ValueError(f"{config.family} files cannot hold {what}")
 
 
-def _write_window(config: ModelConfig) -> dict[str, Any]:
-    kind = FAMILIES[config.family].window
-    if kind == "never":
-        if config.sliding_window is not None:
-            raise ValueError(f"{config.family} files cannot hold a sliding window")
-        return {}
-    if kind == "always":
-        return {"sliding_window": config.sliding_window}
-    on = config.sliding_window is not None
-    return {
-        "use_sliding_window": on,
-        "sliding_window": config.sliding_window,
-        "max_window_layers": 0 if on else config.num_layers,
-    }
+_DEFAULTS = ModelConfig(1, 2, 1, 1, 1, 1, 2)
+_ALWAYS = {"family", "num_labels", "eos_token_ids", "generation", "head_dim"}
+_ALWAYS |= {"num_kv_heads", "intermediate_size", "max_position"}

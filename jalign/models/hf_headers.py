@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jalign.models import families
+from jalign.models import families, tensors
 from jalign.models.config import ModelConfig
 from jalign.models.hf_files import WeightFiles
 from jalign.models.quantize import BLOCK, GROUP, NF4
@@ -47,9 +47,9 @@ def problems_of(
     problems = list(files.problems)
     for row in families.tensors_of(config):
         shape = shapes[row.path].shape
-        expected = families.file_shape(row.pattern, shape[row.stacked :])
-        names = row.names(shape[0])
-        if families.is_linear(row) and is_stored_in_4_bits(files, names):
+        expected = tensors.file_shape(row.pattern, shape[row.stacks :])
+        names = row.names(config)
+        if tensors.is_linear(row.path) and is_stored_in_4_bits(files, names):
             for name in names:
                 want |= _in_4_bits(files, name, math.prod(expected))
                 if name in files and files.dtype(name) != "U8":
@@ -96,10 +96,11 @@ def _in_4_bits(files: WeightFiles, name: str, size: int) -> dict[str, Header]:
 
 def _allowed(files: WeightFiles, config: ModelConfig, name: str) -> bool:
     """Whether a tensor that the model lacks is one of the known harmless ones."""
-    if any(re.fullmatch(pattern, name) for pattern in families.IGNORED_TENSORS):
+    ignored = families.FAMILIES[config.family].ignored
+    if any(re.fullmatch(pattern, name) for pattern in ignored):
         return True
-    original = families.TIED_ORIGINAL
-    if name != families.TIED_COPY or not config.tie_embeddings or config.num_labels:
+    copy, original = families.tied_names(config)
+    if name != copy or not config.tie_embeddings or config.num_labels:
         return False
     if original not in files or files.shape(name) != files.shape(original):
         return False

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jalign.models import families
 from jalign.models.hf_files import WeightFiles
 from jalign.models.hf_headers import ADVICE, STATE, is_stored_in_4_bits
 from jalign.models.quantize import BLOCK, GROUP, NF4, dynamic_map, quantize
+from jalign.models.tensors import Tensor, is_linear
 
 _quantize = jax.jit(quantize, static_argnames=("method", "num_inputs"))
 Stack = dict[str, np.ndarray]
@@ -18,7 +18,7 @@ Stack = dict[str, np.ndarray]
 
 def read(
     files: WeightFiles,
-    row: families.Tensor,
+    row: Tensor,
     shape: tuple[int, ...],
     method: str | None,
     whole: Callable[[str], np.ndarray],
@@ -37,9 +37,11 @@ def read(
 
     Raises: ValueError for a kernel that is stored in 4 bits, but not as can be read.
     """
-    names = row.names(shape[0])
+    if not is_linear(row.path):
+        return None
+    names = [row.name.format(i) for i in range(shape[0])]
     stored = is_stored_in_4_bits(files, names)
-    if not families.is_linear(row) or not (stored or method):
+    if not (stored or method):
         return None
     if stored and method not in (None, "nf4"):
         raise ValueError(
@@ -60,7 +62,7 @@ def read(
 
 
 def _taken_over(
-    files: WeightFiles, name: str, row: families.Tensor, shape: tuple[int, ...]
+    files: WeightFiles, name: str, row: Tensor, shape: tuple[int, ...]
 ) -> Stack:
     """A layer's leaves out of bitsandbytes' tensors, without rounding.
 

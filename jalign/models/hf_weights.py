@@ -1,4 +1,4 @@
-"""Weights to and from Hugging Face checkpoints, by the table of families.TENSORS.
+"""Weights to and from Hugging Face checkpoints, by the rows of families.tensors_of.
 
 Reading is strict, and tensor by tensor to its shards: only safetensors files are ever
 opened (a pickle can run code), and only after their headers have shown that they hold
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jalign import sharding
-from jalign.models import families, hf_files, hf_headers, hf_quantized
+from jalign.models import families, hf_files, hf_headers, hf_quantized, tensors
 from jalign.models.config import ModelConfig
 from jalign.models.hf_config import config_to_hf, read_config, settled
 from jalign.models.hf_files import WeightFiles, report as _report
@@ -105,12 +105,12 @@ def _read_params(
     params: Flat = {}
     for row in families.tensors_of(model.config):
         shape = shapes[row.path].shape
-        inner = shape[row.stacked :]
+        inner = shape[row.stacks :]
         tensor = functools.partial(_tensor, files, row.pattern, inner, problems)
         whole = functools.partial(tensor, np.float32, [(0, n) for n in inner])
         leaves = hf_quantized.read(files, row, shape, quantize, whole)
         if leaves is None:
-            own = dtype if families.is_narrow(row.path) else np.dtype(np.float32)
+            own = dtype if tensors.is_narrow(row.path) else np.dtype(np.float32)
             read = _leaf_reader(functools.partial(tensor, own), row, shape, own)
             params[row.path] = _placed(model.mesh, row.path, shape, read)
             continue
@@ -141,7 +141,7 @@ def _tensor(
 
 
 def _leaf_reader(
-    tensor: Callable[..., np.ndarray], row: families.Tensor, shape, dtype
+    tensor: Callable[..., np.ndarray], row: tensors.Tensor, shape, dtype
 ) -> Callable[[Any], np.ndarray]:
     """Index of a stacked parameter -> that slice, read by `tensor`(spans, name).
 
@@ -150,12 +150,11 @@ def _leaf_reader(
 
     @functools.cache
     def read(spans: tuple[tuple[int, int], ...]) -> np.ndarray:
-        if not row.stacked:
-            return tensor(spans, row.name)
-        (first, last), *inner = spans
+        counted, inner = spans[: row.stacks], spans[row.stacks :]
         out = np.empty([stop - start for start, stop in spans], dtype)
-        for i in range(first, last):
-            out[i - first] = tensor(inner, row.name.format(i))
+        for place in np.ndindex(*(stop - start for start, stop in counted)):
+            index = [i + start for i, (start, _) in zip(place, counted, strict=True)]
+            out[place] = tensor(inner, row.name.format(*index))
         return out
 
     def at(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -171,7 +170,7 @@ def _read_part(files: WeightFiles, name: str, pattern: str, shape, spans):
     sizes = dict(zip(right.split(), shape, strict=True))
     span_of = dict(zip(right.split(), spans, strict=True))
     cut, parts = [], {}
-    for outer, *rest in families.groups(left):
+    for outer, *rest in tensors.groups(left):
         # Of a group such as (n h) the outer axis is cut and the rest are whole.
         width = math.prod(sizes[axis] for axis in rest)
         start, stop = span_of[outer]
@@ -249,7 +248,7 @@ def _plan(config: ModelConfig, params: Flat, max_bytes: int) -> list[list[str]]:
     size = 0
     for row in _rows(config, params):
         leaf = params[row.path]
-        names = row.names(leaf.shape[0])
+        names = row.names(config)
         num_bytes = leaf.size // len(names) * leaf.dtype.itemsize
         for name in names:
             if files[-1] and size + num_bytes > max_bytes:
@@ -260,7 +259,7 @@ def _plan(config: ModelConfig, params: Flat, max_bytes: int) -> list[list[str]]:
     return files
 
 
-def _rows(config: ModelConfig, params: Flat) -> list[families.Tensor]:
+def _rows(config: ModelConfig, params: Flat) -> list[tensors.Tensor]:
     """In the order of writing: larger items first, as TensorWriter wants them."""
     rows = families.tensors_of(config)
     return sorted(rows, key=lambda row: -params[row.path].dtype.itemsize)
@@ -270,9 +269,9 @@ def _tensors(config: ModelConfig, params: Flat) -> Iterator[tuple[str, np.ndarra
     """(name, array) of every tensor, gathering one stacked leaf at a time."""
     for row in _rows(config, params):
         leaf = sharding.gather(params[row.path])
-        parts = leaf if row.stacked else [leaf]
+        parts = leaf.reshape(-1, *leaf.shape[row.stacks :])
         left, right = row.pattern.split(" -> ")
-        for name, part in zip(row.names(len(leaf)), parts, strict=True):
+        for name, part in zip(row.names(config), parts, strict=True):
             x = einops.rearrange(part, f"{right} -> {left}")
-            assert x.shape == families.file_shape(row.pattern, part.shape)
+            assert x.shape == tensors.file_shape(row.pattern, part.shape)
             yield name, np.ascontiguousarray(x)

@@ -1,9 +1,10 @@
-"""The pieces of a decoder block: projections, embedding, RMS norm, rotation, head.
+"""The pieces of a decoder block: projections, embedding, norms, rotation, head.
 
 Parameters are float32 and cast to the activation dtype where they are used; norms and
 rotations compute in float32.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from jalign.models.platform import PLAIN, Platform
 from jalign.sharding.groups import embedding_groups
 
 INIT_STD = 0.02  # the initializer_range of every family here
-_kernel_init = nn.initializers.normal(INIT_STD)
+kernel_init = nn.initializers.normal(INIT_STD)
 
 
 class Projection(nn.Module):
@@ -56,7 +57,7 @@ class Projection(nn.Module):
         if isinstance(leaves, Mapping):
             how = self.platform, self.mesh, self.equation, self.shape
             return quantized.product(*how, x, dict(leaves))
-        kernel = self.param("kernel", _kernel_init, self.shape, jnp.float32)
+        kernel = self.param("kernel", kernel_init, self.shape, jnp.float32)
         return self.platform.einsum(self.equation, x, kernel.astype(self.dtype))
 
     def _adapter(self, x: jax.Array) -> jax.Array:
@@ -93,7 +94,7 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         shape = (self.vocab_size, self.features)
-        table = self.param("embedding", _kernel_init, shape, jnp.float32)
+        table = self.param("embedding", kernel_init, shape, jnp.float32)
         return embed(self.mesh, self.dtype, table, tokens)
 
 
@@ -136,34 +137,81 @@ def _rows(mesh: Mesh | None, dtype: DTypeLike, table: jax.Array, tokens: jax.Arr
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467)."""
+    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467).
+
+    With `offset` it is (1 + scale), which starts from 0: so a float of few bits keeps
+    what is learned, and weight decay pulls it to 1.
+    """
 
     eps: float
     dtype: DTypeLike = jnp.float32
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        start = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", start, x.shape[-1:], jnp.float32)
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
         scale = jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
-        return (normed * scale).astype(self.dtype)
+        return (normed * (scale + 1 if self.offset else scale)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * scale + bias over the last axis, in float32
+    (arXiv:1607.06450); without the bias where there is none."""
+
+    eps: float
+    dtype: DTypeLike = jnp.float32
+    with_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size, ones = x.shape[-1:], nn.initializers.ones
+        scale = self.param("scale", ones, size, jnp.float32).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(variance + self.eps) * jnp.broadcast_to(scale, x.shape)
+        if self.with_bias:
+            bias = self.param("bias", nn.initializers.zeros, size, jnp.float32)
+            y = y + jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
+        return y.astype(self.dtype)
+
+
+def alibi_slopes(config: ModelConfig) -> np.ndarray:
+    """What a score loses for each token between query and key, float32 [N].
+
+    Of M heads, a power of two, head i (from 1) has 2 ** (-alibi_max i / M). Of other
+    numbers M is the next power, and the heads take slopes 2, 4, ..., then 1, 3, ....
+    Source: Press et al. 2022 (arXiv:2108.12409), and its authors' code for these.
+    """
+    N = config.num_heads
+    M = 1 << (N - 1).bit_length()
+    slopes = 2.0 ** (-config.alibi_max * np.arange(1, M + 1) / M)
+    if M != N:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])
+    return slopes[:N].astype(np.float32)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Rotary angle per position of each pair of dimensions.
 
-    Returns: float32 [H / 2] radians per token, and the factor on cos and sin.
+    Returns: float32 [R / 2] radians per token, R the dimensions that are rotated, and
+      the factor on cos and sin; of longrope [2, R / 2], for short and long documents.
     Source: RoFormer (arXiv:2104.09864) and the papers at RopeScaling.
     """
-    H, scaling = config.head_dim, config.rope_scaling
+    H, scaling = config.rotary_dim or config.head_dim, config.rope_scaling
     inv_freq = config.rope_theta ** -(np.arange(0, H, 2, dtype=np.float64) / H)
     factor = 1.0
     if scaling is not None and scaling.kind == "linear":
         inv_freq = inv_freq / scaling.factor
     elif scaling is not None and scaling.kind == "llama3":
         inv_freq = _llama3_frequencies(inv_freq, scaling)
+    elif scaling is not None and scaling.kind == "longrope":
+        divisors = np.array([scaling.short_factors, scaling.long_factors])
+        inv_freq, factor = inv_freq / divisors, _longrope_attention_factor(scaling)
     elif scaling is not None:
         inv_freq = _yarn_frequencies(inv_freq, scaling, config.rope_theta)
         factor = _yarn_attention_factor(scaling)
@@ -211,43 +259,117 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
     return mscale(1.0)
 
 
+def _longrope_attention_factor(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    more = math.log(scaling.factor) / math.log(scaling.original_max_position)
+    return math.sqrt(1 + more)
+
+
+Rotation = tuple[jax.Array, jax.Array]
+"""cos and sin of every position's angles: 2 x float32 [B, T, R/2]."""
+
+
 def rope_tables(
-    config: ModelConfig, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles: int32 [B, T] -> 2 x float32 [B,T,H/2]."""
-    inv_freq, factor = rope_frequencies(config)
-    angles = jnp.einsum("bt,h->bth", positions.astype(jnp.float32), inv_freq)
+    config: ModelConfig, positions: jax.Array, segment_ids: jax.Array | None = None
+) -> dict[str, Rotation]:
+    """LayerKind.rope -> the rotation of its layers.
+
+    Args:
+      config: whose layers they are.
+      positions: int32 [B, T].
+      segment_ids: int32 [B, T] or None: longrope goes by the length of each document.
+    """
+    if config.positions != "rope":
+        return {}
+    tables, asked = {}, {kind.rope for kind in config.kinds}
+    if "main" in asked:
+        inv_freq, factor = rope_frequencies(config)
+        if inv_freq.ndim == 2:
+            long = _in_long_document(config, positions, segment_ids)
+            inv_freq = jnp.where(long[..., None], inv_freq[1], inv_freq[0])
+        tables["main"] = _rotation(positions, inv_freq, factor)
+    if "local" in asked:
+        theta = config.local_rope_theta or config.rope_theta
+        local = dataclasses.replace(config, rope_theta=theta, rope_scaling=None)
+        tables["local"] = _rotation(positions, *rope_frequencies(local))
+    return tables
+
+
+def _rotation(positions: jax.Array, inv_freq, factor: float) -> Rotation:
+    of_token = "bth" if inv_freq.ndim == 3 else "h"
+    angles = jnp.einsum(f"bt,{of_token}->bth", positions.astype(jnp.float32), inv_freq)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + H/2), Hugging Face's layout of the rotary embedding.
+def _in_long_document(config: ModelConfig, positions, segment_ids) -> jax.Array:
+    """Whether a token's document is longer than the pretrained length: bool [B, T]."""
+    if segment_ids is None:
+        segment_ids = jnp.zeros_like(positions)
+    T = positions.shape[1]
+
+    def last(position, ids):
+        return jax.ops.segment_max(position, ids, num_segments=T + 1)[ids]
+
+    assert config.rope_scaling is not None
+    return jax.vmap(last)(positions, segment_ids) >= (
+        config.rope_scaling.original_max_position
+    )
+
+
+def rotate(
+    x: jax.Array, cos: jax.Array, sin: jax.Array, *, pairs: bool = False
+) -> jax.Array:
+    """Rotates the first dimensions of every head, in float32.
 
     Args:
       x: [B, T, heads, H], any float dtype.
-      cos, sin: float32 [B, T, H/2].
+      cos, sin: float32 [B, T, R/2]; dimensions from R on stay as they are.
+      pairs: neighbours (2i, 2i + 1) are rotated, GPT-J's layout; else (i, i + R/2),
+        Hugging Face's.
 
     Returns: as x.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    R = 2 * cos.shape[-1]
+    x32, rest = x[..., :R].astype(jnp.float32), x[..., R:]
+    if pairs:
+        first, second = x32[..., ::2], x32[..., 1::2]
+    else:
+        first, second = jnp.split(x32, 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    if pairs:
+        y = jnp.stack(rotated, axis=-1).reshape(x32.shape)
+    else:
+        y = jnp.concatenate(rotated, axis=-1)
+    y = y.astype(x.dtype)
+    return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y
 
 
 class Head(NamedTuple):
-    """From hidden states to logits: softcap(hidden @ unembed).
+    """From hidden states to logits: softcap(inputs(hidden) @ unembed).
 
     Attributes:
-      unembed: [D, V], in the parameters' dtype.
+      unembed: [D, V], in the parameters' dtype, scaled as logits are; with a bias
+        [D + 1, V], its last row.
       softcap: c > 0 replaces each logit z by c tanh(z / c); None does not.
     """
 
     unembed: jax.Array
     softcap: float | None = None
 
+    def inputs(self, hidden: jax.Array) -> jax.Array:
+        """What `unembed` multiplies: hidden, and a 1 where there is a bias."""
+        if self.unembed.shape[0] == hidden.shape[-1]:
+            return hidden
+        one = jnp.ones((*hidden.shape[:-1], 1), hidden.dtype)
+        return jnp.concatenate([hidden, one], axis=-1)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V], as `losses.token_logps` forms them."""
+        hidden = self.inputs(hidden)
         unembed = self.unembed.astype(hidden.dtype)
         logits = jnp.matmul(hidden, unembed, preferred_element_type=jnp.float32)
         cap = self.softcap

@@ -19,15 +19,15 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jalign import sharding
-from jalign.models import families, quantized
+from jalign.models import families, quantized, tensors
 from jalign.models.model import Model, Params
 
 A, B, SCALE = "lora_a", "lora_b", "lora_scale"
 DROPOUT = ("lora_seed", "lora_rate")
-GROUPS = families.ADAPTER_GROUPS
+GROUPS = {"all": "layers/", "attention": "layers/attention/", "mlp": "layers/mlp/"}
 # What may be trained in full beside the adapters -> its key among the parameters.
 FULL = {"embed": "embed", "head": "unembed", "score": "score"}
-_Kernels = dict[str, families.Tensor]
+_Kernels = dict[str, tensors.Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LoraConfig:
       rank: r, columns of A.
       alpha: s = alpha / r; or alpha / sqrt(r) where rank_stabilized (arXiv:2312.03732).
       targets: each one of "all", "attention", "mlp"; or the end of a module's name in
-        the Hugging Face format (families.TENSORS); or a regex for it.
+        the Hugging Face format; or a regex for it.
       rank_pattern, alpha_pattern: (regex for the end of a module's full name, value)
         pairs that go before rank and alpha; the first that matches counts, as in PEFT.
         A rank of 0 leaves the module without an adapter.
@@ -99,9 +99,9 @@ def _by_pattern(pairs: tuple[tuple[str, Any], ...], module: str, default: Any) -
 def kernels(model: Model) -> _Kernels:
     """Module of a layer, by its Hugging Face name -> its row of the tensor table."""
     return {
-        row.module.removeprefix(families.LAYER): row
+        row.in_layer: row
         for row in families.tensors_of(model.config)
-        if families.is_linear(row)
+        if tensors.is_linear(row.path)
     }
 
 
@@ -112,8 +112,10 @@ def targeted(model: Model, config: LoraConfig) -> _Kernels:
     """
     known, chosen = kernels(model), set()
     for target in config.targets:
-        pattern = GROUPS.get(target, target)
-        found = {m for m in known if re.fullmatch(rf"(.*\.)?({pattern})", m)}
+        if start := GROUPS.get(target):
+            found = {m for m, row in known.items() if row.path.startswith(start)}
+        else:
+            found = {m for m in known if re.fullmatch(rf"(.*\.)?({target})", m)}
         if not found:
             raise ValueError(
                 f"targets: {target!r} is none of {', '.join(GROUPS)} and matches no "

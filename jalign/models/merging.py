@@ -16,7 +16,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jalign.models import families, lora
-from jalign.models.families import Tensor
 from jalign.models.hf_checkpoints import (
     Out,
     check_alike,
@@ -30,6 +29,7 @@ from jalign.models.hf_writing import DTYPES, Written
 from jalign.models.model import Model
 from jalign.models.peft_files import load_adapter
 from jalign.models.peft_names import axis_sizes
+from jalign.models.tensors import Tensor
 
 
 def merge_adapter(base: Path, adapter: Path, out: Out, dtype: str | None = None) -> int:
@@ -126,7 +126,8 @@ def _write(
     out: Out, like: WeightFiles, make: Callable[[str], Any], dtype: str | None
 ) -> int:
     """Writes make(name) of each tensor, rounded; returns their number."""
-    own = like.dtype(families.TIED_ORIGINAL)  # for a head that the first has not
+    # For a head that the first has not.
+    own = like.dtype(families.tied_names(out.config)[1])
     dtypes = {
         name: np.dtype(dtype or DTYPES[like.dtype(name) if name in like else own])
         for name in rows_of(out.config)

@@ -85,7 +85,7 @@ class Model:
         params = dict(decoder.init(key, zeros, zeros, None, None)["params"])
         if self.has_scalar_head:
             head_key = jax.random.fold_in(key, 1)
-            params["score"] = init_score_head(head_key, self.config.hidden_size)
+            params["score"] = init_score_head(head_key, self.config.head_width)
         return params
 
     def init(self, key: jax.Array) -> Params:
@@ -151,7 +151,13 @@ class Model:
 
     def head(self, params: Params) -> Head:
         """What turns hidden states into logits; `unembed` is only a part of it."""
-        return Head(self.unembed(params), self.config.final_softcap)
+        c, unembed = self.config, self.unembed(params)
+        if c.logit_scale != 1:
+            unembed = unembed * jnp.asarray(c.logit_scale, unembed.dtype)
+        if c.head_bias:
+            bias = params["unembed"]["bias"][None].astype(unembed.dtype)
+            unembed = jnp.concatenate([unembed, bias])
+        return Head(unembed, c.final_softcap)
 
     def logits(
         self,
@@ -286,7 +292,7 @@ def split_heads(
 
 def _new_head(model: Model, key: jax.Array) -> Params:
     """The head's parameters, where the mesh wants them."""
-    head = init_score_head(key, model.config.hidden_size)
+    head = init_score_head(key, model.config.head_width)
     if model.mesh is not None:
         shardings = sharding.param_shardings(model.mesh, model.param_shapes())
         kernel, where = np.asarray(head["kernel"]), shardings["score"]["kernel"]

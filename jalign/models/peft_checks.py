@@ -11,22 +11,21 @@ from dataclasses import replace
 import numpy as np
 
 from jalign.models import hf_files, lora
-from jalign.models.families import Tensor
 from jalign.models.hf_files import ADAPTER_CONFIG, WeightFiles
 from jalign.models.lora import LoraConfig
 from jalign.models.model import Model
 from jalign.models.peft_config import MERGE, AdapterConfig
 from jalign.models.peft_names import (
-    EMBED,
     PREFIX,
-    TIED_HEAD,
     axis_sizes,
     file_shape,
     full_copies,
     leaf_shapes,
     low_rank,
     needs_two_copies,
+    tied_names,
 )
+from jalign.models.tensors import Tensor
 
 _log = logging.getLogger("jalign.models")
 _DTYPES = ("F32", "F16", "BF16")
@@ -103,18 +102,21 @@ def _tied_problems(
     """Takes the head's copy out of `names`, where it is one."""
     if not needs_two_copies(model):
         return []
-    head = names.pop(TIED_HEAD, None)
+    head_name, embed_name = tied_names(model)
+    head = names.pop(head_name, None)
     if head is None:
-        module = EMBED.removeprefix(PREFIX).removesuffix(".weight")
+        module = embed_name.removeprefix(PREFIX).removesuffix(".weight")
         if told.raw.get("ensure_weight_tying") or not told.saves(module):
             return []
         why = "is trained without the head that the base ties to it"
-        return [f"{EMBED} {why}, so PEFT has two matrices; {MERGE}"]
-    embed = names.get(EMBED)
+        return [f"{embed_name} {why}, so PEFT has two matrices; {MERGE}"]
+    embed = names.get(embed_name)
     same = embed is not None and files.shape(embed) == files.shape(head)
     if same and np.array_equal(files.read(embed), files.read(head)):  # pyright: ignore
         return []
-    return [f"{head} is not {EMBED}, and the base has one matrix for both; {MERGE}"]
+    return [
+        f"{head} is not {embed_name}, and the base has one matrix for both; {MERGE}"
+    ]
 
 
 def _adapted(told: AdapterConfig, names: Mapping[str, str], model: Model) -> Layers:

@@ -11,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jalign.models.families import Check
-from jalign.models.hf_config import check_values
+from jalign.models.hf_checks import Check, check_values
 from jalign.models.hf_files import ADAPTER_CONFIG, read_json
 from jalign.models.lora import LoraConfig
 

@@ -18,21 +18,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jalign import sharding
 from jalign.models import hf_files, lora
-from jalign.models.families import Tensor
 from jalign.models.hf_files import WeightFiles
 from jalign.models.lora import LoraConfig
 from jalign.models.model import Model, Params
 from jalign.models.peft_checks import checked
 from jalign.models.peft_config import adapter_config, read_adapter_config
 from jalign.models.peft_names import (
-    EMBED,
-    TIED_HEAD,
     axis_sizes,
     full_copies,
     leaf_shapes,
     low_rank,
     needs_two_copies,
+    tied_names,
 )
+from jalign.models.tensors import Tensor
 
 _log = logging.getLogger("jalign.models")
 Flat = Mapping[str, Any]  # path -> leaf
@@ -114,8 +113,9 @@ def _tensors(
         if row.path in flat:
             tensor = _to_file(row, _finite(flat, row.path))
             yield row.name, tensor
-            if row.name == EMBED and needs_two_copies(model):
-                yield TIED_HEAD, tensor.copy()
+            head, embed = tied_names(model)
+            if row.name == embed and needs_two_copies(model):
+                yield head, tensor.copy()
 
 
 def _low_rank_tensors(flat: Flat, row: Tensor, low: Tensor, config: LoraConfig):
@@ -164,7 +164,7 @@ def _config_values(model: Model, flat: Flat, config: LoraConfig) -> dict[str, An
         adapted,
         linear,
         saved=[name.split(".")[-2] for name in saved],
-        tied=EMBED in saved and needs_two_copies(model),
+        tied=tied_names(model)[1] in saved and needs_two_copies(model),
         is_scalar=bool(model.config.num_labels),
     )
 
@@ -236,7 +236,7 @@ def _read(
         if not np.isfinite(x).all():
             problems.append(f"{names[name]} is not finite")
         part = einops.rearrange(x, row.pattern, **sizes)
-        whole = out[layer] if row.stacked else out
+        whole = out[layer] if row.stacks else out
         whole[tuple(map(slice, part.shape))] = part
     return out
 

@@ -1,7 +1,7 @@
 """How PEFT's files name and lay out a model's adapters.
 
 A low-rank pair has A [r, inputs] and B [outputs, r], by the name of its linear layer;
-names and regroupings are read off the kernel's row of families.TENSORS.
+names and regroupings are read off the kernel's row of families.tensors_of.
 """
 
 from functools import lru_cache, partial
@@ -11,18 +11,23 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from jalign.models import families, lora
-from jalign.models.families import Tensor
 from jalign.models.lora import LoraConfig
 from jalign.models.model import Model
+from jalign.models.tensors import Tensor, file_shape as shape_in_file, sides_of
 from jalign.sharding.rules import axes_of
 
 PREFIX = "base_model.model."
-EMBED, TIED_HEAD = PREFIX + families.TIED_ORIGINAL, PREFIX + families.TIED_COPY
+
+
+def tied_names(model: Model) -> tuple[str, str]:
+    """(PEFT's copy of the head, the embedding), where one matrix is both."""
+    copy, original = families.tied_names(model.config)
+    return PREFIX + copy, PREFIX + original
 
 
 def low_rank(row: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of A and B beside a kernel's."""
-    outs, ins = (f"({' '.join(group)})" for group in families.groups(row.layout))
+    ins, outs = sides_of(row.path)
     name, base = PREFIX + row.module, row.path.removesuffix("kernel")
     return (
         Tensor(f"{name}.lora_A.weight", base + lora.A, f"rank {ins}"),
@@ -56,11 +61,11 @@ def leaf_shapes(model: Model, config: LoraConfig) -> dict[str, Any]:
 def axis_sizes(row: Tensor, shape: tuple[int, ...]) -> dict[str, int]:
     """Axis -> size, of a parameter of this shape; without the layers."""
     axes = axes_of(row.path) or ()
-    pairs = zip(axes[row.stacked :], shape[row.stacked :], strict=True)
+    pairs = zip(axes[row.stacks :], shape[row.stacks :], strict=True)
     return {axis: size for axis, size in pairs if axis}
 
 
 def file_shape(row: Tensor, sizes: dict[str, int]) -> tuple[int, ...]:
     """A tensor's shape in the file."""
     right = row.pattern.split(" -> ")[1].split()
-    return families.file_shape(row.pattern, tuple(sizes[axis] for axis in right))
+    return shape_in_file(row.pattern, tuple(sizes[axis] for axis in right))

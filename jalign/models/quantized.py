@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jalign import sharding
-from jalign.models import families
+from jalign.models import tensors
 from jalign.models.platform import Platform
 from jalign.models.quantize import Leaves, dequantize, quantize
 from jalign.sharding.rules import part_axes
@@ -95,11 +95,10 @@ def quantize_params(params: Params, method: str, *, double: bool = True) -> Para
       method, double: see `quantize`.
     """
     flat = flatten_dict(params, sep="/")
-    for row in filter(families.is_linear, families.TENSORS):
-        if row.path in flat:
-            how = dict(method=method, num_inputs=row.num_inputs, double=double)
-            leaves = jax.lax.map(functools.partial(quantize, **how), flat.pop(row.path))
-            flat |= {f"{row.path}/{name}": leaf for name, leaf in leaves.items()}
+    for path in filter(tensors.is_linear, list(flat)):
+        how = dict(method=method, num_inputs=tensors.inputs_of(path), double=double)
+        leaves = jax.lax.map(functools.partial(quantize, **how), flat.pop(path))
+        flat |= {f"{path}/{name}": leaf for name, leaf in leaves.items()}
     return unflatten_dict(flat, sep="/")
 
 

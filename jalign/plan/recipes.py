@@ -13,9 +13,9 @@ import optax
 
 from jalign import sharding, train
 from jalign.models import Model
-from jalign.models.families import is_narrow
 from jalign.models.lora import LoraConfig
 from jalign.models.quantized import quantize_params
+from jalign.models.tensors import is_narrow
 from jalign.train.online_config import OnlineConfig
 from jalign.train.trained import adapters_of, parts_of
 from jalign.types import PreferenceBatch, PyTree, Rollout, TokenBatch

@@ -11,22 +11,42 @@ LogicalAxes = tuple[str | None, ...]
 ParamRules = Sequence[tuple[str, LogicalAxes]]
 
 PARAM_RULES: ParamRules = (
-    (r"embed/embedding", ("vocab", "embed")),
+    (r"(embed|positions)/embedding", ("vocab", "embed")),
+    (r"project_in/kernel", ("width", "embed")),
+    (r"project_out/kernel", ("embed", "width")),
     (r"layers/attention/q/kernel", ("layers", "embed", "heads", "head_dim")),
     (r"layers/attention/[kv]/kernel", ("layers", "embed", "kv_heads", "head_dim")),
+    (r"layers/attention/qkv/kernel", ("layers", "embed", "all_heads", "head_dim")),
+    (
+        r"layers/attention/qkv_groups/kernel",
+        ("layers", "embed", "kv_heads", "group", "head_dim"),
+    ),
     (r"layers/attention/o/kernel", ("layers", "heads", "head_dim", "embed")),
     (r"layers/attention/q/bias", ("layers", "heads", "head_dim")),
     (r"layers/attention/[kv]/bias", ("layers", "kv_heads", "head_dim")),
+    (r"layers/attention/qkv/bias", ("layers", "all_heads", "head_dim")),
+    (
+        r"layers/attention/qkv_groups/bias",
+        ("layers", "kv_heads", "group", "head_dim"),
+    ),
     (r"layers/attention/[qk]_norm/scale", ("layers", "head_dim")),
-    (r"layers/mlp/(gate|up)/kernel", ("layers", "embed", "mlp")),
-    (r"layers/mlp/down/kernel", ("layers", "mlp", "embed")),
-    # Scales are small: replicating them saves an all-gather per norm.
-    (r"layers/(attention|mlp)_norm/scale", ("layers", "norm")),
-    (r"norm/scale", ("norm",)),
+    (r"layers/attention/[qk]_all_norm/scale", ("layers", "norm")),
+    (r"layers/(mlp|mlp/shared)/(gate|up)/kernel", ("layers", "embed", "mlp")),
+    (r"layers/mlp/gate_up/kernel", ("layers", "embed", "pair", "mlp")),
+    (r"layers/(mlp|mlp/shared)/down/kernel", ("layers", "mlp", "embed")),
+    (r"layers/mlp/(gate|up)/bias", ("layers", "mlp")),
+    (r"layers/mlp/experts/(gate|up)", ("layers", "experts", "embed", "mlp")),
+    (r"layers/mlp/experts/down", ("layers", "experts", "mlp", "embed")),
+    (r"layers/mlp/(router|shared_gate)/weight", ("layers", "embed", "outputs")),
+    # Norms are small: replicating them saves an all-gather each. So do biases of what
+    # is whole on every device.
+    (r"layers/[a-z_]+_norm/(scale|bias)", ("layers", "norm")),
+    (r"layers/(attention/o|mlp/down)/bias", ("layers", "norm")),
+    (r"(embed_)?norm/(scale|bias)", ("norm",)),
     (r"unembed/kernel", ("embed", "vocab")),
+    (r"unembed/bias", ("vocab",)),
     (r"score/kernel", ("embed", "labels")),
 )
-
 AXIS_RULES: dict[str, tuple[str, ...]] = {
     # weights
     "layers": (),
@@ -34,8 +54,14 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "all_heads": ("tensor",),
+    "group": (),
     "head_dim": (),
     "mlp": ("tensor",),
+    "pair": (),
+    "experts": (),
+    "outputs": (),
+    "width": (),
     "norm": (),
     "labels": (),
     "rank": (),
@@ -64,7 +90,7 @@ GROUP_RULES: dict[str, tuple[str, ...]] = {
 
 # Weights of these axes are replicated where the mesh axis does not divide them:
 # a model with 4 kv heads may run on tensor=8, each pair of shards holding the same.
-REPLICATE_IF_UNEVEN = frozenset({"kv_heads"})
+REPLICATE_IF_UNEVEN = frozenset({"kv_heads", "all_heads"})
 
 
 _QUANTIZED = r"kernel/(?:nf4|absmax|nested_absmax|nested_offset|int8|scale)"
@@ -86,8 +112,13 @@ def axes_of(path: str, param_rules: ParamRules = PARAM_RULES) -> LogicalAxes | N
     if kernel is None:
         return None
     layers, *inner = kernel
-    cut = 1 if inner[0] == "embed" else len(inner) - 1
+    cut = num_inputs(inner)
     return layers, *part_axes(part[2], inner[:cut], inner[cut:])
+
+
+def num_inputs(axes: Sequence[str | None]) -> int:
+    """How many axes of a kernel, the first ones, meet the activations."""
+    return 1 if axes[0] == "embed" else len(axes) - 1
 
 
 def part_axes(

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from jalign import sharding
-from jalign.models.families import is_matrix
+from jalign.models.tensors import is_matrix
 
 _log = logging.getLogger("jalign.train")
 FIRST = ("loss", "learning_rate", "grad_norm", "num_tokens")
@@ -67,7 +67,9 @@ def training_flops_per_token(params: Any, frozen: Any = None) -> float:
 
     flops = {path: 4.0 * size for path, size in sizes(frozen).items()}
     flops |= {path: 6.0 * size for path, size in sizes(params).items()}
-    products = {p: n for p, n in flops.items() if is_matrix(p) and "embed/" not in p}
+    products = {
+        p: n for p, n in flops.items() if is_matrix(p) and "/embedding" not in p
+    }
     tied = all(path.startswith("layers/") for path in products)
     return sum(products.values()) + tied * flops.get("embed/embedding", 0.0)
 

@@ -67,7 +67,7 @@ def make_sft_objective(
         row_fn = functools.partial(_sft_rows, softcap=head.softcap, terms=named)
         total, (parts, nll, entropy, correct) = sum_over_logits(
             row_fn,
-            hidden,
+            head.inputs(hidden),
             head.unembed,
             targets,
             mask,

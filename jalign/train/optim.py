@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jalign.models import families
+from jalign.models import tensors
 from jalign.settings import check
 from jalign.train.config import OptimConfig
 
@@ -90,7 +90,7 @@ def current_learning_rate(opt_state: PyTree, schedule: optax.Schedule) -> jax.Ar
 
 
 def _by_path(function: Callable[[str, Any], Any], params: PyTree) -> PyTree:
-    """function(path, leaf) of every leaf; a path is as in models.families."""
+    """function(path, leaf) of every leaf; a path is as in models.tensors."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(
             jax.tree_util.keystr(path, simple=True, separator="/"), leaf
@@ -104,7 +104,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
     By name, since layers are stacked: a stacked bias has three axes.
     """
-    return _by_path(lambda path, _: families.is_matrix(path), params)
+    return _by_path(lambda path, _: tensors.is_matrix(path), params)
 
 
 def muon_dimensions(params: PyTree) -> PyTree:
@@ -116,10 +116,9 @@ def muon_dimensions(params: PyTree) -> PyTree:
     """
 
     def of(path, leaf):
-        row = families.TENSOR_AT.get(path)
-        if row is None or not row.stacked or row.kind != "kernel":
+        if not tensors.is_linear(path):
             return None
-        last = 1 + row.num_inputs
+        last = 1 + tensors.inputs_of(path)
         inputs, outputs = tuple(range(1, last)), tuple(range(last, leaf.ndim))
         return optax.contrib.MuonDimensionNumbers(inputs, outputs)
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jalign.models import Model
-from jalign.models.families import TENSORS, tensors_of
+from jalign.models.families import tensors_of
 from jalign.models.hf_config import config_from_hf
 from tests.models.tiny import CONFIGS
 
@@ -65,5 +65,7 @@ def test_every_parameter_has_exactly_one_row(name):
     assert sorted(paths) == sorted(row.path for row in tensors_of(config))
 
 
-def test_rows_are_unique():
-    assert len({row.name for row in TENSORS}) == len(TENSORS)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_rows_are_unique(name):
+    rows = tensors_of(CONFIGS[name])
+    assert len({row.name for row in rows}) == len(rows)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jalign import sharding
-from jalign.models import Model, families, load, quantized, save
+from jalign.models import Model, families, load, quantized, save, tensors
 from jalign.models.hf_config import config_from_hf, config_to_hf
 from jalign.models.quantize import NF4
 from tests.models import bitsandbytes_files
@@ -77,11 +77,13 @@ def test_bitsandbytes_files_mean_what_their_tables_say(folder, nested):
     assert len(meant) == 14
     model, params = load(folder)
     whole = quantized.dequantize_params(params, model.param_shapes())
-    for row in filter(families.is_linear, families.TENSORS):
+    for row in families.tensors_of(model.config):
+        if not tensors.is_linear(row.path):
+            continue
         leaf = whole
         for name in row.path.split("/"):
             leaf = leaf[name]
-        for i, name in enumerate(row.names(2)):
+        for i, name in enumerate(row.names(model.config)):
             inputs = int(np.prod(leaf.shape[1 : 1 + row.num_inputs]))
             rows = np.asarray(leaf[i]).reshape(inputs, -1).T
             np.testing.assert_allclose(rows, meant[name], rtol=0, atol=1e-6)

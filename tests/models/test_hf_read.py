@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jalign import sharding
 from jalign.models import Model, load, read_config, save
-from jalign.models.families import file_shape
+from jalign.models.tensors import file_shape
 from tests.models.tiny import CONFIGS, random_params
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))

@@ -34,7 +34,7 @@ def test_rotation_is_by_pairs_half_a_head_apart():
     angle = positions[..., None] * 10_000.0 ** (-np.arange(0, 10, 2) / 10)
     z = (x[..., :5] + 1j * x[..., 5:]) * np.exp(1j * angle)[:, :, None]
     want = np.concatenate([z.real, z.imag], -1)
-    cos, sin = rope_tables(config, jnp.asarray(positions))
+    cos, sin = rope_tables(config, jnp.asarray(positions))["main"]
     got = rotate(jnp.asarray(x, jnp.float32), cos, sin)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
