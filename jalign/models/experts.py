@@ -103,8 +103,8 @@ def on_mesh(mesh, act, x, ids, weights, kernels, dtype: DTypeLike) -> jax.Array:
     """
 
     def local(x, ids, weights, gate, up, down):
-        flat = (y.reshape(-1, y.shape[-1]) for y in (x, ids, weights))
-        y = mixture(act, *flat, gate, up, down)
+        rows, ids, weights = (y.reshape(-1, y.shape[-1]) for y in (x, ids, weights))
+        y = mixture(act, rows, ids, weights, gate, up, down)
         return y.reshape(1, *x.shape)
 
     tokens = ("batch", "time", None)

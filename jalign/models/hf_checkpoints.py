@@ -21,7 +21,7 @@ from jalign.models.hf_files import WeightFiles
 from jalign.models.hf_headers import problems_of
 from jalign.models.hf_writing import DTYPES, Written, checkpoint, write_shards
 from jalign.models.model import Model
-from jalign.models.tensors import Tensor, file_shape
+from jalign.models.tensors import Tensor, counts, file_shape
 
 _log = logging.getLogger("jalign.models")
 # Fields of a ModelConfig that say nothing of what is computed.
@@ -48,7 +48,7 @@ def rows_of(config: ModelConfig) -> dict[str, tuple[Tensor, int]]:
     return {
         name: (row, layer)
         for row in families.tensors_of(config)
-        for layer, name in enumerate(row.names(config))
+        for layer, name in enumerate(row.names(counts(config)))
     }
 
 

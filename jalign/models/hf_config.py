@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jalign.models.config import ModelConfig
-from jalign.models.families import (
-    FAMILIES,
-    REQUIRED,
-    Family,
-    architecture_of,
-    keys_of,
-)
+from jalign.models.families import FAMILIES, architecture_of, keys_of
+from jalign.models.family import REQUIRED, Family
 from jalign.models.hf_checks import FIELD_CHECKS, KEY_CHECKS, check_values
 from jalign.models.hf_files import is_adapter, read_json
 from jalign.models.hf_headers import check_quantization

@@ -48,7 +48,7 @@ def problems_of(
     for row in families.tensors_of(config):
         shape = shapes[row.path].shape
         expected = tensors.file_shape(row.pattern, shape[row.stacks :])
-        names = row.names(config)
+        names = row.names(shape)
         if tensors.is_linear(row.path) and is_stored_in_4_bits(files, names):
             for name in names:
                 want |= _in_4_bits(files, name, math.prod(expected))

@@ -39,7 +39,7 @@ def read(
     """
     if not is_linear(row.path):
         return None
-    names = [row.name.format(i) for i in range(shape[0])]
+    names = row.names(shape)
     stored = is_stored_in_4_bits(files, names)
     if not (stored or method):
         return None

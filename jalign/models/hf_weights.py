@@ -248,7 +248,7 @@ def _plan(config: ModelConfig, params: Flat, max_bytes: int) -> list[list[str]]:
     size = 0
     for row in _rows(config, params):
         leaf = params[row.path]
-        names = row.names(config)
+        names = row.names(leaf.shape)
         num_bytes = leaf.size // len(names) * leaf.dtype.itemsize
         for name in names:
             if files[-1] and size + num_bytes > max_bytes:
@@ -271,7 +271,7 @@ def _tensors(config: ModelConfig, params: Flat) -> Iterator[tuple[str, np.ndarra
         leaf = sharding.gather(params[row.path])
         parts = leaf.reshape(-1, *leaf.shape[row.stacks :])
         left, right = row.pattern.split(" -> ")
-        for name, part in zip(row.names(config), parts, strict=True):
+        for name, part in zip(row.names(leaf.shape), parts, strict=True):
             x = einops.rearrange(part, f"{right} -> {left}")
             assert x.shape == tensors.file_shape(row.pattern, part.shape)
             yield name, np.ascontiguousarray(x)

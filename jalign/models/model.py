@@ -16,7 +16,8 @@ from jalign import sharding
 from jalign.models.attention import IMPLEMENTATIONS
 from jalign.models.cache import KVCache, init_cache
 from jalign.models.config import ModelConfig
-from jalign.models.decoder import Decoder, How, unstack_layers
+from jalign.models.decoder import Decoder, unstack_layers
+from jalign.models.how import How
 from jalign.models.layers import Head
 from jalign.models.platform import Platform, platform_of
 

@@ -229,7 +229,7 @@ def _read(
     out = np.zeros(shape, np.float32)
     sizes = axis_sizes(row, shape)
     sizes.pop("rank", None)  # may be smaller in a layer
-    for layer, name in enumerate(row.names(shape[0])):
+    for layer, name in enumerate(row.names(shape)):
         if name not in names:
             continue
         x = files.read(names[name]).astype(np.float32)
@@ -244,7 +244,7 @@ def _read(
 def _scales(model: Model, config: LoraConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(path, s [L]) of every targeted kernel."""
     for row in lora.targeted(model, config).values():
-        names = row.names(model.config.num_layers)
+        names = row.names([model.config.num_layers])
         both = (config.rank_and_alpha(name.rpartition(".")[0]) for name in names)
         scales = np.array([config.scale_of(*pair) for pair in both], np.float32)
         yield row.path.removesuffix("kernel") + lora.SCALE, scales

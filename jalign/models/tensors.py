@@ -6,7 +6,7 @@ both directions (hf_weights); the optimizer and the count of FLOPs read here too
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,11 +63,19 @@ class Tensor(NamedTuple):
         """Of a layer's kernel, see `inputs_of`."""
         return inputs_of(self.path)
 
-    def names(self, config: ModelConfig) -> list[str]:
-        """Its name in each layer, and of each expert; or its one name."""
-        experts = config.experts.count if config.experts else 0
-        sizes = (config.num_layers, experts)[: self.stacks]
-        return [self.name.format(*index) for index in np.ndindex(*sizes)]
+    def names(self, shape: Sequence[int]) -> list[str]:
+        """Its name in each layer, and of each expert; or its one name.
+
+        Args:
+          shape: of the parameter; or `counts`.
+        """
+        indices = np.ndindex(*shape[: self.stacks])
+        return [self.name.format(*index) for index in indices]
+
+
+def counts(config: ModelConfig) -> tuple[int, int]:
+    """(layers, experts) of a model."""
+    return config.num_layers, config.experts.count if config.experts else 0
 
 
 def kind_of(path: str) -> str:

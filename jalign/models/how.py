@@ -1,0 +1,79 @@
+"""What all modules of a decoder share: how they compute, and where the tokens are."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jalign import sharding
+from jalign.models.config import ModelConfig
+from jalign.models.layers import LayerNorm, Projection, RMSNorm
+from jalign.models.platform import PLAIN, Platform
+from jalign.models.positions import Rotation, alibi_slopes
+from jalign.models.scores import Scores
+
+
+class How(NamedTuple):
+    """How all modules of a decoder compute.
+
+    Attributes:
+      config: the sizes.
+      mesh: for sharding constraints and kernels; None on one device.
+      dtype: of activations and matmul inputs.
+      attention: an implementation of attention.attend.
+      platform: what is best where it runs.
+    """
+
+    config: ModelConfig
+    mesh: Mesh | None = None
+    dtype: DTypeLike = jnp.float32
+    attention: str = "plain"
+    platform: Platform = PLAIN
+
+    def constrain(self, x: jax.Array, *logical_axes: str | None) -> jax.Array:
+        return sharding.constrain(x, self.mesh, *logical_axes)
+
+    def norm(self, name: str) -> RMSNorm | LayerNorm:
+        c = self.config
+        if c.norm == "layer":
+            return LayerNorm(c.norm_eps, self.dtype, c.norm_bias, name=name)
+        return RMSNorm(c.norm_eps, self.dtype, c.norm_offset, name=name)
+
+    @property
+    def scores(self) -> Scores:
+        c = self.config
+        alibi = tuple(alibi_slopes(c).tolist()) if c.positions == "alibi" else ()
+        return Scores(c.query_scale, c.attention_softcap, alibi, c.alibi_rounded)
+
+    def projection(
+        self,
+        name: str,
+        equation: str,
+        shape: tuple[int, ...],
+        bias_shape: tuple[int, ...] | None = None,
+    ) -> Projection:
+        how = self.dtype, self.platform, self.mesh
+        return Projection(equation, shape, bias_shape, *how, name=name)
+
+
+class Where(NamedTuple):
+    """What all layers share about the tokens at hand; [B, T] each.
+
+    Attributes:
+      positions: int32.
+      segment_ids: int32, or None when every row is one document.
+      rotations: of layers.rope_tables.
+      kv_positions: int32 [B, S], of the keys: the cache's slots, or the tokens.
+      slot: int32 [], the first cache slot to write to.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    rotations: dict[str, Rotation]
+    kv_positions: jax.Array
+    slot: jax.Array
+
+
+Memory = tuple[jax.Array, jax.Array]  # keys and values of all layers, see kv.KVCache
