@@ -5,6 +5,7 @@ compute in float32.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -202,3 +203,13 @@ class Head(NamedTuple):
         logits = jnp.matmul(hidden, unembed, preferred_element_type=jnp.float32)
         cap = self.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def init_score_head(key: jax.Array, hidden_size: int) -> dict[str, jax.Array]:
+    """A new head, {"kernel": float32 [D, 1]}, normal with variance 1 / (D + 1).
+
+    Source: Stiennon et al. 2020 (arXiv:2009.01325), as Huang et al. 2024
+    (arXiv:2403.17031) describe it.
+    """
+    kernel = jax.random.normal(key, (hidden_size, 1), jnp.float32)
+    return {"kernel": kernel / math.sqrt(hidden_size + 1)}
