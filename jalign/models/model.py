@@ -66,7 +66,8 @@ class Model:
         """What is best where this model runs."""
         row = platform_of(self.mesh) if self.platform is None else self.platform
         plain = self.attention == "plain"  # throughout, for forward mode
-        return row._replace(einsum=jnp.einsum) if plain else row
+        forward_mode = {"einsum": jnp.einsum, "merge_adapters": False}
+        return row._replace(**forward_mode) if plain else row
 
     @property
     def unrolled(self) -> bool:
