@@ -34,6 +34,7 @@ _NOTES = {
     "arguments": "parameters, moments, batch",
     "outputs": "not in place of arguments",
     "temporaries": "gradients, activations, ...",
+    "at least": "the compiler gives up: it does not fit",
 }
 
 
