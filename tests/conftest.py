@@ -8,10 +8,11 @@ import jax
 import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
-# Compiled once for all workers and for the commands, kernels and hosts they start.
+# Compiled once for all workers and for the commands, kernels and hosts they start; the
+# small programs too, for they are thousands, and to keep one costs next to nothing.
 _CACHE = {
     "jax_compilation_cache_dir": str(_ROOT / ".pytest_cache" / "xla"),
-    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
 }
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     for _name, _value in _CACHE.items():
