@@ -1,5 +1,6 @@
 """Test-wide settings: 8 virtual CPU devices, and silent broadcasting is an error."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -26,6 +27,9 @@ if jax.__version_info__ < (0, 11):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+# Tracing makes objects by the thousand that live on: looking through them for garbage
+# after every 700 was a tenth of its time.
+gc.set_threshold(50_000, 10, 10)
 pytest_plugins = ["tests.cpu_seconds"]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
