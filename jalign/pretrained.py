@@ -114,6 +114,12 @@ def open_pretrained(
     own = adapter and any((adapter / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = data.load_tokenizer(adapter if adapter and own else folder)
     data.check_vocab(tokenizer, config.vocab_size, where=str(path))
+    if max_length > config.max_position and config.positions == "learned":
+        raise ValueError(
+            f"{path}: rows of up to {max_length} tokens, and the model has only "
+            f"{config.max_position} positions, which are learned; give a max_length "
+            "that is no longer"
+        )
     if max_length > config.max_position:
         _log.warning(
             "%s: rows of up to %d tokens, and the model's context is %d: what stands "

@@ -7,21 +7,24 @@ on axis 0; a `Model` holds the sizes and turns (params, tokens) into hidden stat
 from jalign.models import lora, quantize, quantized
 from jalign.models.attention import attend
 from jalign.models.cache import KVCache
-from jalign.models.config import ModelConfig, RopeScaling
-from jalign.models.hf_config import read_config
+from jalign.models.config import Experts, LayerKind, ModelConfig, RopeScaling
+from jalign.models.hf_config import check_writable, read_config
 from jalign.models.hf_files import model_folder
 from jalign.models.hf_weights import load, save
 from jalign.models.model import Model, add_scalar_head, add_value_head, split_heads
 from jalign.models.peft_files import load_adapter, save_adapter
 
 __all__ = [
+    "Experts",
     "KVCache",
+    "LayerKind",
     "Model",
     "ModelConfig",
     "RopeScaling",
     "add_scalar_head",
     "add_value_head",
     "attend",
+    "check_writable",
     "load",
     "load_adapter",
     "lora",

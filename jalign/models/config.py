@@ -250,6 +250,11 @@ class ModelConfig:
         return tuple(map(self.kinds.index, kinds))
 
     @property
+    def share_of_experts(self) -> float:
+        """How many of all experts a token goes to; 1 where there are none."""
+        return self.experts.per_token / self.experts.count if self.experts else 1.0
+
+    @property
     def head_width(self) -> int:
         """D of hidden states, as heads take them."""
         return self.embed_width or self.hidden_size

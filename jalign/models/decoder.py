@@ -38,7 +38,8 @@ class Decoder(nn.Module):
         cache: kv.KVCache | None,
     ) -> tuple[jax.Array, kv.KVCache | None]:
         how, c = self.how, self.how.config
-        x = how.constrain(self._embed(tokens, positions), "batch", "time", "act_embed")
+        x = self._embed(tokens, positions, segment_ids)
+        x = how.constrain(x, "batch", "time", "act_embed")
         rotations = rope_tables(c, positions, segment_ids)
         rotations = jax.tree.map(how.platform.keep, rotations)
         kv_positions, slot = positions, jnp.int32(0)
@@ -61,7 +62,7 @@ class Decoder(nn.Module):
             self._init_head(hidden)
         return hidden, cache
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def _embed(self, tokens, positions, segment_ids) -> jax.Array:
         """What the layers start from, [B, T, D]."""
         how, c = self.how, self.how.config
         table = functools.partial(Embedding, dtype=how.dtype, mesh=how.mesh)
@@ -74,6 +75,8 @@ class Decoder(nn.Module):
         if c.positions == "learned":
             rows = c.max_position + c.position_offset
             learned = table(rows, c.hidden_size, name="positions")
+            if segment_ids is not None:  # padding may stand beyond the table
+                positions = jnp.where(segment_ids == 0, 0, positions)
             x = x + learned(positions + c.position_offset)
         return how.norm("embed_norm")(x) if c.embed_norm else x
 

@@ -141,6 +141,12 @@ LLAMA_FAMILIES = {
         ),
         fixed=_NO_BIAS
         | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+        # Beside images the text is one of several parts; the others are passed over.
+        ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+        renamed=(
+            (r"^language_model\.(?=model\.|lm_head\.)", ""),
+            (r"^model\.language_model\.", "model."),
+        ),
         score_prefix="Gemma3Text",
     ),
     # Abdin et al. 2024 (arXiv:2404.14219).

@@ -26,6 +26,7 @@ class Family(NamedTuple):
       root: what older files leave out before all names but the head's.
       ignored: names (regex) of buffers that older exporters wrote; they hold nothing
         that is not in the config.
+      renamed: (regex, replacement) of names in files of a larger model.
       transposed: its kernels have inputs first.
       score_prefix: of the class with a scalar head, where that is not `prefix`; None
         where transformers has no such class.
@@ -41,6 +42,7 @@ class Family(NamedTuple):
     fixed: dict[str, Any] = {}
     root: str = "model."
     ignored: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
     score_prefix: str | None = ""
     variant: Callable[[ModelConfig], Modules] = lambda config: {}

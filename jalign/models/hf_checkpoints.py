@@ -18,7 +18,7 @@ from jalign.models import families, hf_files
 from jalign.models.config import ModelConfig
 from jalign.models.hf_config import config_to_hf, read_config, settled
 from jalign.models.hf_files import WeightFiles
-from jalign.models.hf_headers import problems_of
+from jalign.models.hf_headers import name_as_the_family, problems_of
 from jalign.models.hf_writing import DTYPES, Written, checkpoint, write_shards
 from jalign.models.model import Model
 from jalign.models.tensors import Tensor, counts, file_shape
@@ -95,6 +95,7 @@ def opened(folders: Sequence[Path]) -> Iterator[list[WeightFiles]]:
 
 def _check(files: WeightFiles, config: ModelConfig) -> None:
     shapes: dict[str, Any] = flatten_dict(Model(config).param_shapes(), sep="/")
+    name_as_the_family(files, config)
     problems = problems_of(files, config, shapes)
     tensors = [name for name in rows_of(config) if name in files]
     codes = [name for name in tensors if files.dtype(name) not in DTYPES]

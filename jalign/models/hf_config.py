@@ -187,8 +187,8 @@ def config_to_hf(
 
     Raises: ValueError where the family's files cannot hold what the config says.
     """
+    check_writable(config)
     family, keys = FAMILIES[config.family], keys_of(config.family)
-    _check_writable(config, family)
     raw: dict[str, Any] = {
         "architectures": [architecture_of(config)],
         "model_type": config.family,
@@ -206,9 +206,13 @@ def config_to_hf(
     return raw, json.loads(config.generation) | ids
 
 
-def _check_writable(config: ModelConfig, family: Family) -> None:
-    """Raises ValueError where reading what is written would give another model."""
-    raw: dict[str, Any] = {}
+def check_writable(config: ModelConfig) -> None:
+    """Raises ValueError where no file of the family, or class, holds such a model.
+
+    That is, where reading what is written would give another one.
+    """
+    architecture_of(config)
+    family, raw = FAMILIES[config.family], {}
     for trait in family.traits:
         raw |= trait.write(config)
     keys = keys_of(config.family)

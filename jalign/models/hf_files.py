@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ class WeightFiles:
         self._stack = ExitStack()
         self.file_of: dict[str, str] = {}
         self._where: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}
 
     def __enter__(self) -> "WeightFiles":
         names, index = self._file_names()
@@ -137,11 +138,11 @@ class WeightFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape by the header."""
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Dtype by the header, in safetensors' spelling: F32, BF16, ..."""
-        return self._where[name].get_slice(name).get_dtype()
+        return self._slice(name).get_dtype()
 
     def note(self, name: str) -> str:
         """What the metadata of its file says under its name, "" for nothing."""
@@ -150,8 +151,17 @@ class WeightFiles:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The tensor, or the part of it at `index`; reads only those bytes."""
         if not index:
-            return self._where[name].get_tensor(name)
-        return self._where[name].get_slice(name)[index]
+            return self._where[name].get_tensor(self._stored.get(name, name))
+        return self._slice(name)[index]
+
+    def rename(self, renamed: Callable[[str], str]) -> None:
+        """Calls each tensor by renamed(its name) from now on."""
+        self._stored = {renamed(name): name for name in self._where}
+        self._where = {renamed(name): x for name, x in self._where.items()}
+        self.file_of = {renamed(name): file for name, file in self.file_of.items()}
+
+    def _slice(self, name: str) -> Any:
+        return self._where[name].get_slice(self._stored.get(name, name))
 
     def _file_names(self) -> tuple[list[str], dict[str, str]]:
         """The weight files, and the index tensor -> file (empty without one)."""

@@ -33,6 +33,16 @@ def is_stored_in_4_bits(files: WeightFiles, names: list[str]) -> bool:
     return any(f"{name}.{STATE}" in files for name in names)
 
 
+def name_as_the_family(files: WeightFiles, config: ModelConfig) -> None:
+    """Renames tensors that an older file, or a larger model's, has by other names."""
+    family = families.FAMILIES[config.family]
+    heads = tuple(family.modules[head] for head in ("unembed", "score"))
+    for old, new in family.renamed:
+        files.rename(lambda name, old=old, new=new: re.sub(old, new, name))
+    if not any(name.startswith(family.root) for name in files):
+        files.rename(lambda n: n if n.startswith(heads) else family.root + n)
+
+
 def problems_of(
     files: WeightFiles, config: ModelConfig, shapes: Mapping[str, Any]
 ) -> list[str]:

@@ -78,6 +78,7 @@ def load(
     model = Model(config, mesh, dtype, remat, attention)  # pyright: ignore[reportArgumentType]
     shapes: Flat = flatten_dict(model.param_shapes(), sep="/")
     with WeightFiles(folder) as files:
+        hf_headers.name_as_the_family(files, config)
         problems = hf_headers.problems_of(files, config, shapes)
         if problems:
             raise ValueError(_report(folder, problems))

@@ -39,11 +39,9 @@ class Model:
         Without it the platform says what is stored.
       attention: "auto", "plain", "blocked", "cudnn" or "splash", see `attend`. Only
         "plain" has forward mode (jax.jvp), on every platform.
-      unroll: compile every layer by itself rather than one for all: slower to
-        compile, faster to run where copies cost (no slices of stacked arrays). None
-        does so for as many layers as the platform says.
-      value_head: a language model has a scalar head as well, "score", on the same
-        hidden states: a policy and its critic in one.
+      unroll: compile every layer by itself: slower to compile, faster to run where
+        copies cost (no slices of stacked arrays). None: as the platform says.
+      value_head: a language model has a scalar head too: a policy and its critic.
       platform: a row of models.platform; None is that of the mesh's devices. PLAIN is
         the definition, has forward mode, and knows no "auto" but "plain".
     """

@@ -162,7 +162,10 @@ def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
     tokens = rows * config.max_length
     # Inside a layer: norms and residuals; q, k, v and output; gate, up and product.
     heads = 2 * c.num_heads + 2 * c.num_kv_heads
-    inner = 4 * c.hidden_size + (heads * c.head_dim + 3 * c.intermediate_size) / tensor
+    wide = c.intermediate_size
+    if c.experts:
+        wide = c.experts.per_token * wide + c.experts.shared_size
+    inner = 4 * c.hidden_size + (heads * c.head_dim + 3 * wide) / tensor
     layers = 2 if compute.remat else 1 + c.num_layers  # 2: values and cotangents
     stack = tokens * c.hidden_size * width * c.num_layers if compute.remat else 0
     copies = 1 if compute.microbatches == 1 else 2

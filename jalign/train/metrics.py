@@ -51,12 +51,19 @@ def peak_flops() -> float | None:
     return None
 
 
-def training_flops_per_token(params: Any, frozen: Any = None) -> float:
+def training_flops_per_token(
+    params: Any, frozen: Any = None, *, experts: float = 1.0
+) -> float:
     """6 times the parameters of the matrix products: forward 2, backward 4; and 4 times
     those of a frozen base beside adapters, which have no gradient of their own.
 
     Attention scores and rematerialization are not counted, the input embedding only
     where it is also the output matrix.
+
+    Args:
+      params: what is trained.
+      frozen: what is not.
+      experts: the share of a mixture's experts that a token goes to.
     """
 
     def sizes(tree: Any) -> dict[str, int]:
@@ -70,7 +77,8 @@ def training_flops_per_token(params: Any, frozen: Any = None) -> float:
     products = {
         p: n for p, n in flops.items() if is_matrix(p) and "/embedding" not in p
     }
-    tied = all(path.startswith("layers/") for path in products)
+    products |= {p: experts * n for p, n in products.items() if "/experts/" in p}
+    tied = not any(path.startswith(("unembed/", "score/")) for path in products)
     return sum(products.values()) + tied * flops.get("embed/embedding", 0.0)
 
 

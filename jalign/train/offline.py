@@ -147,7 +147,9 @@ def run_recipe(
             prompts=prompts,
             save=save_best,
             counts=lambda s, n: {"steps": int(s.step), "num_tokens": int(n)},
-            flops_per_token=training_flops_per_token(state.params, parted.frozen),
+            flops_per_token=training_flops_per_token(
+                state.params, parted.frozen, experts=model.config.share_of_experts
+            ),
         )
 
 
@@ -200,7 +202,9 @@ def run_reward(
         if model.config.num_labels:
             return model, params
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        return models.add_scalar_head(model, params, key=key)
+        model, params = models.add_scalar_head(model, params, key=key)
+        models.check_writable(model.config)
+        return model, params
 
     def examples(rows, tokenizer):
         found, counts = data.preference_examples(rows, tokenizer, **_how(config))
