@@ -8,7 +8,7 @@ import pytest
 from jalign.models import Model
 from jalign.models.families import tensors_of
 from jalign.models.hf_config import config_from_hf
-from tests.models.tiny import CONFIGS, FAMILY_CONFIGS
+from tests.models.tiny import CONFIGS, FAMILY_CONFIGS, shapes_of
 
 HF = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 GPT = ("n_embd", "n_layer", "n_head", "vocab_size")
@@ -126,7 +126,7 @@ ALL = CONFIGS | FAMILY_CONFIGS
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_every_parameter_has_exactly_one_row(name):
     config = ALL[name]
-    flat, _ = jax.tree_util.tree_flatten_with_path(Model(config).param_shapes())
+    flat, _ = jax.tree_util.tree_flatten_with_path(shapes_of(Model(config)))
     paths = ["/".join(str(k.key) for k in path) for path, _ in flat]
     assert sorted(paths) == sorted(row.path for row in tensors_of(config))
 

@@ -1,6 +1,7 @@
 """Tiny models and checkpoints for the tests of this room."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -106,11 +107,17 @@ FAMILY_CONFIGS = {
 }
 
 
+@functools.cache
+def shapes_of(model: Model):
+    """Its param_shapes, traced once."""
+    return model.param_shapes()
+
+
 def random_params(model: Model, seed: int = 0):
     """Numpy-seeded params in which nothing is 0 or 1, biases and norms included."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: rng.normal(0.3, 0.3, x.shape).astype(x.dtype), model.param_shapes()
+        lambda x: rng.normal(0.3, 0.3, x.shape).astype(x.dtype), shapes_of(model)
     )
 
 
