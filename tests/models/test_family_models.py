@@ -10,12 +10,14 @@ import pytest
 
 from jalign import forward, sharding
 from jalign.models import Model, lora, quantized
+from jalign.models.config import LayerKind
 from jalign.models.lora import LoraConfig
 from jalign.types import TokenBatch
 from tests.models.adapters import random_adapters
 from tests.models.rows import packed_rows
 from tests.models.tiny import (
     FAMILY_CONFIGS,
+    LONGROPE,
     random_params,
     random_tokens,
     shapes_of,
@@ -40,13 +42,12 @@ MODELS = {
         *("gptj",), qkv_layout="groups", parallel_norms=2, num_kv_heads=2
     ),
     "gemma2, gemma3": mixed("gemma3_text", attention_softcap=5.0),
-    "phi3": mixed("phi3"),
-    "olmo2, granite, smollm3": mixed(
-        *("olmo2",),
-        layer_kinds=FAMILY_CONFIGS["smollm3"].layer_kinds,
+    "phi3, granite, smollm3": mixed(
+        *("phi3",),
+        layer_kinds=(LayerKind(5), LayerKind(None, "none")),
         **dict(embed_scale=3.0, query_scale=0.2, residual_scale=0.5, logit_scale=0.25),
     ),
-    "qwen2_moe": mixed("qwen2_moe"),
+    "olmo2, qwen2_moe": mixed("qwen2_moe", norm_place="post", qk_norm="whole"),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -130,7 +131,9 @@ def test_packed_documents_are_those_alone_whatever_is_behind_them(name):
 def test_decoding_with_a_cache_equals_one_pass(name, unroll):
     """Right-padded prompts of 7 and 4; then one token at a time, to 9 and 6."""
     config = MODELS[name]
-    if name == "phi3":  # cached keys keep longrope's factors of their time
+    if (
+        config.rope_scaling == LONGROPE
+    ):  # cached keys keep longrope's factors of their time
         config = dataclasses.replace(config, rope_scaling=None)
     model = Model(config, unroll=unroll)
     params, tokens = params_of(model), TOKENS[:2, :9]

@@ -40,9 +40,9 @@ def test_one_device_and_a_mesh_agree(recipe, sizes, microbatches):
     _same(steps.train(recipe, sharding.make_mesh(**sizes), microbatches), recipe)
 
 
-@pytest.mark.parametrize("name", ["bloom", "gemma2", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["bloom", "qwen2_moe"])
 def test_families_step_alike_on_a_mesh(name):
-    """ALiBi and fused kernels; caps and windows by layer; experts."""
+    """ALiBi and fused kernels with biases; experts, and one for every token."""
     config = FAMILY_CONFIGS[name]
     want = steps.train("dpo", None, config=config)
     got = steps.train("dpo", sharding.make_mesh(**_CUBE), config=config)
