@@ -42,6 +42,7 @@ PLAN_USAGE = (
 )
 RESUMABLE = ("demo", "sft", "reward", "dpo", "ppo", "grpo")
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_PREEMPTED = 0, 1, 2, 75
+EXIT_PIPE = 128 + 13  # as a shell reports SIGPIPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,18 @@ class Launch:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code (0 only on success)."""
+    try:
+        code = command(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # as `jalign ... | head` leaves it
+        # Else Python, which flushes once more at its end, would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+
+
+def command(argv: list[str] | None) -> int:
+    """As `main`; where standard output is closed, BrokenPipeError goes through."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in {"-h", "--help"}:
         print(usage())
@@ -92,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
             return run(name, rest)
     except SystemExit as stop:  # tyro: 0 for --help, 2 for a wrong flag
         return stop.code if isinstance(stop.code, int) else EXIT_USER
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         return fail("interrupted", code=EXIT_PREEMPTED if resumable else 130)
     except BaseException as error:

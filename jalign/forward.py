@@ -5,7 +5,9 @@ Everything is aligned to the token index: entry [b, t] belongs to tokens[b, t], 
 computed from tokens[b, :t], and is 0 where completion_mask is False.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from jalign import losses
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
 from jalign.losses.layout import ONE_DEVICE
 from jalign.models import Model
+from jalign.models.experts import Routing
 from jalign.sharding.groups import logits_groups
 from jalign.types import PreferenceBatch, TokenBatch
 
@@ -58,13 +61,28 @@ def logits_options(model: Model, hidden: jax.Array) -> dict[str, Any]:
 
 def hidden_states(model: Model, params: PyTree, batch) -> jax.Array:
     """[B, T, D] after the final norm, for a TokenBatch or a Rollout."""
-    hidden, _ = model.apply(
-        params,
-        batch.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-    )
+    where = {"positions": batch.positions, "segment_ids": batch.segment_ids}
+    where["routing"] = getattr(batch, "routing", None)
+    noted = _NOTED.get()
+    if noted is None or model.config.experts is None:
+        return model.apply(params, batch.tokens, **where)[0]
+    hidden, routing = model.apply_routed(params, batch.tokens, **where)
+    noted.append(routing)
     return hidden
+
+
+_NOTED: ContextVar[list[Routing] | None] = ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noting_routes() -> Iterator[list[Routing]]:
+    """Notes where the tokens of each pass go that is traced within, of mixtures of
+    experts; to be read within the same trace."""
+    token = _NOTED.set(noted := [])
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
 
 
 def token_stats(
@@ -88,14 +106,28 @@ def token_logps(
     return _align(logps, batch.completion_mask)
 
 
-def logps_and_values(
+class PolicyPass(NamedTuple):
+    """What a rollout keeps of a policy: `token_logps`; `token_values` where it has a
+    value head; and the experts of each token where it has a mixture of them."""
+
+    logps: jax.Array
+    values: jax.Array | None = None
+    routing: jax.Array | None = None
+
+
+def policy_pass(
     model: Model, params: PyTree, batch, *, temperature: float = 1.0
-) -> tuple[jax.Array, jax.Array | None]:
-    """`token_logps`, and `token_values` of a policy with a value head, in one pass."""
-    hidden = hidden_states(model, params, batch)
+) -> PolicyPass:
+    """All of a PolicyPass from one pass of the model."""
+    with noting_routes() as noted:
+        hidden = hidden_states(model, params, batch)
     logps = _score(model, params, hidden, batch, temperature)
     values = _values(model, params, hidden, batch) if model.value_head else None
-    return _align(logps, batch.completion_mask), values
+    experts, routing = model.config.experts, None
+    if experts is not None:
+        narrow = jnp.uint8 if experts.count <= 256 else jnp.uint16
+        routing = noted[0].ids.astype(narrow)
+    return PolicyPass(_align(logps, batch.completion_mask), values, routing)
 
 
 def _score(model: Model, params: PyTree, hidden, batch, temperature: float, **options):

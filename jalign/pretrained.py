@@ -136,14 +136,7 @@ def _find_base(
     adapter: Path, told: AdapterConfig, base: str | Path | None
 ) -> tuple[Path, str]:
     """(the folder of an adapter's base model, its name)."""
-    named = told.base if base is None else str(base)
-    if not named:
-        raise ValueError(
-            f"{told.file} has no base_model_name_or_path: give the base with --base"
-        )
-    if base is None and not Path(named).expanduser().is_dir():
-        beside = adapter / named
-        named = str(beside) if beside.is_dir() else named
+    named = told.base(base)
     revision = told.raw.get("revision") if base is None else None
     try:
         folder = models.model_folder(named, revision=revision)

@@ -85,6 +85,8 @@ class Rollout(NamedTuple):
       returns: float32, advantages (before whitening) + values; None without a critic.
       sampler_logps: float32, the generator's, nats; None leaves out the metrics of how
         far trainer and generator are apart.
+      routing: int [B, T, L, k], the experts of each token at the pass of old_logps, of
+        a mixture of experts: the update takes the same; None lets its routers say.
     """
 
     tokens: Array
@@ -97,6 +99,7 @@ class Rollout(NamedTuple):
     advantages: Array
     returns: Array | None
     sampler_logps: Array | None = None
+    routing: Array | None = None
 
 
 class Loss(NamedTuple):

@@ -6,6 +6,8 @@ import importlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -235,3 +237,15 @@ def test_an_error_of_a_config_is_one_line_without_a_frame(capsys):
     assert cli.main(["sft", *needed]) == cli.EXIT_USER
     error = capsys.readouterr().err
     assert error.startswith("error: jalign sft: steps must be") and "╭" not in error
+
+
+@pytest.mark.parametrize("words", ["", "sft --help"])
+def test_a_closed_standard_output_ends_a_command_quietly(words):
+    """As `jalign ... | head` leaves it: the exit code of SIGPIPE, and no message."""
+    command = [sys.executable, "-m", "jalign", *words.split()]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == cli.EXIT_PIPE == 141

@@ -63,7 +63,7 @@ def test_one_pass_gives_log_probs_and_values():
     params = tiny.model().init(jax.random.key(0))
     model, params = models.add_value_head(tiny.model(), params, key=jax.random.key(1))
     batch = tiny.token_batch(4)
-    logps, values = forward.logps_and_values(model, params, batch, temperature=0.7)
+    logps, values, _ = forward.policy_pass(model, params, batch, temperature=0.7)
     expected = forward.token_logps(model, params, batch, temperature=0.7)
     np.testing.assert_array_equal(logps, expected)
     np.testing.assert_array_equal(values, forward.token_values(model, params, batch))

@@ -115,6 +115,7 @@ from jalign.losses.reward import (
     process_reward_loss as process_reward_loss,
     reward_center_loss as reward_center_loss,
 )
+from jalign.losses.router import load_balancing_loss as load_balancing_loss
 from jalign.losses.scores import (
     alpha_score as alpha_score,
     collision_entropy_from_logits as collision_entropy_from_logits,

@@ -8,10 +8,11 @@ from jalign.models import lora, quantize, quantized
 from jalign.models.attention import attend
 from jalign.models.cache import KVCache
 from jalign.models.config import Experts, LayerKind, ModelConfig, RopeScaling
+from jalign.models.heads import add_scalar_head, add_value_head, split_heads
 from jalign.models.hf_config import check_writable, read_config
 from jalign.models.hf_files import model_folder
 from jalign.models.hf_weights import load, save
-from jalign.models.model import Model, add_scalar_head, add_value_head, split_heads
+from jalign.models.model import Model
 from jalign.models.peft_files import load_adapter, save_adapter
 
 __all__ = [

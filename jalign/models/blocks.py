@@ -8,24 +8,24 @@ import jax.numpy as jnp
 
 from jalign.models import cache as kv
 from jalign.models.attention import attend
-from jalign.models.how import How, Memory, Where
+from jalign.models.how import How, Layer, Memory, Where
 from jalign.models.mlp import MLP, MixtureMLP
 from jalign.models.positions import rotate
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; `kind`, int or int32 [], is which of config.kinds."""
+    """Grouped-query attention of a kind of layer."""
 
     how: How
 
     @nn.compact
-    def __call__(self, x, layer, kind, where: Where, memory: Memory | None):
+    def __call__(self, x, layer: Layer, where: Where, memory: Memory | None):
         c, how = self.how.config, self.how
-        q, k, v = self._rotated(kind, where, *self._heads(x))
+        q, k, v = self._rotated(layer.kind, where, *self._heads(x))
         segments = where.segment_ids
         if memory is not None:
-            all_k, k = kv.write_keys(memory[0], layer, where.slot, k)
-            all_v, v = kv.write_values(memory[1], layer, where.slot, v)
+            all_k, k = kv.write_keys(memory[0], layer.number, where.slot, k)
+            all_v, v = kv.write_values(memory[1], layer.number, where.slot, v)
             memory = all_k, all_v
             segments = None  # a cache row is one document
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
             None if w is None or w >= k.shape[1] else w
             for w in (each.window for each in c.kinds)
         ]
-        y = _of_kind(kind, windows, attend_within)
+        y = _of_kind(layer.kind, windows, attend_within)
         shape = (c.num_heads, c.head_dim, c.hidden_size)
         bias = shape[2:] if c.o_bias else None
         return how.projection("o", "btnh,nhd->btd", shape, bias)(y), memory
@@ -141,20 +141,22 @@ class Block(nn.Module):
     kind: int | None = None
 
     @nn.compact
-    def __call__(self, carry, layer, kind, where: Where):
+    def __call__(self, carry, layer: Layer, where: Where):
         c, how = self.how.config, self.how
         x, memory = carry
-        kind = kind if self.kind is None else self.kind
+        if self.kind is not None:
+            layer = layer._replace(kind=self.kind)
 
         def attention(y):
             nonlocal memory
-            y, memory = Attention(how, name="attention")(y, layer, kind, where, memory)
+            y, memory = Attention(how, name="attention")(y, layer, where, memory)
             return y
 
         if c.experts is None:
             mlp = MLP(how, c.intermediate_size, name="mlp")
         else:
-            mlp = MixtureMLP(how, name="mlp")
+            mixture = MixtureMLP(how, name="mlp")
+            mlp = functools.partial(mixture, where=where, layer=layer)
         if c.parallel_norms:
             y = how.norm("attention_norm")(x)
             z = how.norm("mlp_norm")(x) if c.parallel_norms == 2 else y

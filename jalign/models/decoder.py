@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jalign.models import cache as kv
 from jalign.models.blocks import Block
-from jalign.models.how import How, Where
+from jalign.models.how import How, Layer, Where
 from jalign.models.layers import Embedding, Projection
 from jalign.models.platform import Policy
 from jalign.models.positions import rope_tables
@@ -36,6 +36,7 @@ class Decoder(nn.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         cache: kv.KVCache | None,
+        routing: jax.Array | None = None,
     ) -> tuple[jax.Array, kv.KVCache | None]:
         how, c = self.how, self.how.config
         x = self._embed(tokens, positions, segment_ids)
@@ -50,9 +51,10 @@ class Decoder(nn.Module):
             slot, cache = cache.next, kv.advance(cache, seen)
             kv_positions = cache.positions
         where = Where(positions, segment_ids, rotations, kv_positions, slot)
-        hidden, cache = (self._unrolled if self.unroll else self._scanned)(
-            x, where, cache
-        )
+        if routing is not None:
+            routing = jnp.moveaxis(routing, 2, 0)
+        run = self._unrolled if self.unroll else self._scanned
+        hidden, cache = run(x, where, cache, routing)
         if c.final_norm:
             hidden = how.norm("norm")(hidden)
         if c.embed_width is not None:
@@ -80,31 +82,32 @@ class Decoder(nn.Module):
             x = x + learned(positions + c.position_offset)
         return how.norm("embed_norm")(x) if c.embed_norm else x
 
-    def _scanned(self, x, where: Where, cache: kv.KVCache | None):
+    def _scanned(self, x, where: Where, cache: kv.KVCache | None, routing):
         L = self.how.config.num_layers
         # prevent_cse: the scan already keeps forward and backward apart.
         block = self._block(cache, self.how.platform.scanned, prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "routing": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=L,
         )(self.how, name="layers")
         memory = None if cache is None else (cache.k, cache.v)
-        kinds = jnp.asarray(self.how.config.kind_of_layer)
-        (x, memory), _ = layers((x, memory), jnp.arange(L), kinds, where)
+        each = Layer(jnp.arange(L), jnp.asarray(self.how.config.kind_of_layer), routing)
+        (x, memory), _ = layers((x, memory), each, where)
         if cache is not None:
             cache = cache._replace(k=memory[0], v=memory[1])
         return x, cache
 
-    def _unrolled(self, x, where: Where, cache: kv.KVCache | None):
+    def _unrolled(self, x, where: Where, cache: kv.KVCache | None, routing):
         memories = []
         block = self._block(cache, self.how.platform.unrolled)
         for i, kind in enumerate(self.how.config.kind_of_layer):
             memory = None if cache is None else (cache.k[i], cache.v[i])
             layer = block(self.how, kind, name=f"layers_{i}")
-            (x, memory), _ = layer((x, memory), 0, 0, where)
+            each = Layer(0, 0, None if routing is None else routing[i])
+            (x, memory), _ = layer((x, memory), each, where)
             memories.append(memory)
         if cache is not None:
             k, v = zip(*memories, strict=True)

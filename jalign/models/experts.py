@@ -6,6 +6,7 @@ arXiv:1701.06538; Jiang et al. 2024, arXiv:2401.04088).
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -45,24 +46,70 @@ class Kernels(nn.Module):
         return gate, up, down
 
 
+class Routing(NamedTuple):
+    """Where the tokens of a pass went.
+
+    Attributes:
+      ids: int32 [B, T, L, k], the experts of each token in each layer.
+      load: float32 [E], assignments to an expert over tokens, the mean of all layers'
+        tokens but padding; they sum to k.
+      probability: float32 [E], the router's, the mean of the same tokens.
+    """
+
+    ids: jax.Array
+    load: jax.Array
+    probability: jax.Array
+
+
 def route(
-    experts: Experts, x: jax.Array, router: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    experts: Experts, x: jax.Array, router: jax.Array, ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which experts each token goes to, and what they count.
 
     Args:
       experts: how many there are, and how many a token has.
       x: [..., D], any float dtype.
       router: [D, E].
+      ids: int [..., k], the experts to take; None: those of the highest probability,
+        of equal ones the first.
 
-    Returns: int32 [..., k], and float32 [..., k]: softmax over all experts of x router,
-      at these k; they sum to 1 where `normalize` says so. Of equal experts the first.
+    Returns: the experts, int32 [..., k]; their weights, float32 [..., k]: softmax over
+      all experts of x router, at these k, which sum to 1 where `normalize` says so; and
+      that softmax, float32 [..., E].
     """
     logits = jnp.matmul(x, router.astype(x.dtype), preferred_element_type=jnp.float32)
-    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), experts.per_token)
+    p = jax.nn.softmax(logits, axis=-1)
+    if ids is None:
+        weights, ids = jax.lax.top_k(p, experts.per_token)
+    else:
+        ids = ids.astype(jnp.int32)
+        weights = jnp.take_along_axis(p, ids, axis=-1)
     if experts.normalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
-    return ids, weights
+    return ids, weights, p
+
+
+def sums_of(ids: jax.Array, p: jax.Array, real: jax.Array) -> tuple[jax.Array, ...]:
+    """Of the tokens that are `real`, bool [B, T]: assignments to each expert [E], the
+    sum of p [E], and their number []; float32."""
+    E = p.shape[-1]
+    chosen = jnp.sum(jax.nn.one_hot(ids, E, dtype=jnp.float32), axis=-2)
+    each = real[..., None].astype(jnp.float32)
+    return (chosen * each).sum((0, 1)), (p * each).sum((0, 1)), each.sum()
+
+
+def routing_of(noted: Any, num_layers: int) -> Routing:
+    """What all layers have noted in the collection "routing"."""
+    if "layers" in noted:  # scanned
+        ids = jnp.moveaxis(noted["layers"]["mlp"]["ids"][0], 0, 2)
+        sums = [x.sum(0) for x in noted["layers"]["mlp"]["sums"][0]]
+    else:
+        each = [noted[f"layers_{i}"]["mlp"] for i in range(num_layers)]
+        ids = jnp.stack([layer["ids"][0] for layer in each], axis=2)
+        of_layers = [layer["sums"][0] for layer in each]
+        sums = jax.tree.map(lambda *x: sum(x[1:], x[0]), *of_layers)
+    load, probability, count = sums
+    return Routing(ids, load / count, probability / count)
 
 
 def mixture(

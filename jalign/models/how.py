@@ -1,6 +1,6 @@
 """What all modules of a decoder share: how they compute, and where the tokens are."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,20 @@ class Where(NamedTuple):
     rotations: dict[str, Rotation]
     kv_positions: jax.Array
     slot: jax.Array
+
+
+class Layer(NamedTuple):
+    """What differs from layer to layer, beside the parameters.
+
+    Attributes:
+      number: int or int32 [], in the memory.
+      kind: int or int32 [], which of config.kinds it is.
+      routing: int [B, T, k], the experts that tokens go to; None lets the router say.
+    """
+
+    number: Any
+    kind: Any
+    routing: jax.Array | None = None
 
 
 Memory = tuple[jax.Array, jax.Array]  # keys and values of all layers, see kv.KVCache

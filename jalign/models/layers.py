@@ -5,17 +5,19 @@ compute in float32.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jalign.models import quantized
-from jalign.models.platform import PLAIN, Platform
+from jalign.models import adapted, quantized
+from jalign.models.platform import PLAIN, PRODUCT, Platform
 from jalign.sharding.groups import embedding_groups
 
 INIT_STD = 0.02  # the initializer_range of every family here
@@ -27,7 +29,7 @@ class Projection(nn.Module):
 
     The platform's einsum computes it. The kernel may be quantized (quantized.py), its
     codes cut over the mesh. Where there are adapters beside it (lora.py), theirs is
-    added.
+    added (adapted.py).
     """
 
     equation: str
@@ -39,9 +41,9 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self._product(x.astype(self.dtype))
-        if self.has_variable("params", "lora_a"):
-            y = (y.astype(jnp.float32) + self._adapter(x)).astype(self.dtype)
+        is_adapted = self.has_variable("params", "lora_a")
+        y = self._adapted(x) if is_adapted else self._product(x)
+        y = checkpoint_name(y, PRODUCT)
         if self.bias_shape is None:
             return y
         bias = self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
@@ -49,34 +51,32 @@ class Projection(nn.Module):
         return y + jnp.broadcast_to(bias, y.shape).astype(self.dtype)
 
     def _product(self, x: jax.Array) -> jax.Array:
-        leaves = self.get_variable("params", "kernel")
+        x, leaves = x.astype(self.dtype), self.get_variable("params", "kernel")
         if isinstance(leaves, Mapping):
             how = self.platform, self.mesh, self.equation, self.shape
             return quantized.product(*how, x, dict(leaves))
         kernel = self.param("kernel", kernel_init, self.shape, jnp.float32)
         return self.platform.einsum(self.equation, x, kernel.astype(self.dtype))
 
-    def _adapter(self, x: jax.Array) -> jax.Array:
-        """s (x A) B in float32; x with dropout where lora.with_dropout asks for it."""
+    def _adapted(self, x: jax.Array) -> jax.Array:
+        """With s (x A) B added in float32; x there with dropout where asked for."""
+        names = "kernel", "lora_a", "lora_b", "lora_scale"
+        kernel, a, b, scale = (self.get_variable("params", name) for name in names)
+        drops = self.has_variable("params", "lora_seed")
+        seen = (self._dropped(x) if drops else x).astype(self.dtype)
+        if not drops and adapted.pays_to_merge(self.platform, seen, kernel):
+            return adapted.merged(self.equation, seen, kernel, a, b, scale)
+        y = adapted.low_rank(self.platform, self.equation, seen, a, b)
+        y = self._product(x).astype(jnp.float32) + scale * y.astype(jnp.float32)
+        return y.astype(self.dtype)
 
-        def leaf(name: str) -> jax.Array:
-            return jnp.asarray(self.get_variable("params", "lora_" + name))
-
-        if self.has_variable("params", "lora_seed"):
-            keep = 1 - leaf("rate")
-            mask = jax.random.bernoulli(jax.random.key(leaf("seed")), keep, x.shape)
-            x = jnp.where(mask, x / keep, 0)
-        inputs, y_axes = self.equation.split("->")
-        x_axes, kernel_axes = inputs.split(",")
-        ins = "".join(axis for axis in kernel_axes if axis in x_axes)
-        outs = "".join(axis for axis in kernel_axes if axis not in x_axes)
-        low_axes = "".join(axis for axis in x_axes if axis not in ins) + "r"
-        # Two products, never A B: that would be as large as the kernel.
-        a, b = leaf("a").astype(self.dtype), leaf("b").astype(self.dtype)
-        einsum = self.platform.einsum
-        low = einsum(f"{x_axes},{ins}r->{low_axes}", x.astype(self.dtype), a)
-        y = einsum(f"{low_axes},r{outs}->{y_axes}", low, b)
-        return leaf("scale") * y.astype(jnp.float32)
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        """As lora.with_dropout has it."""
+        names = "lora_seed", "lora_rate"
+        seed, rate = (self.get_variable("params", name) for name in names)
+        keep = 1 - jnp.asarray(rate)
+        mask = jax.random.bernoulli(jax.random.key(jnp.asarray(seed)), keep, x.shape)
+        return jnp.where(mask, x / keep, 0)
 
 
 class Embedding(nn.Module):
@@ -202,3 +202,13 @@ class Head(NamedTuple):
         logits = jnp.matmul(hidden, unembed, preferred_element_type=jnp.float32)
         cap = self.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def init_score_head(key: jax.Array, hidden_size: int) -> dict[str, jax.Array]:
+    """A new head, {"kernel": float32 [D, 1]}, normal with variance 1 / (D + 1).
+
+    Source: Stiennon et al. 2020 (arXiv:2009.01325), as Huang et al. 2024
+    (arXiv:2403.17031) describe it.
+    """
+    kernel = jax.random.normal(key, (hidden_size, 1), jnp.float32)
+    return {"kernel": kernel / math.sqrt(hidden_size + 1)}

@@ -4,9 +4,10 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jalign.models import experts
-from jalign.models.how import How
+from jalign.models.how import How, Layer, Where
 
 _ACTIVATIONS = {
     "silu": nn.silu,
@@ -49,20 +50,28 @@ class MLP(nn.Module):
 
 
 class MixtureMLP(nn.Module):
-    """Experts in the place of an MLP, see models.experts; and the shared one."""
+    """Experts in the place of an MLP, see models.experts; and the shared one.
+
+    Notes in the collection "routing", where that is asked for, where tokens went.
+    """
 
     how: How
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, where: Where, layer: Layer) -> jax.Array:
         c, how = self.how.config, self.how
         e, D = c.experts, c.hidden_size
         assert e is not None
         act = _ACTIVATIONS[c.activation]
         router = experts.Weight((D, e.count), name="router")()
         kernels = experts.Kernels(e.count, D, c.intermediate_size, name="experts")()
-        routed = experts.route(e, x, router)
-        y = experts.on_mesh(how.mesh, act, x, *routed, kernels, how.dtype)
+        ids, weights, p = experts.route(e, x, router, layer.routing)
+        real = jnp.ones(x.shape[:2], bool)
+        if where.segment_ids is not None:
+            real = where.segment_ids != 0
+        self.sow("routing", "ids", ids)
+        self.sow("routing", "sums", experts.sums_of(ids, p, real))
+        y = experts.on_mesh(how.mesh, act, x, ids, weights, kernels, how.dtype)
         if e.shared_size:
             gate = experts.Weight((D, 1), name="shared_gate")()
             share = jax.nn.sigmoid(x @ gate.astype(x.dtype))

@@ -1,14 +1,12 @@
 """A model is its config and how to run it; the parameters are a dict beside it."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -17,8 +15,9 @@ from jalign.models.attention import IMPLEMENTATIONS
 from jalign.models.cache import KVCache, init_cache
 from jalign.models.config import ModelConfig
 from jalign.models.decoder import Decoder, unstack_layers
+from jalign.models.experts import Routing, routing_of
 from jalign.models.how import How
-from jalign.models.layers import Head
+from jalign.models.layers import Head, init_score_head
 from jalign.models.platform import Platform, platform_of
 
 Params = dict[str, Any]
@@ -67,7 +66,8 @@ class Model:
         """What is best where this model runs."""
         row = platform_of(self.mesh) if self.platform is None else self.platform
         plain = self.attention == "plain"  # throughout, for forward mode
-        return row._replace(einsum=jnp.einsum) if plain else row
+        forward_mode = {"einsum": jnp.einsum, "merge_adapters": False}
+        return row._replace(**forward_mode) if plain else row
 
     @property
     def unrolled(self) -> bool:
@@ -117,6 +117,7 @@ class Model:
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
+        routing: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs the decoder.
 
@@ -129,10 +130,27 @@ class Model:
             padding (0), whose keys are never seen.
           cache: of `init_cache`; keys and values go into its next slots, and a query
             at position p sees all slots of positions <= p.
+          routing: int [B, T, L, k], the experts of each token, of a mixture of them;
+            None lets the routers say.
 
         Returns: hidden [B, T, D] after the final norm in the model's dtype, and the
           new cache (None without one).
         """
+        call = self._call(params, tokens, positions, segment_ids, cache, routing)
+        return call[0].apply(*call[1:])
+
+    def apply_routed(
+        self, params: Params, tokens: jax.Array, **where: jax.Array | None
+    ) -> tuple[jax.Array, Routing]:
+        """`apply` of a mixture of experts, without a cache: hidden states, and where
+        the tokens went."""
+        names = "positions", "segment_ids", "cache", "routing"
+        decoder, *call = self._call(params, tokens, *map(where.get, names))
+        (hidden, _), noted = decoder.apply(*call, mutable="routing")
+        return hidden, routing_of(noted["routing"], self.config.num_layers)
+
+    def _call(self, params, tokens, positions, segment_ids, cache, routing) -> Any:
+        """The decoder, and what its `apply` takes."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens of shape {tokens.shape} are not [batch, time]")
         if positions is None:
@@ -144,9 +162,9 @@ class Model:
         if unroll and stacked:
             params = unstack_layers(params, self.config.num_layers)
         how = How(self.config, self.mesh, self.dtype, self.attention, self.runs_on)
-        return Decoder(how, self.remat, unroll).apply(
-            {"params": params}, tokens, positions, segment_ids, cache
-        )  # pyright: ignore[reportReturnType]
+        decoder = Decoder(how, self.remat, unroll)
+        given = tokens, positions, segment_ids, cache, routing
+        return decoder, {"params": params}, *given
 
     def head(self, params: Params) -> Head:
         """What turns hidden states into logits; `unembed` is only a part of it."""
@@ -230,72 +248,3 @@ class Model:
     def replace(self, **changes: Any) -> "Model":
         """A copy with other fields, as `model.replace(remat=True)`."""
         return dataclasses.replace(self, **changes)
-
-
-def init_score_head(key: jax.Array, hidden_size: int) -> dict[str, jax.Array]:
-    """A new head, {"kernel": float32 [D, 1]}, normal with variance 1 / (D + 1).
-
-    Source: Stiennon et al. 2020 (arXiv:2009.01325), as Huang et al. 2024
-    (arXiv:2403.17031) describe it.
-    """
-    kernel = jax.random.normal(key, (hidden_size, 1), jnp.float32)
-    return {"kernel": kernel / math.sqrt(hidden_size + 1)}
-
-
-def add_scalar_head(
-    model: Model, params: Params, *, key: jax.Array
-) -> tuple[Model, Params]:
-    """A reward model or critic that starts from a language model.
-
-    Args:
-      model, params: a language model (or a model with a head, which is replaced).
-      key: typed PRNG key for the new head, normal with variance 1 / (D + 1).
-
-    Returns: the model with num_labels=1, and parameters that share all arrays with
-      `params` but have "score" instead of "unembed".
-    """
-    model = model.with_scalar_head()
-    params = {k: v for k, v in params.items() if k != "unembed"}
-    return model, params | {"score": _new_head(model, key)}
-
-
-def add_value_head(
-    model: Model, params: Params, *, key: jax.Array
-) -> tuple[Model, Params]:
-    """A language model with a critic on the same hidden states.
-
-    Args:
-      model, params: a language model.
-      key: typed PRNG key for the new head, normal with variance 1 / (D + 1).
-
-    Returns: the model with value_head=True, and parameters that share all arrays with
-      `params` and have "score" beside them.
-    """
-    if model.config.num_labels:
-        raise ValueError("this model has a scalar head already, and no vocabulary")
-    model = model.replace(value_head=True)
-    return model, params | {"score": _new_head(model, key)}
-
-
-def split_heads(
-    model: Model, params: Params
-) -> tuple[tuple[Model, Params], tuple[Model, Params]]:
-    """A model with value_head as two: (policy, its params), (critic, its params)."""
-    if not model.value_head:
-        raise ValueError("this model has no value head to split off")
-    language = {k: v for k, v in params.items() if k != "score"}
-    critic = {k: v for k, v in params.items() if k != "unembed"}
-    policy = model.replace(value_head=False)
-    return (policy, language), (model.with_scalar_head(), critic)
-
-
-def _new_head(model: Model, key: jax.Array) -> Params:
-    """The head's parameters, where the mesh wants them."""
-    head = init_score_head(key, model.config.head_width)
-    if model.mesh is not None:
-        shardings = sharding.param_shardings(model.mesh, model.param_shapes())
-        kernel, where = np.asarray(head["kernel"]), shardings["score"]["kernel"]
-        # Works for a mesh over several processes, where device_put does not.
-        pick = kernel.__getitem__
-        head = {"kernel": jax.make_array_from_callback(kernel.shape, where, pick)}
-    return head

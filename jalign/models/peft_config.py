@@ -72,10 +72,17 @@ class AdapterConfig(NamedTuple):
     raw: dict[str, Any]
     lora: LoraConfig
 
-    @property
-    def base(self) -> str:
-        """The base model's name, "" where it has none."""
-        return self.raw.get("base_model_name_or_path", "")
+    def base(self, given: str | Path | None = None) -> str:
+        """The base model's folder or hub id: the given one, or the one that it names,
+        by a path from here or from its folder. Raises: ValueError where it names none.
+        """
+        key = "base_model_name_or_path"
+        named = self.raw.get(key, "") if given is None else str(given)
+        if not named:
+            raise ValueError(f"{self.file} has no {key}: give the base with --base")
+        beside = self.file.parent / named
+        here = given is not None or Path(named).expanduser().is_dir()
+        return str(beside) if beside.is_dir() and not here else named
 
     @property
     def is_scalar(self) -> bool:

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-KEPT = "attention"  # checkpoint_name of what is not to be computed again
+# checkpoint_names of what is not to be computed again: attention, and products of
+# matrices, with their adapters added where there are any.
+KEPT, PRODUCT = "attention", "product"
 Policy = Callable[..., Any]
 
 
@@ -26,6 +28,7 @@ class Platform(NamedTuple):
       scores_bytes: of attention scores, float32, that stay in a core's cache; None
         goes through all heads at once.
       einsum: jnp.einsum, or what gives the same and differentiates faster.
+      merge_adapters: x (W + s A B) rather than x W + s (x A) B, see models.adapted.
       keep: of an array that every layer reads: computed once and written to memory.
       scanned, unrolled: what scanned and unrolled layers store for the backward pass,
         a policy of jax.checkpoint; None is all that it needs.
@@ -41,6 +44,7 @@ class Platform(NamedTuple):
     one_query_sums: bool = False
     scores_bytes: int | None = None
     einsum: Callable[..., Any] = jnp.einsum
+    merge_adapters: bool = False
     keep: Callable[[jax.Array], jax.Array] = lambda x: x
     scanned: Policy | None = None
     unrolled: Policy | None = None
@@ -51,10 +55,7 @@ class Platform(NamedTuple):
     grow_cache: bool = False
 
 
-_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(KEPT),
-)
+_NAMED = jax.checkpoint_policies.save_only_these_names(KEPT, PRODUCT)
 
 
 def products(primitive, *args, **params) -> bool:
@@ -65,7 +66,7 @@ def products(primitive, *args, **params) -> bool:
     """
     # cuDNN's kernel, by the name of jax's primitive; its output cannot be named.
     fused = primitive.name.startswith("dot_product_attention_fwd")
-    return fused or bool(_PRODUCTS(primitive, *args, **params))
+    return fused or bool(_NAMED(primitive, *args, **params))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,6 +89,13 @@ def _project_backward(equation, saved, d_y):
     inputs, y_axes = equation.split("->")
     x_axes, kernel_axes = inputs.split(",")
     d_x = jnp.einsum(f"{y_axes},{kernel_axes}->{x_axes}", d_y, kernel)
+    return d_x, kernel_gradient(equation, x, d_y)
+
+
+def kernel_gradient(equation: str, x: jax.Array, d_y: jax.Array) -> jax.Array:
+    """x^T dy, the kernel's gradient in `project(equation, x, kernel)`."""
+    inputs, y_axes = equation.split("->")
+    x_axes, kernel_axes = inputs.split(",")
     first, second = (x_axes, x), (y_axes, d_y)
     if x.size > d_y.size:
         first, second = second, first
@@ -97,7 +105,7 @@ def _project_backward(equation, saved, d_y):
     d_kernel = jnp.einsum(f"{first[0]},{second[0]}->{axes}", first[1], second[1])
     # The barrier keeps XLA from turning the product round to save this small copy.
     d_kernel = jax.lax.optimization_barrier(d_kernel)
-    return d_x, jnp.einsum(f"{axes}->{kernel_axes}", d_kernel)
+    return jnp.einsum(f"{axes}->{kernel_axes}", d_kernel)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -118,6 +126,7 @@ CPU = Platform(
     one_query_sums=True,
     scores_bytes=2 << 20,  # what a core or two keep to themselves
     einsum=project,
+    merge_adapters=True,
     keep=written_out,
     # Not where layers are unrolled: XLA would drop the barriers that keep the
     # recomputation from being undone. Training gains nothing from unrolling either.

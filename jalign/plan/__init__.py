@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from jalign import sharding
-from jalign.models import ModelConfig
+from jalign.models import Model, ModelConfig
 from jalign.models.hf_config import config_from_hf, read_config
+from jalign.models.hf_files import is_adapter
+from jalign.models.lora import LoraConfig
+from jalign.models.peft_config import read_adapter_config
+from jalign.models.peft_files import read_lora_config
 from jalign.plan.estimate import Plan, Row, estimate
 from jalign.plan.recipes import RECIPES, compiled_bytes, update_rows
 from jalign.settings import check, flags_of, nearest, required, settings_or
-from jalign.train.config import RunConfig
+from jalign.train.config import LoraOptions, RunConfig
+from jalign.train.trained import adapters_of
 
 __all__ = ["Plan", "PlanOptions", "Row", "plan", "run_plan"]
 
@@ -75,16 +80,16 @@ def plan(
     Args:
       config: the run's, an SFTConfig to a GRPOConfig; or its command, "sft" to "grpo",
         whose settings follow by the flags' names, as in run_sft.
-      model: a directory, a hub id, the path of a config.json, an HF config as a dict,
-        or a models.ModelConfig; None takes the config's.
+      model: a directory, of a model or of adapters in PEFT's format, a hub id, the path
+        of a config.json, an HF config as a dict, or a models.ModelConfig; None takes
+        the config's.
       topology, compile: as in PlanOptions.
 
     Returns: Plan; `print` shows its table.
     Raises: ValueError as the training command would: mesh, divisibility, settings.
     """
     run = _run_config(config, model, settings)
-    check(run.base is None, "base: a plan reads no adapters; give their base as model")
-    model_config = _model_config(run.model if model is None else model)
+    run, model_config = _opened(run, run.model if model is None else model)
     machine = sharding.machine(topology)
     sizes = sharding.parse_mesh(run.mesh)
     mesh = sharding.abstract_mesh(machine.num_devices, **sizes)
@@ -118,21 +123,56 @@ def _run_config(config: RunConfig | str, model: Any, settings: dict) -> RunConfi
     return settings_or(_PLANS[config], None, settings)
 
 
-def _model_config(model: str | Mapping | ModelConfig) -> ModelConfig:
+@dataclasses.dataclass(frozen=True)
+class _Had(LoraOptions):
+    """Of a run that goes on with the adapters that its model has."""
+
+    had: LoraConfig | None = None
+
+    def __post_init__(self):
+        """The options were checked before."""
+
+    def lora(self) -> LoraConfig | None:
+        return self.had
+
+
+def _opened(run: RunConfig, model: Any) -> tuple[RunConfig, ModelConfig]:
+    """The run, with the adapters that its model has, and the config of the model; of
+    adapters only the headers are read."""
+    folder = Path(model).expanduser() if isinstance(model, str) else None
+    if folder is None or not is_adapter(folder):
+        check(run.base is None, f"base: {run.model} is no folder of adapters")
+        return run, _model_config(model)
+    told = read_adapter_config(folder)
+    revision = told.raw.get("revision") if run.base is None else None
+    model_config = _model_config(told.base(run.base), revision)
+    if told.is_scalar:
+        model_config = dataclasses.replace(model_config, num_labels=1)
+    had = read_lora_config(folder, Model(model_config))
+    adapters_of(run, had)  # raises where the run would
+    had = _Had(**vars(run.lora), had=had)
+    return dataclasses.replace(run, lora=had), model_config
+
+
+def _model_config(
+    model: str | Mapping | ModelConfig, revision: str | None = None
+) -> ModelConfig:
     """ModelConfig of what `plan` takes; of a hub model only config.json is fetched."""
     if isinstance(model, ModelConfig):
         return model
     if isinstance(model, Mapping):
         return config_from_hf(dict(model))
-    path = Path(model, "config.json") if Path(model).is_dir() else Path(model)
-    return read_config(path if path.is_file() else _hub_file(model))
+    path = Path(model).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    return read_config(path if path.is_file() else _hub_file(model, revision))
 
 
-def _hub_file(model: str) -> Path:
+def _hub_file(model: str, revision: str | None) -> Path:
     from transformers.utils import cached_file  # pyright: ignore
 
     try:
-        return Path(str(cached_file(model, "config.json")))
+        file = cached_file(model, "config.json", revision=revision)
+        return Path(str(file))
     except OSError as error:
         raise FileNotFoundError(
             f"model {model!r}: no config.json there or on the hub ({error})"

@@ -188,7 +188,9 @@ def compiled_step(config: train.RunConfig, model_config, mesh) -> Any:
     shapes, frozen = shapes_of(config, model)
     state = train.abstract_state(shapes, tx, mesh=mesh)
     step = train.make_train_step(
-        recipe.objective(config, model),
+        train.with_router_loss(
+            recipe.objective(config, model), model, config.router_aux_coef
+        ),
         tx,
         microbatches=config.compute.microbatches,
         state_shardings=sharding.state_shardings(mesh, state),

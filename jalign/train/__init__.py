@@ -27,6 +27,7 @@ from jalign.train.objectives import (
     make_dpo_objective,
     make_reward_objective,
     make_sft_objective,
+    with_router_loss,
 )
 from jalign.train.online_config import (
     GRPOConfig,
@@ -85,6 +86,7 @@ __all__ = [
     "run_ppo",
     "run_reward",
     "run_sft",
+    "with_router_loss",
 ]
 
 

@@ -120,6 +120,7 @@ def make_rollout(
         values=scored.values,
         advantages=np.asarray(advantages),
         returns=np.asarray(returns),
+        routing=scored.routing,
     )
 
 
@@ -236,6 +237,7 @@ def make_group_rollout(
         advantages=np.where(mask, advantages[:, None], np.float32(0.0)),
         returns=None,
         sampler_logps=scored.sampler_logps,
+        routing=scored.routing,
     )
 
 

@@ -205,6 +205,8 @@ class RunConfig(DataOptions):
     reschedule: bool = False
     """Continue with another number of steps, although the learning rate depends on it:
     what is left of the run follows the new schedule."""
+    router_aux_coef: float = number(0.0, ">= 0")
+    """Weight of the loss that keeps a mixture's experts equally busy."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraOptions = field(default_factory=LoraOptions)
     compute: ComputeOptions = field(default_factory=ComputeOptions)

@@ -55,15 +55,11 @@ def training_flops_per_token(
     params: Any, frozen: Any = None, *, experts: float = 1.0
 ) -> float:
     """6 times the parameters of the matrix products: forward 2, backward 4; and 4 times
-    those of a frozen base beside adapters, which have no gradient of their own.
+    those of a frozen base beside adapters, which have no gradient of their own; of
+    experts only `experts`, the share of them that a token goes to.
 
     Attention scores and rematerialization are not counted, the input embedding only
     where it is also the output matrix.
-
-    Args:
-      params: what is trained.
-      frozen: what is not.
-      experts: the share of a mixture's experts that a token goes to.
     """
 
     def sizes(tree: Any) -> dict[str, int]:

@@ -19,6 +19,7 @@ from jalign.forward import (
     hidden_states,
     in_one_row,
     logits_options,
+    noting_routes,
     pair_logps,
     pair_rewards,
     pair_sums,
@@ -35,6 +36,32 @@ PyTree = Any
 Objective = Callable[[PyTree, Any, jax.Array], Loss]
 Terms = Mapping[str, Callable[[Mapping[str, jax.Array]], jax.Array]]
 """Name -> function from the arrays of an objective, by name, to an unreduced loss."""
+
+
+def with_router_loss(objective: Objective, model: Model, coef: float) -> Objective:
+    """An objective that also keeps the experts of a mixture equally busy, and tells it.
+
+    The mean loss grows by coef times `losses.load_balancing_loss`, of each micro-batch
+    by itself; the metric is "aux_loss". Without experts it is the objective itself.
+
+    Raises: ValueError for a coef without experts.
+    """
+    if model.config.experts is None:
+        if coef:
+            raise ValueError(
+                f"router_aux_coef {coef}: {model.config.family} has no experts"
+            )
+        return objective
+
+    def routed(params: PyTree, batch: Any, key: jax.Array) -> Loss:
+        with noting_routes() as noted:
+            loss = objective(params, batch, key)
+        found = [losses.load_balancing_loss(r.load, r.probability) for r in noted]
+        aux = sum(found[1:], found[0]) / len(found)
+        metrics = {**loss.metrics, "aux_loss": (aux * loss.count, loss.count)}
+        return Loss(loss.sum + coef * aux * loss.count, loss.count, metrics)
+
+    return routed
 
 
 def make_sft_objective(

@@ -108,8 +108,9 @@ def run_recipe(
             return save(run.out, *given)
 
         evaluations = measure_start(run, parted.params, look, digest=held_out)
+        router = model, config.router_aux_coef
         trainer = make_trainer(
-            recipe.objective(model),
+            objectives.with_router_loss(recipe.objective(model), *router),
             parted.params,
             config.optim,
             mesh=run.mesh,

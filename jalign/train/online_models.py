@@ -249,7 +249,7 @@ def _pass(function: Callable[..., Any], whose: str) -> Callable[..., Any]:
 
 
 _reference = _pass(forward.token_logps, "reference's")
-_policy = _pass(forward.logps_and_values, "policy's")
+_policy = _pass(forward.policy_pass, "policy's")
 _critic = _pass(forward.token_values, "critic's")
 
 

@@ -210,7 +210,8 @@ def make_value_objective(model: Model, *, clip_eps: float = 0.2) -> Objective:
 
     def objective(params: PyTree, batch: Rollout, key: jax.Array) -> Loss:
         del key
-        values = token_values(model, params, batch)
+        # The rollout's routes are the policy's.
+        values = token_values(model, params, batch._replace(routing=None))
         loss, metrics = _value_loss(values, batch, clip_eps)
         return Loss(*losses.token_mean(loss, batch.completion_mask), metrics)
 

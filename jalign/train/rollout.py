@@ -71,6 +71,8 @@ class Scored(NamedTuple):
       reward_parts: name -> float32 [B], before its weight; NaN where not judged.
       values: float32 [B, T], of the critic or of the policy's value head, then by the
         pass of `logps`; None without either.
+      routing: int [B, T, L, k], the experts of each token in the pass of `logps`; None
+        without a mixture of them.
     """
 
     batch: TokenBatch
@@ -82,6 +84,7 @@ class Scored(NamedTuple):
     texts: list[str]
     reward_parts: Mapping[str, np.ndarray] = {}
     values: np.ndarray | None = None
+    routing: np.ndarray | None = None
 
 
 def join(
@@ -145,7 +148,7 @@ def sample_and_score(
     sampler_logps = np.zeros(batch.tokens.shape, np.float32)
     sampler_logps[batch.completion_mask] = completion.logps[completion.mask]
     passed = functions.score(params, batch, with_logps)
-    logps, values = passed.get("policy", (None, None))
+    logps, values, routing = passed.get("policy", (None, None, None))
     return Scored(
         batch,
         logps,
@@ -156,6 +159,7 @@ def sample_and_score(
         texts=samples.completions,
         reward_parts=parts,
         values=passed.get("critic", values),
+        routing=routing,
     )
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jalign import data, losses
 from jalign.models import Model
-from jalign.train.objectives import Objective
+from jalign.train.objectives import Objective, with_router_loss
 from jalign.train.online_config import KLConfig, OnlineConfig, OnlineOptions, PPOOptions
 from jalign.train.online_models import OnlineModels
 from jalign.train.optim import OptimConfig
@@ -91,7 +91,8 @@ def make_trainers(
     updates = iterations * config.options.updates_per_rollout
     shapes = jax.eval_shape(lambda: {n: p.params for n, p in models.parts.items()})
     leaves, structure = jax.tree.flatten(shapes)
-    how = updates, config.compute.microbatches, config.lora.lora_dropout
+    compute, dropout = config.compute, config.lora.lora_dropout
+    how = updates, compute.microbatches, dropout, config.router_aux_coef
     named = tuple(models.models.items())
     given = algorithm, named, (structure, tuple(leaves)), config.options, config.optim
     return {
@@ -112,16 +113,15 @@ def _trainers(
     updates: int,
     microbatches: int,
     dropout: float,
+    router: float,
 ) -> dict[str, Trainer]:
-    """Kept, so that a second run in one process (a notebook) compiles nothing.
-
-    `flat` is the structure and the leaves of the shapes of what is trained, by name.
-    """
+    """Kept, so that a second run in one process (a notebook) compiles nothing; `flat`
+    is the structure and the leaves of the shapes of what is trained."""
     models, shapes = dict(named), jax.tree.unflatten(*flat)
     names = {"policy": "the training step", "critic": "the critic's training step"}
     return {
         name: make_trainer(
-            objective,
+            with_router_loss(objective, models[name], router),
             shapes[name],
             own_optim,
             mesh=models[name].mesh,

@@ -9,7 +9,7 @@ import pytest
 
 from jalign import forward, generate, train
 from jalign.models import Model, save
-from jalign.models.model import init_score_head
+from jalign.models.layers import init_score_head
 from jalign.types import TokenBatch
 from tests.models.rows import packed_rows
 from tests.models.tiny import CONFIGS, random_params, random_tokens

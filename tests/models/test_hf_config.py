@@ -1,11 +1,12 @@
 """Tests for jalign/models/hf_config.py."""
 
+import dataclasses
 import json
 import time
 
 import pytest
 
-from jalign import cli
+from jalign import cli, models
 from jalign.models.config import LayerKind
 from jalign.models.hf_config import config_from_hf, config_to_hf, read_config
 from tests.models.tiny import CONFIGS
@@ -165,3 +166,14 @@ def test_qwen_windows_begin_at_a_layer():
     some = config_from_hf(on | {"max_window_layers": 1})
     assert some.layer_kinds == (LayerKind(None), LayerKind(4))
     assert config_from_hf(config_to_hf(some)[0]).layer_kinds == some.layer_kinds
+
+
+def test_what_no_file_or_class_holds_is_refused():
+    granite = config_from_hf(RAW | {"model_type": "granite"})
+    models.check_writable(granite)
+    with pytest.raises(ValueError, match="no class for a granite model"):
+        models.check_writable(dataclasses.replace(granite, num_labels=1))
+    for field, value in {"final_softcap": 30.0, "sliding_window": 4}.items():
+        with pytest.raises(ValueError, match=f"llama files cannot hold {field}"):
+            changed = dataclasses.replace(CONFIGS["llama"], **{field: value})
+            models.check_writable(changed)

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from jalign import cli, plan, train
+from jalign import cli, models, plan, train
+from jalign.models import Model
 from jalign.models.hf_config import config_to_hf
+from jalign.models.lora import LoraConfig
+from tests.models.adapters import random_adapters
 
 from .test_estimate import LARGE, ON_16, TINY
 
@@ -37,6 +40,46 @@ def test_model_from_a_folder_a_file_a_dict_and_a_config(tmp_path):
     assert len(totals) == 1
     text = plan.run_plan(plan.SFTPlan(model=str(tmp_path)))
     assert "peak (estimate)" in text
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """adapter/ and reward/, of rank 2 on q and up, on base/, a config alone."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text(json.dumps(config_to_hf(TINY)[0]))
+    model, config = Model(TINY), LoraConfig(2, targets=("q_proj", "up_proj"))
+    for name, each in {"adapter": model, "reward": model.with_scalar_head()}.items():
+        made = random_adapters(each, config)
+        models.save_adapter(folder / name, each, made, config, base="../base")
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["sft", "ppo", "reward"])
+def test_a_plan_reads_an_adapter_and_its_base_as_the_run_does(recipe, adapters):
+    """What goes on with adapters takes as much as what begins with such."""
+    flags = {"lora_rank": 2, "lora_targets": "q_proj,up_proj"}
+    new = plan.plan(recipe, TINY, **flags)
+    folder = adapters / ("reward" if recipe == "reward" else "adapter")
+    found = plan.plan(recipe, str(folder))
+    assert found.num_parameters == new.num_parameters
+    assert found.resident == new.resident and found.transient == new.transient
+    assert plan.plan(recipe, TINY).total > found.total
+    given = plan.plan(recipe, str(folder), base=str(adapters / "base"))
+    assert given.total == found.total
+
+
+def test_what_a_run_refuses_of_adapters_a_plan_refuses(adapters, tmp_path):
+    adapter, base = (str(adapters / name) for name in ("adapter", "base"))
+    with pytest.raises(ValueError, match="has adapters already"):
+        plan.plan("sft", adapter, lora_rank=4)
+    with pytest.raises(ValueError, match="no folder of adapters"):
+        plan.plan("sft", base, base=base)
+    lost = tmp_path / "adapter_config.json"
+    said = json.loads((adapters / "adapter" / lost.name).read_text())
+    lost.write_text(json.dumps(said | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="give the base with --base"):
+        plan.plan("sft", str(tmp_path))
 
 
 def test_a_bad_config_is_named(tmp_path):

@@ -16,7 +16,7 @@ from tests.train.ppo_world import WORDS, make_config
 LETTERS = WORDS[3:]
 # What the commands compile of their own, as jax calls it.
 OURS = ("step", "_loss_sums", "_margin_sums", "_reference_pass", "complete")
-OURS += ("token_logps", "logps_and_values", "token_values")
+OURS += ("token_logps", "policy_pass", "token_values")
 
 
 def text(count: int, first: int) -> str:
