@@ -35,11 +35,12 @@ def by_loops(x, ids, weights, gate, up, down):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_routes_are_the_largest_of_a_softmax_over_all(normalize):
-    ids, weights = experts.route(Experts(E, 2, normalize), X, ROUTER)
+    ids, weights, whole = experts.route(Experts(E, 2, normalize), X, ROUTER)
     logits = np.asarray(X, np.float64) @ ROUTER
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     want = np.argsort(-p, axis=-1)[..., :2]
     np.testing.assert_array_equal(ids, want)
+    np.testing.assert_allclose(whole, p, rtol=1e-5)
     chosen = np.take_along_axis(p, want, -1)
     chosen = chosen / chosen.sum(-1, keepdims=True) if normalize else chosen
     np.testing.assert_allclose(weights, chosen, rtol=1e-5)
@@ -49,7 +50,7 @@ def test_routes_are_the_largest_of_a_softmax_over_all(normalize):
 
 
 def test_of_equal_experts_the_first_are_taken():
-    ids, weights = experts.route(Experts(E, 3), X, np.zeros((D, E), "f4"))
+    ids, weights, _ = experts.route(Experts(E, 3), X, np.zeros((D, E), "f4"))
     np.testing.assert_array_equal(ids, np.broadcast_to([0, 1, 2], (4, 6, 3)))
     np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
 
@@ -99,7 +100,7 @@ def test_its_gradient_is_that_of_all_experts_at_once():
 
 def test_on_a_mesh_each_device_has_its_tokens_and_a_part_of_each_kernel():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    ids, weights = experts.route(Experts(E, 2), X, ROUTER)
+    ids, weights, _ = experts.route(Experts(E, 2), X, ROUTER)
     want = by_loops(X, np.asarray(ids), np.asarray(weights), *KERNELS)
     args = jax.nn.silu, X, ids, weights, tuple(KERNELS), jnp.float32
     for where in (None, mesh):
