@@ -19,6 +19,7 @@ from jalign.models.lora import LoraConfig
 from jalign.models.peft_config import read_adapter_config
 from jalign.models.peft_files import read_lora_config
 from jalign.plan.estimate import Plan, Row, estimate
+from jalign.plan.published import PUBLISHED
 from jalign.plan.recipes import RECIPES, compiled_bytes, update_rows
 from jalign.settings import check, flags_of, nearest, required, settings_or
 from jalign.train.config import LoraOptions, RunConfig
@@ -81,8 +82,8 @@ def plan(
       config: the run's, an SFTConfig to a GRPOConfig; or its command, "sft" to "grpo",
         whose settings follow by the flags' names, as in run_sft.
       model: a directory, of a model or of adapters in PEFT's format, a hub id, the path
-        of a config.json, an HF config as a dict, or a models.ModelConfig; None takes
-        the config's.
+        of a config.json, an HF config as a dict, a models.ModelConfig, or the name of
+        a published model, as "llama-3.1-8b"; None takes the config's.
       topology, compile: as in PlanOptions.
 
     Returns: Plan; `print` shows its table.
@@ -163,6 +164,8 @@ def _model_config(
     if isinstance(model, Mapping):
         return config_from_hf(dict(model))
     path = Path(model).expanduser()
+    if model in PUBLISHED and not path.exists():
+        return config_from_hf(PUBLISHED[model])
     path = path / "config.json" if path.is_dir() else path
     return read_config(path if path.is_file() else _hub_file(model, revision))
 
@@ -174,8 +177,9 @@ def _hub_file(model: str, revision: str | None) -> Path:
         file = cached_file(model, "config.json", revision=revision)
         return Path(str(file))
     except OSError as error:
+        known = nearest(model, PUBLISHED) or f"; by name: {', '.join(PUBLISHED)}"
         raise FileNotFoundError(
-            f"model {model!r}: no config.json there or on the hub ({error})"
+            f"model {model!r}: no config.json there or on the hub ({error}){known}"
         ) from error
 
 

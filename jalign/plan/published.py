@@ -37,6 +37,9 @@ _RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True
 _RW |= {"bos_token_id": 1, "eos_token_id": 2}
 _OPT350 = {"word_embed_proj_dim": 512, "do_layer_norm_before": False}
 _SHARED = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+_G3_SMALL = {"sliding_window": 512, "max_position_embeddings": 32768}
+_G3 = {"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8}}
+_G3_27 = _H128 | {"query_pre_attn_scalar": 168}
 _SMOLLM3 = {"rope_theta": 5e6, "max_position_embeddings": 65536}
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -112,11 +115,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         *("gemma2", 256000, 4608, 36864, 46, 32, 16),
         **_H128 | {"query_pre_attn_scalar": 144},
     ),
-    "gemma-3-270m": _sizes("gemma3_text", 262144, 640, 2048, 18, 4, 1),
-    "gemma-3-1b": _sizes("gemma3_text", 262144, 1152, 6912, 26, 4, 1),
-    "gemma-3-4b": _sizes("gemma3_text", 262208, 2560, 10240, 34, 8, 4),
-    "gemma-3-12b": _sizes("gemma3_text", 262208, 3840, 15360, 48, 16, 8),
-    "gemma-3-27b": _sizes("gemma3_text", 262208, 5376, 21504, 62, 32, 16, **_H128),
+    "gemma-3-270m": _sizes("gemma3_text", 262144, 640, 2048, 18, 4, 1, **_G3_SMALL),
+    "gemma-3-1b": _sizes("gemma3_text", 262144, 1152, 6912, 26, 4, 1, **_G3_SMALL),
+    "gemma-3-4b": _sizes("gemma3_text", 262208, 2560, 10240, 34, 8, 4, **_G3),
+    "gemma-3-12b": _sizes("gemma3_text", 262208, 3840, 15360, 48, 16, 8, **_G3),
+    "gemma-3-27b": _sizes(
+        "gemma3_text", 262208, 5376, 21504, 62, 32, 16, **_G3 | _G3_27
+    ),
     "phi-3-mini": _sizes("phi3", 32064, 3072, 8192, 32, 32, 32),
     "phi-3-medium": _sizes("phi3", 32064, 5120, 17920, 40, 40, 10),
     "phi-4": _sizes("phi3", 100352, 5120, 17920, 40, 40, 10),

@@ -1,0 +1,62 @@
+"""Models by name: the parameters that their cards tell, and a plan without a hub."""
+
+import math
+
+import jax
+import pytest
+
+from jalign import plan
+from jalign.models import Model
+from jalign.models.hf_config import config_from_hf
+from jalign.plan.published import PUBLISHED
+
+# One of each family, and of each way in which its sizes differ.
+COUNTS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "opt-350m": 331_196_416,
+    "opt-66b": 65_719_701_504,
+    "bloom-560m": 559_214_592,
+    "bloom-176b": 176_247_271_424,
+    "mpt-7b": 6_649_286_656,
+    "falcon-7b": 6_921_720_704,
+    "falcon-40b": 41_303_293_952,
+    "falcon-rw-1b": 1_311_625_216,
+    "falcon-11b": 11_102_822_400,
+    "pythia-70m": 70_426_624,
+    "pythia-12b": 11_846_072_320,
+    "gpt-j-6b": 6_050_882_784,
+    "gpt2-xl": 1_557_611_200,
+    "gemma-2b": 2_506_172_416,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-27b": 27_009_346_304,
+    "phi-3-mini": 3_821_079_552,
+    "phi-4-mini": 3_836_021_760,
+    "olmo-2-32b": 32_234_279_936,
+    "smollm3-3b": 3_075_098_624,
+    "granite-3.1-8b": 8_170_848_256,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_sizes_have_the_published_number_of_parameters(name):
+    shapes = Model(config_from_hf(PUBLISHED[name])).param_shapes()
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == COUNTS[name]
+
+
+def test_every_name_is_a_config():
+    for name, raw in PUBLISHED.items():
+        assert config_from_hf(raw).vocab_size > 30_000, name
+
+
+def test_a_plan_takes_a_name():
+    found = plan.plan("sft", "pythia-70m", topology="v5e:1x1", batch_size=1)
+    assert found.num_parameters == COUNTS["pythia-70m"] and found.fits
