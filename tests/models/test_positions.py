@@ -45,6 +45,29 @@ def test_a_maximum_of_16_squares_the_slopes(heads):
     np.testing.assert_allclose(slopes(heads, 16.0), slopes(heads) ** 2, rtol=1e-6)
 
 
+def test_rotation_is_by_pairs_half_a_head_apart():
+    config = CONFIGS["llama"]
+    positions = np.array([[0, 3, 7]])
+    x = np.random.default_rng(0).normal(size=(1, 3, 2, 10))
+    angle = positions[..., None] * 10_000.0 ** (-np.arange(0, 10, 2) / 10)
+    z = (x[..., :5] + 1j * x[..., 5:]) * np.exp(1j * angle)[:, :, None]
+    want = np.concatenate([z.real, z.imag], -1)
+    cos, sin = rope_tables(config, jnp.asarray(positions))["main"]
+    got = rotate(jnp.asarray(x, jnp.float32), cos, sin)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_scaled_frequencies_keep_fast_and_divide_slow_ones():
+    plain, _ = rope_frequencies(CONFIGS["llama"])
+    linear, _ = rope_frequencies(CONFIGS["linear"])
+    np.testing.assert_allclose(linear, plain / 2, rtol=1e-6)
+    for name, factor in (("llama3", 8), ("yarn", 4)):
+        scaled, _ = rope_frequencies(CONFIGS[name])
+        np.testing.assert_allclose(scaled[-1], plain[-1] / factor, rtol=1e-6)
+        assert (scaled <= plain * (1 + 1e-6)).all()
+    assert rope_frequencies(CONFIGS["yarn"])[1] == pytest.approx(1 + 0.1 * np.log(4))
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_a_part_of_a_head_is_rotated(pairs):
     """The first 4 of 10 dimensions, by frequencies of 4; neighbours, or halves."""
