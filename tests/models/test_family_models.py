@@ -137,8 +137,9 @@ def test_decoding_with_a_cache_equals_one_pass(name, unroll):
         config = dataclasses.replace(config, rope_scaling=None)
     model = Model(config, unroll=unroll)
     params, tokens = params_of(model), TOKENS[:2, :9]
+    one_pass = jax.jit(model.replace(unroll=not unroll).apply, compiler_options=OPTIONS)
+    want, _ = one_pass(params, tokens)
     apply = jax.jit(model.apply, compiler_options=OPTIONS)
-    want, _ = apply(params, tokens)
     cache, lengths = model.init_cache(2, 10), np.array([7, 4])
     ids = (np.arange(7) < lengths[:, None]).astype(np.int32)
     got, cache = apply(params, tokens[:, :7] * ids, segment_ids=ids, cache=cache)
