@@ -3,16 +3,18 @@
     python scripts/make_model_golden.py        # needs torch and transformers
 
 A file holds config.json, tensor shapes, tokens, attention mask and float32 logits. The
-weights are not stored: in sorted order of their names each is
+weights are not stored: in sorted order of their names in model.safetensors each is
 default_rng(0).normal(0, 0.3, shape), which the test draws again.
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "models" / "golden"
 SIZES = dict(
@@ -134,6 +136,12 @@ CASES |= {
         dict(head_dim=6) | WINDOW | dict(max_window_layers=1),
     ),
 }
+# Every switch at least once; `make parity` compares all cases.
+GOLDEN = ("llama", "llama_tied", "llama3_rope", "llama_linear", "llama_yarn")
+GOLDEN += ("llama_reward", "mistral_window", "qwen2", "qwen2_window", "qwen3")
+GOLDEN += ("qwen3_reward", "opt_350m", "bloom", "mpt_clip", "falcon_40b", "falcon_rw")
+GOLDEN += ("gpt_neox", "gptj", "gpt2", "gemma2", "gemma3", "phi4_mini", "olmo2")
+GOLDEN += ("smollm3", "granite", "qwen2_moe", "mixtral", "opt_reward")
 IDS = dict(bos_token_id=1, eos_token_id=2)
 SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SHARED += ("max_position_embeddings", "pad_token_id")
@@ -153,21 +161,20 @@ def build(prefix: str, changes: dict) -> torch.nn.Module:
     if "num_labels" in changes:
         prefix = name
     config.architectures = [prefix + kind]
-    model = getattr(transformers, prefix + kind)(config).eval()
-    rng = np.random.default_rng(0)
-    state = dict(model.state_dict())
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    for name in [
-        name for name in state if name.endswith((".attn.bias", "masked_bias"))
-    ]:
-        del state[name]  # buffers
-    with torch.no_grad():
-        for name in sorted(state):
-            draw = rng.normal(0.0, 0.3, tuple(state[name].shape)).astype("f4")
-            state[name].copy_(torch.from_numpy(draw))
-    model.golden_shapes = {name: list(x.shape) for name, x in state.items()}
-    return model
+    model = getattr(transformers, prefix + kind)(config)
+    attention = config._attn_implementation
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        file = Path(folder, "model.safetensors")
+        shapes = {name: list(x.shape) for name, x in load_file(file).items()}
+        rng = np.random.default_rng(0)
+        draws = {
+            n: rng.normal(0.0, 0.3, shapes[n]).astype("f4") for n in sorted(shapes)
+        }
+        save_file(draws, file, metadata={"format": "pt"})
+        model = type(model).from_pretrained(folder, attn_implementation=attention)
+    model.golden_shapes = shapes
+    return model.eval()
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
@@ -180,8 +187,9 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     tokens, mask = inputs()
-    for name, (prefix, changes) in CASES.items():
-        model = build(prefix, changes)
+    for name in GOLDEN:
+        model = build(*CASES[name])
+        model.config.name_or_path = ""  # a folder that is gone
         with torch.no_grad():
             out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask))
         np.savez_compressed(

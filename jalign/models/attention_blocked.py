@@ -168,7 +168,7 @@ def _scores(q, k, slopes, segment_ids, start, span: Span, window, how: Scores):
     keys = jnp.arange(span.first_key, span.end, dtype=jnp.float32)
     behind = queries[:, None] - keys[None, :]
     if slopes is not None:
-        scores -= slopes[..., None, None] * behind
+        scores -= slopes[..., None, None] * behind[None, None, None]
     scores = how.capped(scores)
     hidden = jnp.maximum(-behind, 0.0)
     if window is not None:

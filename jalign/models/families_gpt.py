@@ -6,7 +6,7 @@ Sources: transformers' configuration and modeling files of each, by name, and pa
 from jalign.models import hf_traits as traits
 from jalign.models.config import ModelConfig
 from jalign.models.family import COMMON, HEADS, NORMS, Family, Modules, named
-from jalign.models.hf_rope import rope
+from jalign.models.hf_rope import rope, rotary_dim
 
 _NEOX_LAYER = {
     "attention/qkv_groups": "query_key_value",
@@ -209,7 +209,7 @@ GPT_FAMILIES = {  # Zhang et al. 2022 (arXiv:2205.01068).
         switches=_OLD | {"parallel_norms": 1, "head_bias": True, "rotary_pairs": True},
         keys=_GPT2_KEYS | {"rotary_dim": "rotary_dim"},
         defaults=_GPT2_FILE | {"n_positions": 2048, "rotary_dim": 64},
-        traits=(traits.activation("activation_function"),),
+        traits=(traits.activation("activation_function"), rotary_dim),
         root="transformer.",
         ignored=_MASK_BUFFERS,
     ),

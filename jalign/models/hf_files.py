@@ -156,7 +156,8 @@ class WeightFiles:
 
     def rename(self, renamed: Callable[[str], str]) -> None:
         """Calls each tensor by renamed(its name) from now on."""
-        self._stored = {renamed(name): name for name in self._where}
+        stored = self._stored
+        self._stored = {renamed(n): stored.get(n, n) for n in self._where}
         self._where = {renamed(name): x for name, x in self._where.items()}
         self.file_of = {renamed(name): file for name, file in self.file_of.items()}
 

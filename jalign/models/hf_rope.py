@@ -58,6 +58,16 @@ def rope(
     return Trait(read, write)
 
 
+def _read_rotary_dim(values: Values, _: Values) -> Values:
+    if values["rotary_dim"] is None:
+        raise ValueError("rotary_dim=None is not supported, only a number")
+    return {}
+
+
+# How many dimensions of a head GPT-J rotates: its files always say so.
+rotary_dim = Trait(_read_rotary_dim, lambda c: {})
+
+
 def _read_scaling(values: Values, given: Values, kinds) -> RopeScaling | None:
     kind = given.get("rope_type", given.get("type", "default"))
     if "longrope" in kinds and kind in ("su", "yarn"):

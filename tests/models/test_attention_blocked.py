@@ -1,5 +1,7 @@
 """Tests for jalign/models/attention_blocked.py."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,28 +13,36 @@ from jalign.models.attention_blocked import (
     blocked_attention,
     heads_in_cache,
 )
-from tests.models.rows import packed_rows, random_qkv
+from jalign.models.scores import PLAIN_SCORES
+from tests.models.rows import SCORES, packed_rows, random_qkv
 
 IDS, POSITIONS = packed_rows([[7, 6], [3, 10]], 13)
 QKV = random_qkv((2, 13, 4, 8), 2)
 
 
-@pytest.mark.parametrize("segments", [True, False])
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("block, piece, heads", [(4, 4, 1), (4, 2, 2), (8, 2, None)])
-def test_values_and_gradients_match_plain(window, segments, block, piece, heads):
+BLOCKS = [(4, 4, 1), (4, 2, 2), (8, 2, None)]
+CASES = [(None, *case) for case in itertools.product([None, 3], [True, False], BLOCKS)]
+CASES += [("softcap", 3, True, BLOCKS[1])]
+CASES += [("alibi", None, True, BLOCKS[1]), ("all", 3, True, BLOCKS[0])]
+CASES += [("all", None, False, BLOCKS[2])]
+
+
+@pytest.mark.parametrize(("name", "window", "segments", "sizes"), CASES)
+def test_values_and_gradients_match_plain(name, window, segments, sizes):
+    scores = PLAIN_SCORES if name is None else SCORES[name]
     ids = IDS if segments else np.ones_like(IDS)
     positions = POSITIONS if segments else np.broadcast_to(np.arange(13), IDS.shape)
     mask = attention_mask(positions, positions, ids, ids, window)
     weight = random_qkv((2, 13, 4, 8), 2, seed=1)[0]
 
     def plain(*qkv):
-        return (weight * plain_attention(*qkv, jnp.asarray(mask))).sum()
+        where = scores, jnp.asarray(positions), jnp.asarray(positions)
+        return (weight * plain_attention(*qkv, jnp.asarray(mask), *where)).sum()
 
     def blocked(*qkv):
         segment_ids = ids if segments else None
-        how = {"block": block, "piece": piece, "heads": heads}
-        out = blocked_attention(*qkv, segment_ids, window, **how)
+        how = dict(zip(("block", "piece", "heads"), sizes, strict=True))
+        out = blocked_attention(*qkv, segment_ids, window, scores, **how)
         return (weight * out).sum()
 
     want = jax.value_and_grad(plain, (0, 1, 2))(*QKV)

@@ -12,22 +12,30 @@ from jalign.models.attention import (
     plain_attention,
     splash_attention,
 )
+from jalign.models.scores import PLAIN_SCORES, Scores
 from tests.models.rows import packed_rows, random_qkv
 
 IDS, POSITIONS = packed_rows([[100, 40], [60, 90]], 150)
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_interpreted_splash_matches_plain_with_gradients(window):
+CAPPED = Scores(scale=0.7, softcap=0.8)  # as Gemma 2 has them
+
+
+@pytest.mark.parametrize(
+    ("window", "scores"),
+    [(None, PLAIN_SCORES), (20, PLAIN_SCORES), (20, CAPPED)],
+)
+def test_interpreted_splash_matches_plain_with_gradients(window, scores):
     qkv = random_qkv((2, 150, 4, 16), 2)
     mask = jnp.asarray(attention_mask(POSITIONS, POSITIONS, IDS, IDS, window))
     real = jnp.asarray(IDS > 0)[..., None, None]
 
     def plain(*qkv):
-        return (jnp.where(real, plain_attention(*qkv, mask), 0) ** 2).sum()
+        return (jnp.where(real, plain_attention(*qkv, mask, scores), 0) ** 2).sum()
 
     def splash(*qkv):
-        out = splash_attention(*qkv, jnp.asarray(IDS), window, interpret=True)
+        segment_ids = jnp.asarray(IDS)
+        out = splash_attention(*qkv, segment_ids, window, scores, interpret=True)
         return (jnp.where(real, out, 0) ** 2).sum()
 
     want = jax.value_and_grad(plain, (0, 1, 2))(*qkv)

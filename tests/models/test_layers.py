@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jalign.models.layers import (
-    Embedding,
-    RMSNorm,
-    rope_frequencies,
-    rope_tables,
-    rotate,
-)
+from jalign.models.layers import Embedding, LayerNorm, RMSNorm
 from jalign.models.platform import project
-from tests.models.tiny import CONFIGS
 
 
 def test_rms_norm_matches_numpy_and_computes_in_float32():
@@ -27,27 +20,32 @@ def test_rms_norm_matches_numpy_and_computes_in_float32():
     assert half.dtype == jnp.bfloat16
 
 
-def test_rotation_is_by_pairs_half_a_head_apart():
-    config = CONFIGS["llama"]
-    positions = np.array([[0, 3, 7]])
-    x = np.random.default_rng(0).normal(size=(1, 3, 2, 10))
-    angle = positions[..., None] * 10_000.0 ** (-np.arange(0, 10, 2) / 10)
-    z = (x[..., :5] + 1j * x[..., 5:]) * np.exp(1j * angle)[:, :, None]
-    want = np.concatenate([z.real, z.imag], -1)
-    cos, sin = rope_tables(config, jnp.asarray(positions))["main"]
-    got = rotate(jnp.asarray(x, jnp.float32), cos, sin)
-    np.testing.assert_allclose(got, want, atol=1e-5)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_layer_norm_matches_numpy_and_computes_in_float32(with_bias):
+    x = np.random.default_rng(0).normal(50, 100, (2, 3, 8))
+    scale, bias = np.arange(1.0, 9.0), np.linspace(-1, 1, 8) * with_bias
+    centred = x - x.mean(-1, keepdims=True)
+    want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    leaves = {"scale": scale, "bias": bias} if with_bias else {"scale": scale}
+    params = {"params": {k: jnp.float32(v) for k, v in leaves.items()}}
+    got = LayerNorm(1e-5, with_bias=with_bias).apply(params, jnp.float32(x))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    far = jnp.bfloat16([[1000.0, 1008.0, 1016.0, 1024.0]])  # steps of 8
+    ones = {"params": {"scale": jnp.ones(4)}}
+    half = LayerNorm(1e-5, jnp.bfloat16, with_bias=False).apply(ones, far)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        half[0].astype(float), [-1.34, -0.447, 0.447, 1.34], 0.01
+    )
 
 
-def test_scaled_frequencies_keep_fast_and_divide_slow_ones():
-    plain, _ = rope_frequencies(CONFIGS["llama"])
-    linear, _ = rope_frequencies(CONFIGS["linear"])
-    np.testing.assert_allclose(linear, plain / 2, rtol=1e-6)
-    for name, factor in (("llama3", 8), ("yarn", 4)):
-        scaled, _ = rope_frequencies(CONFIGS[name])
-        np.testing.assert_allclose(scaled[-1], plain[-1] / factor, rtol=1e-6)
-        assert (scaled <= plain * (1 + 1e-6)).all()
-    assert rope_frequencies(CONFIGS["yarn"])[1] == pytest.approx(1 + 0.1 * np.log(4))
+def test_an_offset_norm_starts_from_one():
+    layer, x = RMSNorm(1e-5, offset=True), jnp.arange(1.0, 5.0)[None]
+    params = layer.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(params["params"]["scale"], np.zeros(4))
+    want = RMSNorm(1e-5).apply({"params": {"scale": jnp.full(4, 1.5)}}, x)
+    got = layer.apply({"params": {"scale": jnp.full(4, 0.5)}}, x)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_token_outside_of_the_vocabulary_gives_nan():

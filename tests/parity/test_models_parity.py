@@ -1,5 +1,7 @@
 """Live comparison with transformers on torch: logits in, logits out, every family."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from jalign.models import load, save  # noqa: E402
 from scripts.make_model_golden import CASES, build, inputs  # noqa: E402
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5  # of the largest logit, which is 0.2 to 6
 
 
 def torch_logits(model, tokens, mask=None, **kwargs):
@@ -20,56 +22,50 @@ def torch_logits(model, tokens, mask=None, **kwargs):
     return out.logits.float().numpy()
 
 
-def jalign_logits(model, params, tokens, **kwargs):
-    hidden, _ = jax.jit(model.apply)(params, tokens, **kwargs)
+@functools.partial(jax.jit, static_argnums=0)
+def heads(model, params, tokens, segment_ids, positions):
+    """Logits [B, T, V], or scores [B, T] of a model with a scalar head."""
+    how = {"segment_ids": segment_ids, "positions": positions}
+    hidden, _ = model.apply(params, tokens, **how)
     if model.config.num_labels:
-        return np.asarray(model.score(params, hidden))
-    return np.asarray(hidden @ model.unembed(params))
+        return model.score(params, hidden)
+    return model.head(params).logits(hidden)
+
+
+def jalign_logits(model, params, tokens, segment_ids=None, positions=None):
+    return np.asarray(heads(model, params, tokens, segment_ids, positions))
+
+
+def assert_close(got, want):
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * abs(want).max())
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_logits_in_and_out(name, tmp_path):
     """transformers -> save_pretrained -> load -> save -> from_pretrained."""
-    prefix, changes = CASES[name]
-    theirs = build(prefix, changes)
+    theirs = build(*CASES[name])
     tokens, mask = inputs()
     want = torch_logits(theirs, tokens, mask)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="12KB")
     model, params = load(tmp_path / "theirs")
     got = jalign_logits(model, params, tokens, segment_ids=mask)
     if model.config.num_labels:
-        got = got[np.arange(3), mask.sum(1) - 1][:, None]
-        np.testing.assert_allclose(got, want, atol=TOLERANCE)
+        assert_close(got[np.arange(3), mask.sum(1) - 1][:, None], want)
+    elif name == "phi3_long":  # transformers goes by the longest row of the batch
+        for row, length in enumerate(mask.sum(1)):
+            alone = torch_logits(theirs, tokens[row : row + 1, :length])
+            assert_close(got[row, :length], alone[0])
     else:
-        real = mask > 0
-        np.testing.assert_allclose(got[real], want[real], atol=TOLERANCE)
+        assert_close(got[mask > 0], want[mask > 0])
 
     save(tmp_path / "ours", model, params, max_shard_size=12_000)
+    how = {"attn_implementation": theirs.config._attn_implementation}
     again, info = type(theirs).from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+        tmp_path / "ours", output_loading_info=True, **how
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     back = torch_logits(again.eval(), tokens, mask)
     np.testing.assert_allclose(back, want, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["llama3_rope", "mistral_window", "qwen2", "qwen3"])
-def test_packed_rows_equal_transformers_on_each_document(name, tmp_path):
-    prefix, changes = CASES[name]
-    theirs = build(prefix, changes)
-    theirs.save_pretrained(tmp_path)
-    tokens, _ = inputs()
-    ids = np.array([[1] * 7 + [2] * 5], np.int32)
-    positions = np.array([[*range(7), *range(5)]], np.int32)
-    parts = [
-        torch_logits(theirs, tokens[:1, part]) for part in (slice(7), slice(7, 12))
-    ]
-    for attention in ("plain", "blocked"):
-        model, params = load(tmp_path, attention=attention)
-        got = jalign_logits(
-            model, params, tokens[:1], positions=positions, segment_ids=ids
-        )
-        np.testing.assert_allclose(got, np.concatenate(parts, 1), atol=TOLERANCE)
 
 
 def test_real_checkpoint(real_data, tmp_path):
@@ -78,8 +74,7 @@ def test_real_checkpoint(real_data, tmp_path):
     tokens = np.random.default_rng(0).integers(3, 512, (2, 300)).astype(np.int32)
     model, params = load(folder)
     want = torch_logits(theirs, tokens)
-    got = jalign_logits(model, params, tokens)
-    np.testing.assert_allclose(got, want, atol=TOLERANCE)
+    assert_close(jalign_logits(model, params, tokens), want)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     save(tmp_path, model, params, tokenizer)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()

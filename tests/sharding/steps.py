@@ -48,9 +48,11 @@ def _batch(recipe: str, step: int):
     return PreferenceBatch(rows._replace(segment_ids=ids), zeros, *logps)
 
 
-def train(recipe: str, mesh, microbatches: int = 1) -> dict[str, list[float]]:
+def train(
+    recipe: str, mesh, microbatches: int = 1, config: models.ModelConfig = CONFIG
+) -> dict[str, list[float]]:
     """{"loss": of each step, "params": all parameters in one row}, as plain floats."""
-    model = models.Model(CONFIG, mesh=mesh)
+    model = models.Model(config, mesh=mesh)
     make = {"sft": make_sft_objective, "dpo": make_dpo_objective}[recipe]
     # eps well above the rounding error of gradients, which Adam would else magnify.
     settings = OptimConfig(learning_rate=1e-3, weight_decay=0.1, eps=1e-5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jalign import sharding
+from tests.models.tiny import FAMILY_CONFIGS
 
 from . import processes, steps
 
@@ -37,6 +38,16 @@ _CASES = [("sft", dict(fsdp=8), 1), ("sft", _CUBE, 2), ("dpo", dict(fsdp=8), 1)]
 )
 def test_one_device_and_a_mesh_agree(recipe, sizes, microbatches):
     _same(steps.train(recipe, sharding.make_mesh(**sizes), microbatches), recipe)
+
+
+@pytest.mark.parametrize("name", ["bloom", "qwen2_moe"])
+def test_families_step_alike_on_a_mesh(name):
+    """ALiBi and fused kernels with biases; experts, and one for every token."""
+    config = FAMILY_CONFIGS[name]
+    want = steps.train("dpo", None, config=config)
+    got = steps.train("dpo", sharding.make_mesh(**_CUBE), config=config)
+    for metric, expected in want.items():
+        np.testing.assert_allclose(got[metric], expected, rtol=0, atol=1e-5)
 
 
 def _two_processes():

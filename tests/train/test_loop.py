@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from jalign import data, sharding
+from jalign.models import Model
+from jalign.models.config import Experts, LayerKind
 from jalign.train import objectives, optim, step
 from jalign.train.checkpoint import Checkpointer
 from jalign.train.loop import Diverged, SkipGuard, fit, row_namer
@@ -19,12 +21,26 @@ from tests.train import tiny
 STEPS = 5
 
 
-@pytest.fixture(scope="module", params=[None, dict(fsdp=2, devices=2)], ids=str)
+# Switches of other families in one: ALiBi, fused kernels, windows by layer, experts.
+OTHERS = tiny.config(
+    positions="alibi",
+    qkv_layout="groups",
+    norm="layer",
+    norm_bias=True,
+    layer_kinds=(LayerKind(4), LayerKind()),
+    experts=Experts(3, 2, shared_size=16),
+)
+MODELS = {
+    "alone": lambda: tiny.model(),
+    "mesh": lambda: tiny.model(sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])),
+    "others": lambda: Model(OTHERS),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
 def trainer(request):
-    mesh = None
-    if request.param:
-        mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
-    model = tiny.model(mesh)
+    model = MODELS[request.param]()
+    mesh = model.mesh
     tx, schedule = optim.make_optimizer(optim.OptimConfig(learning_rate=1e-2), STEPS)
     abstract = step.abstract_state(model.param_shapes(), tx, mesh=mesh)
     pinned = mesh and sharding.state_shardings(mesh, abstract)
