@@ -22,6 +22,7 @@ from jalign.plan.recipes import (
 from jalign.sharding import Machine
 from jalign.train.config import OptimConfig, RunConfig
 from jalign.train.online_config import OnlineConfig
+from jalign.train.online_models import reference_params
 from jalign.train.step import abstract_state
 from jalign.types import PyTree, TrainState
 
@@ -99,7 +100,8 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
     """
     models = trained(config, model_config, None)
     model = next(iter(models.values()))
-    weights = _param_bytes(mesh, model.param_shapes())
+    whole = model.param_shapes()
+    weights = _param_bytes(mesh, whole)
     resident: list[Row] = []
     digits = config.lora.quantize or config.compute.dtype
     for name, each in models.items():
@@ -115,7 +117,11 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
     transient = {"update": _update(config, model, mesh)}
     if isinstance(config, OnlineConfig):
         if config.has_reference and config.lora.lora() is None:
-            resident.append(Row("reference parameters", weights, "float32, frozen"))
+            held = functools.partial(reference_params, model)
+            shapes = jax.eval_shape(held, whole)
+            kept = _param_bytes(mesh, shapes)
+            note = f"{config.compute.dtype}, frozen"
+            resident.append(Row("reference parameters", kept, note))
         note = "if as large as the policy; 0 for a function"
         resident.append(Row("reward model", weights, note))
         transient["rollout"] = _rollout(config, model, mesh)

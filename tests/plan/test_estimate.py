@@ -85,6 +85,10 @@ def test_ppo_keeps_four_models():
         "reference parameters",
         "reward model",
     ]
+    # All of it in bfloat16 but for the norms: what a run holds.
+    policy = _bytes(result, "policy parameters")
+    reference = _bytes(result, "reference parameters")
+    assert policy / 2 < reference < 0.501 * policy
     # bfloat16 keys and values of one row: 2 x 32 layers x 2048 x 8 heads x 128 x 2 B.
     assert _bytes(result, "KV cache") == 2 * 32 * 2048 * 8 * 128 * 2
     assert result.fits is False and "32 devices" in result.advice
