@@ -1,5 +1,6 @@
 """Test-wide settings: 8 virtual CPU devices, and silent broadcasting is an error."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -8,10 +9,11 @@ import jax
 import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
-# Compiled once for all workers and for the commands, kernels and hosts they start.
+# Compiled once for all workers and for the commands, kernels and hosts they start; the
+# small programs too, for they are thousands, and to keep one costs next to nothing.
 _CACHE = {
     "jax_compilation_cache_dir": str(_ROOT / ".pytest_cache" / "xla"),
-    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
 }
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     for _name, _value in _CACHE.items():
@@ -25,6 +27,9 @@ if jax.__version_info__ < (0, 11):
     _QUICK += " --xla_cpu_use_fusion_emitters=false"
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK}".strip()
+# Tracing makes objects by the thousand that live on: looking through them for garbage
+# after every 700 was a tenth of its time.
+gc.set_threshold(50_000, 10, 10)
 pytest_plugins = ["tests.cpu_seconds"]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

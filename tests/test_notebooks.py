@@ -10,6 +10,7 @@ import pytest
 
 from jalign import train
 from jalign.settings import settings_or
+from tests.demo.few import write_few
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -109,6 +110,13 @@ def test_one_cell_switches_to_the_hub_and_holds_out_another_split(path):
         settings_or(config, None, given | reward | found[name])
 
 
+FEW = """
+import pathlib
+import jalign.demo
+jalign.demo.ASSETS = pathlib.Path({!r})
+"""
+
+
 @pytest.mark.slow
 @EACH
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
@@ -118,9 +126,11 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
     notebook, code = read(path)
     steps = 0
+    few = write_few(tmp_path / "assets")
+    # Few rows and steps: what they would learn is in the outputs that are saved.
+    code[0].source += FEW.format(str(few))
     for cell in code:
         cell.outputs = []
-        # Few steps: what they would learn is in the outputs that are saved.
         given = re.subn(r"^(\w*STEPS) = \d+$", r"\1 = 4", cell.source, flags=re.M)
         cell.source, steps = given[0], steps + given[1]
     assert steps

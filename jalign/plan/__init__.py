@@ -34,6 +34,7 @@ _NOTES = {
     "arguments": "parameters, moments, batch",
     "outputs": "not in place of arguments",
     "temporaries": "gradients, activations, ...",
+    "at least": "the compiler gives up: it does not fit",
 }
 
 
@@ -142,7 +143,8 @@ def _opened(run: RunConfig, model: Any) -> tuple[RunConfig, ModelConfig]:
     adapters only the headers are read."""
     folder = Path(model).expanduser() if isinstance(model, str) else None
     if folder is None or not is_adapter(folder):
-        check(run.base is None, f"base: {run.model} is no folder of adapters")
+        whole = f"{run.model} is a whole model, no adapter: leave out --base"
+        check(run.base is None, whole)
         return run, _model_config(model)
     told = read_adapter_config(folder)
     revision = told.raw.get("revision") if run.base is None else None

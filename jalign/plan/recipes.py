@@ -4,6 +4,7 @@ All else that a plan asks for stands in the run's own config.
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -212,9 +213,21 @@ def compiled_step(config: train.RunConfig, model_config, mesh) -> Any:
     return step.lower(*given).compile()  # type: ignore
 
 
+_NEEDS = re.compile(r"\(([\d.]+)G\) exceeds available HBM|Used ([\d.]+)G of ")
+
+
 def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int]:
-    """Bytes on each device of `compiled_step`, as the compiler lays it out."""
-    memory = compiled_step(config, model_config, mesh).memory_analysis()
+    """Bytes on each device of `compiled_step`, as the compiler lays it out.
+
+    Where it gives up for want of memory: only what it says that it needs.
+    """
+    try:
+        memory = compiled_step(config, model_config, mesh).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        needs = _NEEDS.search(str(error))
+        if needs is None:
+            raise
+        return {"at least": int(float(needs[1] or needs[2]) * 2**30)}
     return {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -10,6 +10,7 @@ import pytest
 
 from jalign import data, models
 from jalign.demo import ASSETS, DemoConfig, recipe, task
+from tests.demo.few import write_few
 from tests.demo.scripts import ROOT, load_maker
 
 ROW = {"model": "DPO", "preferred": 0.953, "KL to SFT": 1.234, "seconds": 12.3}
@@ -84,14 +85,21 @@ def test_wrong_settings_are_errors():
         DemoConfig(ppo_steps=0)
 
 
+# The command, with the assets that its first word names.
+DEMO = (
+    "import pathlib, sys; from jalign import cli; from jalign.demo import recipe;"
+    "recipe.ASSETS = pathlib.Path(sys.argv.pop(1)); sys.exit(cli.main())"
+)
+
+
 @pytest.mark.slow
 def test_the_demo_runs_through(tmp_path):
     """The command on one device, a few steps a stage: files, table and figures."""
-    out = tmp_path / "demo"
+    out, assets = tmp_path / "demo", write_few(tmp_path / "assets")
     flags = [f"--{stage}-steps=2" for stage in ("sft", "reward", "ppo", "dpo")]
     run = subprocess.run(
-        [sys.executable, "-m", "jalign", "demo", f"--out={out}", "--eval-prompts=8"]
-        + flags,
+        [sys.executable, "-c", DEMO, assets, "demo", f"--out={out}", *flags]
+        + ["--eval-prompts=8"],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)},
         cwd=ROOT,
         capture_output=True,

@@ -73,7 +73,7 @@ def test_what_a_run_refuses_of_adapters_a_plan_refuses(adapters, tmp_path):
     adapter, base = (str(adapters / name) for name in ("adapter", "base"))
     with pytest.raises(ValueError, match="has adapters already"):
         plan.plan("sft", adapter, lora_rank=4)
-    with pytest.raises(ValueError, match="no folder of adapters"):
+    with pytest.raises(ValueError, match="no adapter: leave out --base"):
         plan.plan("sft", base, base=base)
     lost = tmp_path / "adapter_config.json"
     said = json.loads((adapters / "adapter" / lost.name).read_text())

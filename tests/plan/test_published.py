@@ -69,3 +69,23 @@ def test_every_name_is_a_config():
 def test_a_plan_takes_a_name():
     found = plan.plan("sft", "pythia-70m", topology="v5e:1x1", batch_size=1)
     assert found.num_parameters == COUNTS["pythia-70m"] and found.fits
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+        "HLO temporaries (17.40G) exceeds available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+        "memory space hbm. Used 17.40G of 15.75G hbm. Exceeded hbm capacity by 1.65G.",
+    ],
+)
+def test_a_compiler_that_gives_up_says_that_it_does_not_fit(monkeypatch, said):
+    def gives_up(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr("jalign.plan.recipes.compiled_step", gives_up)
+    monkeypatch.setattr("jalign.sharding.topology_devices", lambda _: jax.devices()[:1])
+    found = plan.plan("sft", "pythia-70m", topology="v5e:1x1", compile=True)
+    assert found.fits is False and found.peak == int(17.4 * 2**30)
+    assert "gives up" in str(found)

@@ -209,5 +209,5 @@ def test_a_plan_counts_what_a_run_loads_and_trains(config_class, quantize, here)
 def test_a_plan_refuses_what_it_does_not_read(here):
     with pytest.raises(ValueError, match="quantize: there are no adapters"):
         plan.plan("sft", str(here / "model"), quantize="nf4")
-    with pytest.raises(ValueError, match="base: a plan reads no adapters"):
+    with pytest.raises(ValueError, match="no adapter: leave out --base"):
         plan.plan("sft", str(here / "model"), base="x", lora_rank=2)

@@ -33,6 +33,11 @@ def make(folder: Path) -> Path:
 
 def run(command: str, world: Path, out: Path, *flags: str) -> int:
     """The exit code of `jalign COMMAND`, of two steps of four rows."""
+    return quietly(words(command, world, out, *flags))
+
+
+def words(command: str, world: Path, out: Path, *flags: str) -> list[str]:
+    """The command line that `run` runs; flags take the place of its own."""
     name = {"sft": "rows", "ppo": "prompts", "grpo": "prompts"}.get(command, "pairs")
     given = {
         "--model": str(world / "model"),
@@ -44,8 +49,8 @@ def run(command: str, world: Path, out: Path, *flags: str) -> int:
         "--mesh": "fsdp=1",
         "--num-processes": "1",
     }
-    words = [w for flag in given if flag not in flags for w in (flag, given[flag])]
-    return quietly([command, *words, *flags])
+    kept = [w for flag in given if flag not in flags for w in (flag, given[flag])]
+    return [command, *kept, *flags]
 
 
 def quietly(words: list[str]) -> int:
