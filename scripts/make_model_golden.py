@@ -173,7 +173,7 @@ def build(prefix: str, changes: dict) -> torch.nn.Module:
         }
         save_file(draws, file, metadata={"format": "pt"})
         model = type(model).from_pretrained(folder, attn_implementation=attention)
-    model.config.name_or_path = ""  # the folder is gone
+    model.name_or_path = model.config.name_or_path = ""  # the folder is gone
     model.golden_shapes = shapes
     return model.eval()
 
