@@ -34,7 +34,6 @@ _INDICES = ("layers_to_transform",)
 _REFUSED = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "a bias on B",
-    "fan_in_fan_out": "transposed kernels",
     "use_qalora": "QA-LoRA's pooled inputs",
     "use_bdlora": "block-diagonal adapters",
     "target_parameters": "adapters of single parameters (experts)",
@@ -50,6 +49,7 @@ _REFUSED = {
 _UNUSED = ("lora_dropout", "inference_mode", "peft_version", "auto_mapping")
 _UNUSED += ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
 _UNUSED += ("velora_config", "qalora_group_size", "megatron_core", "runtime_config")
+_UNUSED += ("fan_in_fan_out",)  # PEFT sets it by the layer's class; A and B are alike
 _KNOWN = {*_CHECKS, *_NAMES, *_INDICES, *_REFUSED, *_UNUSED}
 _KNOWN |= {"bias", "init_lora_weights", "ensure_weight_tying"}
 # The others change the base's weights, which such a file does not hold.
@@ -224,6 +224,7 @@ def adapter_config(
     saved: Sequence[str],
     tied: bool,
     is_scalar: bool,
+    transposed: bool,
 ) -> dict[str, Any]:
     """What stands in an adapter_config.json, but for the base and the training.
 
@@ -233,7 +234,7 @@ def adapter_config(
       linear: those of all linear layers.
       saved: names of the modules that are trained in full.
       tied: whether an embedding among them is the head too.
-      is_scalar: of the model.
+      is_scalar, transposed: of the model, and of its kernels in files.
     """
     config = _sorted_patterns(config, adapted)
     left_out = {_end(module) for module in {*linear} - {*adapted}}
@@ -244,7 +245,7 @@ def adapter_config(
         "alpha_pattern": {k: _number(x) for k, x in config.alpha_pattern},
         "bias": "none",
         "ensure_weight_tying": tied,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": _number(config.alpha),

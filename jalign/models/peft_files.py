@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jalign import sharding
 from jalign.models import hf_files, lora
+from jalign.models.families import FAMILIES
 from jalign.models.hf_files import WeightFiles
 from jalign.models.lora import LoraConfig
 from jalign.models.model import Model, Params
@@ -166,6 +167,7 @@ def _config_values(model: Model, flat: Flat, config: LoraConfig) -> dict[str, An
         saved=[name.split(".")[-2] for name in saved],
         tied=tied_names(model)[1] in saved and needs_two_copies(model),
         is_scalar=bool(model.config.num_labels),
+        transposed=FAMILIES[model.config.family].transposed,
     )
 
 

@@ -105,6 +105,12 @@ def test_logits_in_and_out(name, how, bases, tmp_path):
     compare(name, adapted(name, **ADAPTERS[how]), bases(name), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "phi3"])
+def test_kernels_transposed_in_groups_and_joined(name, bases, tmp_path):
+    theirs = adapted(name, target_modules="all-linear", lora_alpha=6)
+    compare(name, theirs, bases(name), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["llama_reward", "qwen3_reward"])
 def test_scores_in_and_out(name, bases, tmp_path):
     theirs = adapted(name, target_modules="all-linear")
@@ -155,6 +161,7 @@ OURS = {
     ),
     "qwen3": LoraConfig(rank=2, targets=("mlp",), train_full=("embed", "head")),
     "llama_reward": LoraConfig(rank=2, rank_pattern=(("layers.0.*", 0),)),
+    "qwen2_moe": LoraConfig(rank=2),
 }
 
 
