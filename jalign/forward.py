@@ -62,7 +62,8 @@ def logits_options(model: Model, hidden: jax.Array) -> dict[str, Any]:
 def hidden_states(model: Model, params: PyTree, batch) -> jax.Array:
     """[B, T, D] after the final norm, for a TokenBatch or a Rollout."""
     where = {"positions": batch.positions, "segment_ids": batch.segment_ids}
-    where["routing"] = getattr(batch, "routing", None)
+    if (kept := getattr(batch, "routing", None)) is not None:
+        where["routing"] = kept
     noted = _NOTED.get()
     if noted is None or model.config.experts is None:
         return model.apply(params, batch.tokens, **where)[0]

@@ -15,7 +15,7 @@ ROWS = "split=None eval_data=None eval_split=None columns=None bad_rows=error "
 RUN = """model=! data=! out=! steps=None epochs=1.0 seed=0 mesh=None resume=True
 learning_rate=1e-05 schedule=linear warmup_steps=0 end_fraction=0.0 optimizer=adamw
 reschedule=False weight_decay=0.0 b1=0.9 b2=0.999 eps=1e-08 max_grad_norm=1.0
-microbatches=1 dtype=float32 remat=False
+microbatches=1 dtype=float32 remat=False router_aux_coef=0.0
 eval_every=None keep_best=None patience=None base=None
 lora_rank=None lora_alpha=32.0 lora_targets=all lora_dropout=0.0 lora_train=None
 lora_rank_pattern=None lora_alpha_pattern=None rslora=False quantize=None """

@@ -224,6 +224,14 @@ class ModelConfig:
             self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim
         ):
             yield f"rotary_dim={self.rotary_dim} is not even and up to head_dim"
+        scaling, rotated = self.rope_scaling, self.rotary_dim or self.head_dim
+        if scaling is not None and scaling.kind == "longrope":
+            for factors in (scaling.short_factors, scaling.long_factors):
+                if len(factors) != rotated // 2:
+                    yield (
+                        f"rope_scaling: longrope has {len(factors)} factors, and "
+                        f"{rotated // 2} frequencies are stretched"
+                    )
         if self.num_labels not in (0, 1):
             yield (
                 f"num_labels={self.num_labels}: only 0 (language model) and 1 (reward "

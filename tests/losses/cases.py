@@ -70,6 +70,7 @@ CASES = {
         scalars={"beta": 0.1},
         reads_mask=True,
     ),
+    "load_balancing_loss": Case(like("V", "load", "probability"), "", ("probability",)),
     "logps_from_logits": Case(_LOGITS, "BT", ("logits",), pad=7.0),
     "map_logits": Case(_HEAD, "BT", **_HEAD_OPTIONS),
     "masked_mean": Case(_X, "", ("x",), reads_mask=True),

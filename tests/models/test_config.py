@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from jalign.models import RopeScaling
-from tests.models.tiny import CONFIGS
+from jalign.models import ModelConfig, RopeScaling
+from tests.models.tiny import CONFIGS, SIZES
 
 
 def test_config_is_hashable_and_compares_by_value():
@@ -38,3 +38,10 @@ def test_bad_rope_scaling_is_refused():
         RopeScaling("yarn", factor=2.0)
     with pytest.raises(ValueError, match="factor"):
         RopeScaling("linear", factor=0.0)
+
+
+def test_longrope_has_a_factor_for_each_frequency():
+    factors = dict(short_factors=(1.0, 2.0), long_factors=(1.0, 2.0, 3.0))
+    scaling = RopeScaling("longrope", 4.0, 8, **factors)
+    with pytest.raises(ValueError, match="longrope has 2 factors, and 3 frequencies"):
+        ModelConfig(**SIZES | dict(head_dim=6), rope_scaling=scaling)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.ad_checkpoint import checkpoint_name
 
 from jalign.models import Model, cache as kv
-from jalign.models.platform import GPU, PLAIN, products
+from jalign.models.platform import GPU, PLAIN, PRODUCT, products
 from tests.models.rows import packed_rows
 from tests.models.tiny import CONFIGS, random_params, random_tokens
 
@@ -133,7 +134,7 @@ def test_the_fused_kernel_of_a_gpu_is_not_run_twice():
 
 def test_products_are_stored_and_elementwise_work_is_done_again():
     def fn(x, w):
-        return jnp.sum(jnp.sin(jnp.exp(x @ w)))
+        return jnp.sum(jnp.sin(jnp.exp(checkpoint_name(x @ w, PRODUCT))))
 
     x, w = jnp.ones((3, 4)), jnp.ones((4, 5))
     again = jax.checkpoint(fn, policy=products)

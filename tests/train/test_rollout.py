@@ -175,8 +175,9 @@ def test_make_rollout_carries_what_the_objectives_read():
     scored = scored._replace(values=values)
     rollout = make_rollout(scored, scored.rewards, 0.1, options)
     assert rollout.old_logps is scored.logps and rollout.values is values
-    *arrays, sampler_logps = rollout
+    *arrays, sampler_logps, routing = rollout
     assert sampler_logps is None  # PPO compares them in rollout_metrics
+    assert routing is None
     assert {x.shape for x in arrays} == {MASK.shape}
     assert all(isinstance(x, np.ndarray) for x in arrays)
 
@@ -195,7 +196,7 @@ def test_sample_and_score_hands_on_texts_rows_and_the_samplers_logps(key):
         assert params == {"policy": "params"} and with_logps
         logps = np.where(batch.completion_mask, np.float32(-1.5), np.float32(0))
         zeros = np.zeros(batch.tokens.shape, np.float32)
-        return {"policy": (logps, 2 * logps), "reference": zeros}
+        return {"policy": (logps, 2 * logps, None), "reference": zeros}
 
     functions = RolloutFunctions(
         sample=lambda params, prompts, key: made,
