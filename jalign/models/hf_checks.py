@@ -19,6 +19,7 @@ class Check(NamedTuple):
 
 COUNT = Check(int, 1, 2**31 - 1)
 POSITIVE = Check(float, 1e-30, 1e30)
+SHARE = Check(float, 1e-30, 1)
 NUMBER = Check(float, 0, 1e30)
 # By the field of ModelConfig that takes the value as it is.
 FIELD_CHECKS = {
@@ -50,11 +51,17 @@ KEY_CHECKS = {
     "layer_types": Check(list),
     "no_rope_layers": Check(list),
     "sliding_window_pattern": COUNT,
+    "_sliding_window_pattern": COUNT,
+    "no_rope_layer_interval": COUNT,
+    "shared_expert_intermediate_size": Check(int, 1, 2**20),
+    "hidden_act": Check(str),
+    "activation_function": Check(str),
+    "activation": Check(str),
     "rope_theta": POSITIVE,
     "rope_local_base_freq": POSITIVE,
     "rotary_emb_base": POSITIVE,
-    "rotary_pct": POSITIVE,
-    "partial_rotary_factor": POSITIVE,
+    "rotary_pct": SHARE,
+    "partial_rotary_factor": SHARE,
     "rope_scaling": Check(dict),
     "rope_parameters": Check(dict),
     "original_max_position_embeddings": COUNT,
@@ -82,9 +89,12 @@ ATTN_CONFIG_CHECKS = {
     "clip_qkv": NUMBER,
     "softmax_scale": POSITIVE,
 }
-_ROPE_NUMBERS = ("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor")
+_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor")
 _ROPE_NUMBERS += ("high_freq_factor", "beta_fast", "beta_slow", "attention_factor")
 ROPE_CHECKS = dict.fromkeys(_ROPE_NUMBERS, POSITIVE) | {
+    "partial_rotary_factor": SHARE,
+    "full_attention": Check(dict),
+    "sliding_attention": Check(dict),
     "rope_type": Check(str),
     "type": Check(str),
     "original_max_position_embeddings": COUNT,

@@ -57,6 +57,7 @@ def config_from_hf(
     Raises: ValueError naming the key that is missing, unknown or not supported.
     """
     if raw.get("model_type") == "gemma3":  # images and text: the text's part
+        check_values(raw, KEY_CHECKS)
         raw = raw | {"model_type": "gemma3_text"} | (raw.get("text_config") or {})
     family_name = raw.get("model_type")
     if not isinstance(family_name, str) or family_name not in FAMILIES:

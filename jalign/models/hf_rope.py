@@ -34,8 +34,10 @@ def rope(
     def read(values: Values, known: Values) -> Values:
         name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
         given = values.get(name) or {}
-        given = given.get("full_attention", given)  # Gemma 3 has two of them
         check_values(given, ROPE_CHECKS, f"{name}.")
+        if "full_attention" in given:  # Gemma 3 has two of them
+            name, given = f"{name}.full_attention", given["full_attention"] or {}
+            check_values(given, ROPE_CHECKS, f"{name}.")
         base = given.get("rope_theta", values.get(theta))
         share = given.get("partial_rotary_factor", values.get(part or "-"))
         if not part and share not in (None, 1.0):

@@ -150,7 +150,7 @@ def _read_no_rope(values: Values, _: Values) -> Values:
     flags = values.get("no_rope_layers") or [
         int((i + 1) % every != 0) for i in range(layers)
     ]
-    if len(flags) != layers or not set(flags) <= {0, 1}:
+    if len(flags) != layers or any(flag not in (0, 1) for flag in flags):
         raise ValueError(f"no_rope_layers is not a 0 or 1 for each of {layers} layers")
     names = {0: "none", 1: "main"}
     return {"layer_kinds": tuple(LayerKind(None, names[flag]) for flag in flags)}

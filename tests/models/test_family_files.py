@@ -104,6 +104,35 @@ def test_what_no_published_checkpoint_has_is_refused_by_name(family, change):
         config_from_hf(raw | change)
 
 
+MALFORMED = [
+    ("opt", {"activation_function": ["relu"]}),
+    ("opt", {"do_layer_norm_before": "yes"}),
+    ("mpt", {"attn_config": [1]}),
+    ("falcon", {"num_ln_in_parallel_attn": 7}),
+    ("gpt_neox", {"rotary_pct": 3.0}),
+    ("gemma2", {"layer_types": [1, 2]}),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": 5}}),
+    ("gemma3_text", {"rope_parameters": {"full_attention": []}}),
+    ("gemma3_text", {"_sliding_window_pattern": "six", "layer_types": None}),
+    ("smollm3", {"no_rope_layers": [{}, 1]}),
+    ("smollm3", {"no_rope_layer_interval": 0}),
+    ("qwen2_moe", {"shared_expert_intermediate_size": "a"}),
+]
+
+
+@pytest.mark.parametrize(("family", "change"), MALFORMED, ids=str)
+def test_a_value_of_no_use_is_refused_by_name(family, change):
+    raw, _ = config_to_hf(FAMILY_CONFIGS[family])
+    key = next(iter(change))
+    with pytest.raises(ValueError, match=key):
+        config_from_hf(raw | change)
+
+
+def test_the_text_of_a_larger_gemma_is_a_mapping():
+    with pytest.raises(ValueError, match="text_config=5 is not a mapping"):
+        config_from_hf({"model_type": "gemma3", "text_config": 5})
+
+
 def test_a_scalar_head_that_transformers_lacks_is_refused_before_any_file(tmp_path):
     model = Model(FAMILY_CONFIGS["granite"]).with_scalar_head()
     with pytest.raises(ValueError, match="no class for a granite model"):
