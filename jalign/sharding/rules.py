@@ -11,7 +11,8 @@ LogicalAxes = tuple[str | None, ...]
 ParamRules = Sequence[tuple[str, LogicalAxes]]
 
 PARAM_RULES: ParamRules = (
-    (r"(embed|positions)/embedding", ("vocab", "embed")),
+    (r"embed/embedding", ("vocab", "embed")),
+    (r"positions/embedding", ("positions", "embed")),
     (r"project_in/kernel", ("width", "embed")),
     (r"project_out/kernel", ("embed", "width")),
     (r"layers/attention/q/kernel", ("layers", "embed", "heads", "head_dim")),
@@ -52,6 +53,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
+    "positions": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "all_heads": ("tensor",),

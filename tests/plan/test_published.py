@@ -71,6 +71,11 @@ def test_a_plan_takes_a_name():
     assert found.num_parameters == COUNTS["pythia-70m"] and found.fits
 
 
+def test_2050_learned_positions_are_not_cut_over_tensor():
+    mesh = dict(topology="v5e:4x4", mesh="fsdp=4,tensor=4", batch_size=16)
+    assert plan.plan("sft", "opt-125m", **mesh).fits
+
+
 @pytest.mark.parametrize(
     "said",
     [
