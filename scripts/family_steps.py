@@ -47,6 +47,11 @@ def resumed(config: ModelConfig, folder: Path) -> bool:
     base = read_config(ASSETS / "model")
     ids = {name: getattr(base, name) for name in ("bos_token_id", "eos_token_ids")}
     sizes: dict[str, Any] = {"vocab_size": base.vocab_size, "max_position": 128}
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "longrope":  # both lengths give it
+        pretrained = 128 // int(scaling.factor)
+        new = dataclasses.replace(scaling, original_max_position=pretrained)
+        sizes["rope_scaling"] = new
     model = Model(dataclasses.replace(config, **sizes, **ids))
     tokenizer = data.load_tokenizer(ASSETS / "model")
     save(folder / "model", model, model.init(jax.random.key(0)), tokenizer)
