@@ -1,6 +1,6 @@
 """What a tensor is: its parameter, its layout in a Hugging Face file, its kind.
 
-A family (families.py) says only what its modules are called. Read by one interpreter in
+A family (family.py) says only what its modules are called. Read by one interpreter in
 both directions (hf_weights); the optimizer and the count of FLOPs read here too.
 """
 
@@ -143,6 +143,11 @@ def _mlp_norm(c: ModelConfig) -> bool:
     return c.norm_place != "post" and c.parallel_norms != 1
 
 
+def has_shared(config: ModelConfig) -> bool:
+    """Whether there is an expert that every token goes to."""
+    return config.experts is not None and config.experts.shared_size > 0
+
+
 # Every parameter that there may be, and when: in the order of a checkpoint's files.
 When = Callable[[ModelConfig], bool]
 _PARAMETERS: tuple[tuple[str, When], ...] = (
@@ -192,10 +197,10 @@ _PARAMETERS: tuple[tuple[str, When], ...] = (
     ("layers/mlp/experts/gate", lambda c: c.experts is not None),
     ("layers/mlp/experts/up", lambda c: c.experts is not None),
     ("layers/mlp/experts/down", lambda c: c.experts is not None),
-    ("layers/mlp/shared_gate/weight", lambda c: has_shared(c)),
-    ("layers/mlp/shared/gate/kernel", lambda c: has_shared(c)),
-    ("layers/mlp/shared/up/kernel", lambda c: has_shared(c)),
-    ("layers/mlp/shared/down/kernel", lambda c: has_shared(c)),
+    ("layers/mlp/shared_gate/weight", has_shared),
+    ("layers/mlp/shared/gate/kernel", has_shared),
+    ("layers/mlp/shared/up/kernel", has_shared),
+    ("layers/mlp/shared/down/kernel", has_shared),
     ("layers/mlp_post_norm/scale", lambda c: c.norm_place in ("both", "post")),
     ("norm/scale", lambda c: c.final_norm),
     ("norm/bias", lambda c: c.final_norm and _layer_norm(c)),
@@ -204,11 +209,6 @@ _PARAMETERS: tuple[tuple[str, When], ...] = (
     ("unembed/bias", lambda c: not c.num_labels and c.head_bias),
     ("score/kernel", lambda c: c.num_labels > 0),
 )
-
-
-def has_shared(config: ModelConfig) -> bool:
-    """Whether there is an expert that every token goes to."""
-    return config.experts is not None and config.experts.shared_size > 0
 
 
 def paths_of(config: ModelConfig) -> list[str]:

@@ -1,12 +1,14 @@
 """Models by name: the parameters that their cards tell, and a plan without a hub."""
 
 import math
+from pathlib import Path
 
 import jax
 import pytest
 
 from jalign import plan
 from jalign.models import Model
+from jalign.models.families import FAMILIES
 from jalign.models.hf_config import config_from_hf
 from jalign.plan.published import PUBLISHED
 
@@ -94,3 +96,12 @@ def test_a_compiler_that_gives_up_says_that_it_does_not_fit(monkeypatch, said):
     found = plan.plan("sft", "pythia-70m", topology="v5e:1x1", compile=True)
     assert found.fits is False and found.peak == int(17.4 * 2**30)
     assert "gives up" in str(found)
+
+
+def test_the_page_of_models_names_every_family_and_how_many_are_published():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "models.md").read_text(encoding="utf-8")
+    assert [name for name in FAMILIES if f"`{name}`" not in page] == []
+    assert f"the sizes of {len(PUBLISHED)} of these models" in page
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert f"[one of {len(FAMILIES)} families]" in readme
