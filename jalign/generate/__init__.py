@@ -6,6 +6,7 @@ from jalign.generate.engine import (
     continuations,
     generate,
     generate_lists,
+    lower,
     to_host,
 )
 from jalign.generate.sampling import greedy, sample, sample_filtered
@@ -17,6 +18,7 @@ __all__ = [
     "generate",
     "generate_lists",
     "greedy",
+    "lower",
     "sample",
     "sample_filtered",
     "to_host",

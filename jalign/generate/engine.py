@@ -1,11 +1,11 @@
-"""Prompts in, completions out: checked, padded to few shapes, placed on a mesh.
+"""Prompts in, completions out.
 
 Prompts are padded on the right; a prompt goes through the model once, however many
 completions are asked of it.
 """
 
-import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,11 +14,18 @@ import numpy as np
 
 from jalign import sharding
 from jalign.generate.decode import complete
+from jalign.generate.inputs import (
+    Tokens,
+    bucket_length,
+    check_prompts,
+    check_settings,
+    check_tokens,
+    pad_prompts,
+    place,
+)
 from jalign.generate.sampling import row_keys, sampler_for
 from jalign.models import Model
 from jalign.types import Completion, PyTree
-
-Tokens = Sequence[int] | np.ndarray
 
 
 def generate(
@@ -43,7 +50,8 @@ def generate(
     the same global arrays; `to_host` fetches them.
 
     Args:
-      model: a causal language model; its mesh, if any, shards the rows.
+      model: a causal language model; the devices of its mesh, if any, share the rows,
+        with the parameters laid out anew, see sharding.decoding_mesh.
       params: its parameters.
       prompts: sequences of token ids, of any lengths >= 1.
       key: PRNG key [], folded with the row index; or keys [B], one for each row.
@@ -74,6 +82,39 @@ def generate(
     )
     check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
     check_prompts(prompts, model.config, max_new_tokens)
+    rows = max(len(prompts), pad_to[0]) * group_size
+    longest = max(pad_to[1], *map(len, prompts))
+    model, laid_out = model.on_decoding_mesh(params, rows, longest + max_new_tokens)
+    return _generate(
+        model,
+        laid_out(params),
+        prompts,
+        key=key,
+        max_new_tokens=max_new_tokens,
+        group_size=group_size,
+        pad_to=pad_to,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_tokens=stop_tokens,
+    )
+
+
+def _generate(
+    model: Model,
+    params: PyTree,
+    prompts: Sequence[Tokens],
+    *,
+    key: jax.Array,
+    max_new_tokens: int,
+    group_size: int = 1,
+    pad_to: tuple[int, int] = (1, 1),
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+) -> Completion:
+    """`generate` with the model on its decoding mesh, and parameters laid out on it."""
     asked, padded = len(prompts) * group_size, max(len(prompts), pad_to[0])
     parts = sharding.batch_parts(model.mesh)
     total = -(-padded // parts) * parts
@@ -103,6 +144,52 @@ def generate(
     return completion
 
 
+def lower(
+    model: Model,
+    params: PyTree,
+    *,
+    prompts: int,
+    longest: int,
+    max_new_tokens: int,
+    group_size: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Any:
+    """The program of `generate` for a mesh that need not be here, to be compiled.
+
+    Args:
+      model: on its decoding mesh, see Model.on_decoding_mesh.
+      params: their shapes there, with shardings.
+      prompts, longest: how many, and the tokens of the longest one.
+      max_new_tokens, group_size, temperature, top_k, top_p: as in `generate`.
+
+    Returns: jax.stages.Lowered.
+    """
+    parts = sharding.batch_parts(model.mesh)
+    total, rows = -(-prompts // parts) * parts, prompts * group_size
+    cut = None if model.mesh is None else sharding.batch_sharding(model.mesh)
+    array = partial(jax.ShapeDtypeStruct, sharding=cut)
+    key = jax.random.key(0)
+    data = jax.random.key_data(key)
+    batch = (
+        array((total, bucket_length(longest)), jnp.int32),
+        array((total,), jnp.int32),
+        array((total * group_size, *data.shape), data.dtype),
+    )
+    draw, scalars = sampler_for(temperature, top_k, top_p)
+    return complete.lower(  # pyright: ignore[reportFunctionMemberAccess]
+        params,
+        batch,
+        (scalars, np.zeros(1, np.int32), np.int32(rows)),
+        model=model,
+        draw=draw,
+        key_impl=str(jax.random.key_impl(key)),
+        rows=rows,
+        max_new_tokens=max_new_tokens,
+    )
+
+
 def generate_lists(
     model: Model,
     params: PyTree,
@@ -111,6 +198,7 @@ def generate_lists(
     key: jax.Array,
     max_new_tokens: int,
     batch_size: int = 64,
+    stop_tokens: Sequence[int] = (),
     **settings: Any,
 ) -> list[list[int]]:
     """`generate`, at most batch_size prompts at once; a row does not depend on that.
@@ -118,29 +206,33 @@ def generate_lists(
     Args:
       model, params, prompts, key: as in `generate`.
       batch_size: prompts decoded together (global).
-      max_new_tokens, **settings: as in `generate`.
+      max_new_tokens, stop_tokens, **settings: as in `generate`.
 
     Returns: each prompt's completion, token ids with the stop token, on the host.
     Raises: as `generate`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_settings(max_new_tokens=max_new_tokens, **settings)
+    check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
     check_prompts(prompts, model.config, max_new_tokens)
+    size, longest = min(batch_size, len(prompts)), max(map(len, prompts))
+    model, laid_out = model.on_decoding_mesh(params, size, longest + max_new_tokens)
+    params = laid_out(params)
     keys = row_keys(key, len(prompts), len(prompts))
     impl = jax.random.key_impl(key)
-    size = min(batch_size, len(prompts))
-    # One shape for all parts: one compilation.
-    pad_to = size, max(map(len, prompts))
+    pad_to = size, longest  # one shape for all parts: one compilation
     completions: list[list[int]] = []
     for start in range(0, len(prompts), size):
         rows = slice(start, start + size)
-        part = generate(
+        part = _generate(
             model,
             params,
             prompts[rows],
             key=jax.random.wrap_key_data(jnp.asarray(keys[rows]), impl=impl),
             max_new_tokens=max_new_tokens,
             pad_to=pad_to,
+            stop_tokens=stop_tokens,
             **settings,
         )
         completions += completion_lists(part)
@@ -197,89 +289,3 @@ def continuation(
     if both.startswith(before):
         return both[len(before) :]
     return tokenizer.decode(completion, **how)
-
-
-def check_settings(
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    group_size: int = 1,
-) -> None:
-    """Raises ValueError naming the sampling setting that is out of range."""
-    counts = dict(max_new_tokens=max_new_tokens, group_size=group_size)
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, not {count}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(
-            f"temperature must be 0 (greedy) or positive, not {temperature}"
-        )
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or positive, not {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], where 1 is off, not {top_p}")
-
-
-def check_tokens(name: str, tokens: Tokens, vocab_size: int) -> None:
-    """Raises ValueError naming a token that the model does not embed."""
-    for token in (min(tokens), max(tokens)) if len(tokens) else ():
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{name}: token {token} is not in the model's vocabulary of "
-                f"{vocab_size}"
-            )
-
-
-def check_prompts(prompts: Sequence[Tokens], config, max_new_tokens: int) -> None:
-    """Raises ValueError naming a row that is empty, too long or out of vocabulary."""
-    if not len(prompts):
-        raise ValueError("there are no prompts")
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {row} has no tokens; start it with BOS at least")
-        check_tokens(f"prompt {row}", prompt, config.vocab_size)
-        length = len(prompt) + max_new_tokens
-        if length > config.max_position:
-            raise ValueError(
-                f"prompt {row} of {len(prompt)} tokens and max_new_tokens="
-                f"{max_new_tokens} make {length} tokens; the model's context is "
-                f"{config.max_position}"
-            )
-
-
-def bucket_length(length: int) -> int:
-    """The padded length: 16, 24, 32, 48, 64, 96, … so that few shapes compile."""
-    bucket = 16
-    while bucket < length:
-        # From a power of two to one and a half of it, and on to the next power.
-        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
-    return bucket
-
-
-def pad_prompts(
-    prompts: Sequence[Tokens], total: int, longest: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts on the left of int32 [total, P], and lengths int32 [total].
-
-    P is the bucket of the longest one, or of `longest` if that is more. Filler rows
-    behind them hold one token.
-    """
-    lengths = np.ones(total, np.int32)
-    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    width = bucket_length(max(longest, int(lengths.max())))
-    tokens = np.zeros((total, width), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    return tokens, lengths
-
-
-def place(tree: PyTree, mesh) -> PyTree:
-    """NumPy arrays that every process has -> arrays cut over the mesh by rows."""
-    if mesh is None:
-        return tree
-    rows = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, rows, lambda i: x[i]), tree
-    )

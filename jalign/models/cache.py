@@ -9,12 +9,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jalign import sharding
 from jalign.models.config import ModelConfig
 
 NEVER = np.iinfo(np.int32).max
 """The position of a slot that no query sees: it is later than any."""
+
+AXES = ("layers", "batch", "act_kv_heads", None, None)
+"""Logical, of keys and of values."""
 
 Layers = jax.Array | tuple[jax.Array, ...]
 
@@ -57,6 +62,15 @@ def init_cache(
     positions = jnp.full((batch, length), NEVER, jnp.int32)
     k, v = zeros(config.head_dim, length), zeros(length, config.head_dim)
     return KVCache(k, v, positions, jnp.int32(0))
+
+
+def place_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """The cache cut by rows and heads, in a jitted function."""
+    k, v = jax.tree.map(
+        lambda x: sharding.constrain(x, mesh, *AXES), (cache.k, cache.v)
+    )
+    seen = sharding.constrain(cache.positions, mesh, "batch", None)
+    return cache._replace(k=k, v=v, positions=seen)
 
 
 def slots(cache: KVCache) -> int:

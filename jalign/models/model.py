@@ -1,7 +1,9 @@
 """A model is its config and how to run it; the parameters are a dict beside it."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -12,18 +14,16 @@ from jax.typing import DTypeLike
 
 from jalign import sharding
 from jalign.models.attention import IMPLEMENTATIONS
-from jalign.models.cache import KVCache, init_cache
+from jalign.models.cache import KVCache, init_cache, place_cache
 from jalign.models.config import ModelConfig
 from jalign.models.decoder import Decoder, unstack_layers
+from jalign.models.decoding import cast_for_decoding, decoding_bytes
 from jalign.models.experts import Routing, routing_of
 from jalign.models.how import How
 from jalign.models.layers import Head, init_score_head
 from jalign.models.platform import Platform, platform_of
 
 Params = dict[str, Any]
-# Of leaves that are not cast to the products' dtype.
-KEPT_AS_THEY_ARE = ("scale", "lora_scale", "nf4", "absmax", "nested_absmax")
-KEPT_AS_THEY_ARE += ("nested_offset", "int8")
 
 
 @dataclass(frozen=True)
@@ -219,26 +219,45 @@ class Model:
         cache = init_cache(
             self.config, batch, length, self.dtype, unrolled=self.unrolled
         )
-        axes = ("layers", "batch", "act_kv_heads", None, None)
-        k, v = jax.tree.map(
-            lambda x: sharding.constrain(x, self.mesh, *axes), (cache.k, cache.v)
-        )
-        seen = sharding.constrain(cache.positions, self.mesh, "batch", None)
-        return cache._replace(k=k, v=v, positions=seen)
+        return place_cache(cache, self.mesh)
 
     def for_decoding(self, params: Params) -> Params:
         """The parameters as a decode loop wants them: cast and cut once, not each step.
 
         `apply` and `unembed` take them as they take `params`; they are for reading.
         """
-
-        def cast(path, x):
-            return x if path[-1].key in KEPT_AS_THEY_ARE else x.astype(self.dtype)
-
-        params = jax.tree_util.tree_map_with_path(cast, params)
+        params = cast_for_decoding(params, self.dtype)
         if self.unrolled:
             params = unstack_layers(params, self.config.num_layers)
         return params
+
+    def on_decoding_mesh(
+        self,
+        params: Params,
+        batch: int,
+        length: int,
+        device_bytes: float | None = None,
+    ) -> tuple["Model", Callable[[Params], Params]]:
+        """The same model on the mesh to decode on, see sharding.decoding_mesh.
+
+        Args:
+          params: of the model, or their shapes.
+          batch, length: rows and slots of the cache.
+          device_bytes: memory of a device; None asks this process's own.
+
+        Returns: the model, and the jitted function that casts parameters and lays them
+          out anew for it. On one device: this model, and parameters as they are.
+        """
+        if self.mesh is None or self.mesh.size == 1:
+            return self, lambda params: params
+        if device_bytes is None:
+            device_bytes = sharding.device_bytes(self.mesh)
+        found = sharding.decoding_mesh(
+            self.mesh,
+            lambda mesh: sum(decoding_bytes(self, mesh, params, batch, length)),
+            device_bytes,
+        )
+        return self.replace(mesh=found), _moved(self, found)
 
     def with_scalar_head(self) -> "Model":
         """The same decoder with one output instead of a vocabulary."""
@@ -248,3 +267,14 @@ class Model:
     def replace(self, **changes: Any) -> "Model":
         """A copy with other fields, as `model.replace(remat=True)`."""
         return dataclasses.replace(self, **changes)
+
+
+@lru_cache(maxsize=16)
+def _moved(model: Model, mesh: Mesh) -> Callable[[Params], Params]:
+    """The function that lays out parameters of a model on another mesh."""
+
+    def move(params):
+        params = cast_for_decoding(params, model.dtype)
+        return sharding.relay(params, model.mesh, mesh)
+
+    return jax.jit(move)

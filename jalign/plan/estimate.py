@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jalign import sharding
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
 from jalign.models import Model
+from jalign.models.decoding import decoding_bytes
 from jalign.plan.recipes import (
     RECIPES,
     name_of,
@@ -107,7 +108,7 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
     for name, each in models.items():
         state, frozen = _state(each, config)
         places = sharding.state_shardings(mesh, state).opt_state
-        moments = _shard_bytes(state.opt_state, places)
+        moments = sharding.shard_bytes(state.opt_state, places)
         kept = _param_bytes(mesh, frozen)
         resident += [
             Row(f"{name}parameters", _param_bytes(mesh, state.params), "float32"),
@@ -124,7 +125,7 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
             resident.append(Row("reference parameters", kept, note))
         note = "if as large as the policy; 0 for a function"
         resident.append(Row("reward model", weights, note))
-        transient["rollout"] = _rollout(config, model, mesh)
+        transient["rollout"] = _rollout(config, model, mesh, machine)
     return Plan(
         config,
         machine,
@@ -149,14 +150,7 @@ def _abstract(structure, leaves, optim: OptimConfig) -> TrainState:
 
 
 def _param_bytes(mesh, shapes: PyTree) -> int:
-    return _shard_bytes(shapes, sharding.param_shardings(mesh, shapes))
-
-
-def _shard_bytes(shapes: PyTree, shardings: PyTree) -> int:
-    def size(leaf, placed):
-        return math.prod(placed.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))
+    return sharding.shard_bytes(shapes, sharding.param_shardings(mesh, shapes))
 
 
 def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
@@ -195,17 +189,23 @@ def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
     ]
 
 
-def _rollout(config: OnlineConfig, model: Model, mesh) -> list[Row]:
+def _rollout(config: OnlineConfig, model: Model, mesh, machine: Machine) -> list[Row]:
     """What sampling needs on top of the resident arrays."""
-    c = model.config
-    tensor = mesh.shape["tensor"]
-    kv_heads = c.num_kv_heads // tensor if c.num_kv_heads % tensor == 0 else 0
-    rows = -(-config.completions * tensor // mesh.size)
-    width = jnp.dtype(config.compute.dtype).itemsize
-    slots = rows * config.max_length * c.num_layers
-    cache = 2 * slots * (kv_heads or c.num_kv_heads) * c.head_dim * width
-    logits = rows * c.vocab_size // tensor * 4
+    state, frozen = _state(model, config)
+    held = frozen or state.params
+    size = config.completions, config.max_length
+    room = machine.device_bytes or math.inf
+    decoder, _ = model.replace(mesh=mesh).on_decoding_mesh(held, *size, room)
+    there: Any = decoder.mesh
+    weights, cache = decoding_bytes(model, there, held, *size)
+    sizes, parts = there.shape, sharding.batch_parts(there)
+    rows = -(-config.completions // parts)
+    logits = rows * model.config.vocab_size // sizes["tensor"] * 4
+    how = ", ".join(f"{name}={n}" for name, n in sizes.items() if n > 1)
+    kept = mesh.size == 1 and jnp.dtype(config.compute.dtype) == jnp.float32
+    copy = Row("weights to decode with", weights, f"{config.compute.dtype} {how}")
     return [
+        *([] if kept else [copy]),
         Row("KV cache", cache, f"{rows} rows x {config.max_length} slots"),
         Row("sampling logits", 3 * logits, "float32 x 3"),
     ]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jalign import sharding, train
+from jalign import generate, sharding, train
 from jalign.models import Model
 from jalign.models.lora import LoraConfig
 from jalign.models.quantized import quantize_params
@@ -203,14 +203,53 @@ def compiled_step(config: train.RunConfig, model_config, mesh) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     batch = recipe.batch(config, array, update_rows(config))
-    places = sharding.param_shardings(mesh, frozen)
-    beside = jax.tree.map(
-        lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at),
-        frozen,
-        places,
-    )
-    given = (state, batch, beside) if frozen else (state, batch)
+    given = (state, batch, _placed(mesh, frozen)) if frozen else (state, batch)
     return step.lower(*given).compile()  # type: ignore
+
+
+def compiled_sampling(
+    config: OnlineConfig, model_config, mesh, device_bytes: float | None = None
+) -> dict[str, Any]:
+    """The programs of a rollout's sampling, compiled.
+
+    Args:
+      mesh: of real devices, or of sharding.topology_devices.
+      device_bytes: memory of a device; None asks those that are here.
+
+    Returns: "layout", which lays the parameters out to decode (on a mesh), and
+      "sampling" -> jax.stages.Compiled.
+    """
+    model = next(iter(trained(config, model_config, mesh).values()))
+    shapes, frozen = shapes_of(config, model)
+    params, rows = _placed(mesh, frozen or shapes), config.completions
+    decoder, laid_out = model.on_decoding_mesh(
+        params, rows, config.max_length, device_bytes
+    )
+    programs = {}
+    if decoder.mesh is not None and decoder.mesh.size > 1:
+        programs["layout"] = jax.jit(laid_out).lower(params).compile()
+        params = _placed(decoder.mesh, jax.eval_shape(laid_out, params))
+    sampling = config.options.sampling
+    programs["sampling"] = generate.lower(
+        decoder,
+        params,
+        prompts=rows // config.group_size,
+        group_size=config.group_size,
+        longest=config.max_length - sampling.max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+    ).compile()
+    return programs
+
+
+def _placed(mesh, shapes: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        shapes,
+        sharding.param_shardings(mesh, shapes),
+    )
 
 
 _NEEDS = re.compile(r"\(([\d.]+)G\) exceeds available HBM|Used ([\d.]+)G of ")

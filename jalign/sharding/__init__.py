@@ -9,6 +9,12 @@ from jalign.sharding.compiling import (
     batch_words,
     give_back_compiler_memory,
 )
+from jalign.sharding.decoding import (
+    decoding_mesh,
+    device_bytes,
+    relay,
+    shard_bytes,
+)
 from jalign.sharding.mesh import (
     Machine,
     abstract_mesh,
@@ -28,6 +34,7 @@ from jalign.sharding.multihost import (
     put_batch,
 )
 from jalign.sharding.partition import (
+    activation_sharding,
     batch_parts,
     batch_sharding,
     constrain,
@@ -40,6 +47,7 @@ from jalign.sharding.partition import (
 __all__ = [
     "Machine",
     "abstract_mesh",
+    "activation_sharding",
     "agree",
     "announced",
     "barrier",
@@ -47,6 +55,8 @@ __all__ = [
     "batch_sharding",
     "batch_words",
     "constrain",
+    "decoding_mesh",
+    "device_bytes",
     "gather",
     "give_back_compiler_memory",
     "initialize",
@@ -58,7 +68,9 @@ __all__ = [
     "preempted",
     "process_slice",
     "put_batch",
+    "relay",
     "replicated",
+    "shard_bytes",
     "shard_map",
     "state_shardings",
     "topology_devices",

@@ -55,8 +55,15 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str | None) -> jax
     """
     if mesh is None or mesh.size == 1:
         return x
-    spec = fitting_spec(mesh, x.shape, logical_axes)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    place = activation_sharding(mesh, x.shape, *logical_axes)
+    return jax.lax.with_sharding_constraint(x, place)
+
+
+def activation_sharding(
+    mesh: Mesh | AbstractMesh, shape: Sequence[int], *logical_axes: str | None
+) -> NamedSharding:
+    """How `constrain` lays out an array of this shape."""
+    return NamedSharding(mesh, fitting_spec(mesh, shape, logical_axes))
 
 
 def shard_map(
@@ -122,7 +129,7 @@ def param_shardings(
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(
-            mesh, _param_spec(mesh, _join(path), leaf.shape, param_rules, axis_rules)
+            mesh, _param_spec(mesh, join(path), leaf.shape, param_rules, axis_rules)
         ),
         shapes,
     )
@@ -150,7 +157,7 @@ def state_shardings(
     params = jax.tree_util.tree_leaves_with_path(state_shapes.params)
     shardings = param_shardings(mesh, state_shapes.params, param_rules=param_rules)
     known = {
-        "/" + _join(path): (leaf.shape, sharding)
+        "/" + join(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
             params, jax.tree.leaves(shardings), strict=True
         )
@@ -158,7 +165,7 @@ def state_shardings(
     longest_first = sorted(known, key=len, reverse=True)
 
     def place(path, leaf):
-        name = "/" + _join(path)
+        name = "/" + join(path)
         for suffix in longest_first:
             if name.endswith(suffix) and known[suffix][0] == leaf.shape:
                 return known[suffix][1]
@@ -167,7 +174,8 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(place, state_shapes)
 
 
-def _join(path) -> str:
+def join(path) -> str:
+    """A leaf's path, as the rules have it."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -196,7 +204,7 @@ def _param_spec(mesh, path, shape, param_rules, axis_rules) -> PartitionSpec:
 
 
 def fitting_spec(
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     shape: Sequence[int],
     axes: LogicalAxes,
     axis_rules: AxisRules = AXIS_RULES,

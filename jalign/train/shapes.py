@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jalign import data, sharding
 from jalign.data.loader import choose_sizes, sample_batches
-from jalign.generate.engine import bucket_length
+from jalign.generate.inputs import bucket_length
 from jalign.train.online_config import OnlineConfig
 from jalign.types import PyTree, Rollout
 

@@ -52,6 +52,9 @@ class HistoryModel:
     def for_decoding(self, params):
         return params
 
+    def on_decoding_mesh(self, params, batch, length):
+        return self, lambda params: params
+
     def apply(self, params, tokens, *, positions=None, segment_ids=None, cache=None):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from jalign import generate, sharding
-from jalign.generate import engine, sampling
+from jalign.generate import inputs, sampling
 from tests.generate.doubles import HistoryModel
 
 
@@ -20,9 +20,9 @@ from tests.generate.doubles import HistoryModel
 )
 def test_settings_out_of_range_are_named(change, word):
     good = dict(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1.0)
-    engine.check_settings(**good)
+    inputs.check_settings(**good)
     with pytest.raises(ValueError, match=word):
-        engine.check_settings(**(good | change))
+        inputs.check_settings(**(good | change))
 
 
 @pytest.mark.parametrize(
@@ -37,18 +37,18 @@ def test_settings_out_of_range_are_named(change, word):
 )
 def test_bad_prompts_are_named(prompts, message):
     with pytest.raises(ValueError, match=message):
-        engine.check_prompts(prompts, HistoryModel().config, 4)
+        inputs.check_prompts(prompts, HistoryModel().config, 4)
 
 
 def test_buckets_are_few_and_at_most_half_too_long():
-    buckets = sorted({engine.bucket_length(n) for n in range(1, 1001)})
+    buckets = sorted({inputs.bucket_length(n) for n in range(1, 1001)})
     expected = [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert buckets == expected
-    assert all(engine.bucket_length(n) >= n for n in range(1, 1001))
+    assert all(inputs.bucket_length(n) >= n for n in range(1, 1001))
 
 
 def test_prompts_stand_left_and_filler_rows_hold_one_token():
-    tokens, lengths = engine.pad_prompts([[5, 6], np.array([7])], 4)
+    tokens, lengths = inputs.pad_prompts([[5, 6], np.array([7])], 4)
     assert tokens.shape == (4, 16) and tokens.dtype == lengths.dtype == np.int32
     assert tokens[0, :3].tolist() == [5, 6, 0] and tokens[1, :2].tolist() == [7, 0]
     assert lengths.tolist() == [2, 1, 1, 1] and not tokens[2:].any()
@@ -86,7 +86,7 @@ def test_row_keys_fold_the_index_or_are_taken_as_given(key):
 def test_place_cuts_rows_over_the_mesh():
     mesh = sharding.make_mesh()
     x = np.arange(16).reshape(8, 2)
-    placed = engine.place((x,), mesh)[0]
+    placed = inputs.place((x,), mesh)[0]
     np.testing.assert_array_equal(placed, x)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 2)}
-    assert engine.place(x, None) is x
+    assert inputs.place(x, None) is x

@@ -7,6 +7,7 @@ import pytest
 
 from jalign import data, generate, losses, models, sharding
 from jalign.generate import decode
+from tests import hlo
 from tests.sharding import processes
 
 CONFIG = models.ModelConfig(
@@ -86,14 +87,38 @@ def test_logps_are_those_of_the_model_without_a_cache(temperature, params):
         np.testing.assert_array_equal(completion.tokens, chosen)
 
 
+@pytest.mark.parametrize("room", [None, 4 * 40_000])  # copies; cut over tensor
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
-def test_a_mesh_changes_nothing(sizes, params):
+def test_a_mesh_changes_nothing(sizes, room, params, monkeypatch):
     plain = sample(models.Model(CONFIG), params, top_p=0.9)
     mesh = sharding.make_mesh(**sizes)
     placed = jax.device_put(params, sharding.param_shardings(mesh, params))
+    monkeypatch.setattr(sharding, "device_bytes", lambda mesh: room)
     on_mesh = sample(models.Model(CONFIG, mesh=mesh), placed, top_p=0.9)
     np.testing.assert_array_equal(plain.tokens, on_mesh.tokens)
     np.testing.assert_allclose(plain.logps, on_mesh.logps, atol=1e-5)
+
+
+@pytest.mark.parametrize("room, tensor", [(None, 1), (4 * 40_000, 2)])
+def test_no_token_moves_a_weight(room, tensor, params):
+    mesh = sharding.make_mesh()
+    model, laid_out = models.Model(CONFIG, mesh=mesh).on_decoding_mesh(
+        params, 8, 16, room
+    )
+    assert model.mesh.shape["tensor"] == tensor
+    shapes = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        jax.eval_shape(laid_out, params),
+        sharding.param_shardings(model.mesh, params),
+    )
+    program = generate.lower(model, shapes, prompts=8, longest=9, max_new_tokens=N)
+    sent = hlo.moved(program.compile().as_text())
+    # Weights would be gathered; what products of cut kernels leave is added up.
+    gathered = [size for kind, size in sent if kind != "all-reduce"]
+    smallest = min(x.size for x in jax.tree.leaves(shapes) if x.ndim > 2)
+    assert (
+        sent and max(gathered, default=0) <= 8 * max(N, CONFIG.num_heads) < smallest / 8
+    )
 
 
 def _generate_on_all_processes():

@@ -151,6 +151,8 @@ def test_an_update_has_the_rows_of_a_minibatch_and_a_rollout_those_of_all_groups
     result = plan.plan("grpo", LARGE, **ON_16, group_size=8, num_minibatches=4)
     notes = {row.name: row.note for rows in result.transient.values() for row in rows}
     assert notes["layer inputs"].startswith("2 rows")  # 16 x 8 / 4 over 16 chips
-    assert notes["KV cache"].startswith("8 rows")
+    # To decode, 8 chips share a copy of the weights, and half of the rows.
+    assert notes["KV cache"].startswith("64 rows")
+    assert notes["weights to decode with"] == "bfloat16 data=2, tensor=8"
     with pytest.raises(ValueError, match="a minibatch of 12 rows is not a multiple"):
         plan.plan("ppo", TINY, batch_size=24, num_minibatches=2)
