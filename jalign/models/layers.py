@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jalign import sharding
 from jalign.models import adapted, quantized
 from jalign.models.platform import PLAIN, PRODUCT, Platform
 from jalign.sharding.groups import embedding_groups
@@ -56,7 +57,9 @@ class Projection(nn.Module):
             how = self.platform, self.mesh, self.equation, self.shape
             return quantized.product(*how, x, dict(leaves))
         kernel = self.param("kernel", kernel_init, self.shape, jnp.float32)
-        return self.platform.einsum(self.equation, x, kernel.astype(self.dtype))
+        most = self.platform.reduced_in_one
+        einsum = sharding.staged(self.platform.einsum, self.mesh, most)
+        return einsum(self.equation, x, kernel.astype(self.dtype))
 
     def _adapted(self, x: jax.Array) -> jax.Array:
         """With s (x A) B added in float32; x there with dropout where asked for."""

@@ -66,7 +66,8 @@ class Model:
         """What is best where this model runs."""
         row = platform_of(self.mesh) if self.platform is None else self.platform
         plain = self.attention == "plain"  # throughout, for forward mode
-        forward_mode = {"einsum": jnp.einsum, "merge_adapters": False}
+        forward_mode: dict[str, Any] = {"einsum": jnp.einsum, "reduced_in_one": None}
+        forward_mode["merge_adapters"] = False
         return row._replace(**forward_mode) if plain else row
 
     @property

@@ -28,6 +28,8 @@ class Platform(NamedTuple):
       scores_bytes: of attention scores, float32, that stay in a core's cache; None
         goes through all heads at once.
       einsum: jnp.einsum, or what gives the same and differentiates faster.
+      reduced_in_one: parts of rows over which a gradient is reduced and cut in one
+        step, see sharding.staged; None is any number.
       merge_adapters: x (W + s A B) rather than x W + s (x A) B, see models.adapted.
       keep: of an array that every layer reads: computed once and written to memory.
       scanned, unrolled: what scanned and unrolled layers store for the backward pass,
@@ -44,6 +46,7 @@ class Platform(NamedTuple):
     one_query_sums: bool = False
     scores_bytes: int | None = None
     einsum: Callable[..., Any] = jnp.einsum
+    reduced_in_one: int | None = None
     merge_adapters: bool = False
     keep: Callable[[jax.Array], jax.Array] = lambda x: x
     scanned: Policy | None = None
@@ -143,7 +146,7 @@ GPU = Platform(
     unroll_training=32,
     unroll_decoding=32,
 )
-TPU = Platform(attention="splash", interpret=False)
+TPU = Platform(attention="splash", interpret=False, reduced_in_one=32)
 _ROWS = {"cpu": CPU, "gpu": GPU, "cuda": GPU, "tpu": TPU}
 
 

@@ -43,6 +43,7 @@ from jalign.sharding.partition import (
     shard_map,
     state_shardings,
 )
+from jalign.sharding.staged import staged
 
 __all__ = [
     "Machine",
@@ -72,6 +73,7 @@ __all__ = [
     "replicated",
     "shard_bytes",
     "shard_map",
+    "staged",
     "state_shardings",
     "topology_devices",
 ]
