@@ -36,7 +36,8 @@ MAY_IMPORT = {
     | {"rewards", "forward", "texts"},
     "figures": {"figures"},
     "report": {"figures"},
-    "plan": {"types", "settings", "models", "sharding", "losses", "train", "plan"},
+    "plan": {"types", "settings", "models", "sharding", "losses", "train", "plan"}
+    | {"report"},
     "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
     | {"forward", "rewards", "evaluate", "report", "pretrained", "settings"}
     | {"terms"},
