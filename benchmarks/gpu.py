@@ -151,12 +151,13 @@ def tokens(piece: str, size: dict[str, int]) -> int:
 
 
 def _row(piece: str, name: str, result: dict[str, Any], dry_run: bool) -> str:
-    from jalign.train.metrics import PEAK_FLOPS
+    from jalign.sharding.machines import chip_of
 
     shape, sizes = (TINY, TINY_SIZES) if dry_run else (SHAPE, SIZES)
     seconds = median(result["seconds"][WARM:])
     device, work_flops = result["device"], flops(piece, shape, sizes[piece])
-    peak = next((x for start, x in PEAK_FLOPS if device.startswith(start)), None)
+    chip = chip_of(device)
+    peak = chip.flops if chip else None
     mfu = f"{work_flops / seconds / peak:.1%}" if work_flops and peak else "–"
     rate = tokens(piece, sizes[piece]) / seconds
     memory = "–" if result["peak"] is None else f"{result['peak'] / 2**30:.1f}"

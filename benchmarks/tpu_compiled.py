@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import jax
 
-from benchmarks.collectives import KINDS, Collective, collectives
 from jalign import sharding
 from jalign.models import ModelConfig
 from jalign.models.config import RopeScaling
+from jalign.plan.collectives import KINDS, Collective, collectives
 from jalign.plan.recipes import RECIPES, compiled_step
+from jalign.plan.work import bound
 from jalign.train.config import ComputeOptions, RunConfig
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
@@ -148,11 +149,6 @@ def num_parameters(model: ModelConfig) -> int:
     from jalign.models import Model
 
     return sum(x.size for x in jax.tree.leaves(Model(model).param_shapes()))
-
-
-def bound(parameters: int, fsdp: int) -> float:
-    """Bytes that a chip sends where each weight crosses the wire thrice, in bf16."""
-    return 3 * 2 * parameters * (fsdp - 1) / fsdp
 
 
 def row(found: Found) -> list[str]:

@@ -62,8 +62,6 @@ def write_report(
     Raises: ValueError if metrics.jsonl holds a line that is not JSON, or if evaluations
       or kept_step name a phase that metrics_rows has not.
     """
-    import jinja2
-
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if metrics_rows is None:
@@ -79,11 +77,8 @@ def write_report(
         for name, step in kept.items()
         if step is not None
     }
-    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"number": format_value, "duration": format_seconds}
-    page.filters["breakable"] = breakable
-    text = page.from_string(source).render(
+    text = render(
+        "report.html.j2",
         title=title,
         note=note,
         warnings=warnings,
@@ -101,6 +96,19 @@ def write_report(
     path = out / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template beside this file; text in it is escaped."""
+    import jinja2
+
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(
+        loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page.filters |= {"number": format_value, "duration": format_seconds}
+    page.filters["breakable"] = breakable
+    return page.get_template(template).render(**values)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

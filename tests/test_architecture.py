@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "figures": {"figures"},
     "report": {"figures"},
     "plan": {"types", "settings", "models", "sharding", "losses", "train", "plan"}
-    | {"generate"},
+    | {"generate", "report"},
     "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
     | {"forward", "rewards", "evaluate", "report", "pretrained", "settings"}
     | {"terms"},

@@ -25,7 +25,7 @@ entropy_coef=0.0 max_new_tokens=64 temperature=1.0 top_k=0 top_p=1.0 stop_token_
 reward_clip=None missing_eos_penalty=None reward_timeout=600.0
 eval_reward=None stop_kl=None """
 ONLINE = ROWS + RUN + ONLINE
-PLAN = " topology=None compile=False"
+PLAN = " topology=None compile=False find=None allow= json=None html=None"
 # "!" is a flag that must be given.
 FLAGS = {
     "demo": """out=runs/demo seed=0 sft_steps=144 reward_steps=340 ppo_steps=56

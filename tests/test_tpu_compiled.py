@@ -1,11 +1,12 @@
-"""Tests for benchmarks/collectives.py and benchmarks/tpu_compiled.py; nothing is
+"""Tests for jalign/plan/collectives.py and benchmarks/tpu_compiled.py; nothing is
 compiled. tests/tpu_module.txt is cut out of what libtpu made of a DPO step."""
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks import collectives, tpu_compiled
+from benchmarks import tpu_compiled
+from jalign.plan import collectives
 
 TEXT = (Path(__file__).parent / "tpu_module.txt").read_text("utf-8")
 

@@ -1,15 +1,17 @@
-"""Will it fit? Memory of each device for a run, computed without running it.
+"""Will it fit, and how fast? What a run takes of each device, without running it.
 
 Parameters, optimizer and gradients are exact: jax.eval_shape of the real model and
-optimizer, cut by the real sharding rules. Activations are estimates. `compile` asks
-the compiler for the real training step, for a TPU slice even on a laptop (libtpu).
+optimizer, cut by the real sharding rules. Activations are estimates, and so are times,
+by a model that the plan states. `compile` asks the compiler for the real training step,
+for a TPU slice even on a laptop (libtpu). `find` searches.
 """
 
 import dataclasses
+import json as json_format
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jalign import sharding
 from jalign.models import Model, ModelConfig
@@ -18,9 +20,12 @@ from jalign.models.hf_files import is_adapter
 from jalign.models.lora import LoraConfig
 from jalign.models.peft_config import read_adapter_config
 from jalign.models.peft_files import read_lora_config
+from jalign.plan.compiled import with_compiled
 from jalign.plan.estimate import Plan, Row, estimate
+from jalign.plan.find import find as find_plan
 from jalign.plan.published import PUBLISHED
-from jalign.plan.recipes import RECIPES, compiled_bytes, update_rows
+from jalign.plan.recipes import RECIPES, update_rows
+from jalign.plan.text import as_data, write_page
 from jalign.settings import check, flags_of, nearest, required, settings_or
 from jalign.train.config import LoraOptions, RunConfig
 from jalign.train.trained import adapters_of
@@ -30,12 +35,6 @@ __all__ = ["Plan", "PlanOptions", "Row", "plan", "run_plan"]
 # Of what a run must be given: a plan takes it, so that it can be asked in the words of
 # the run, and does not need it.
 _UNREAD = {"data": "", "out": "", "reward": "REWARD_MODEL"}
-_NOTES = {
-    "arguments": "parameters, moments, batch",
-    "outputs": "not in place of arguments",
-    "temporaries": "gradients, activations, ...",
-    "at least": "the compiler gives up: it does not fit",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +45,20 @@ class PlanOptions:
     """Machine, as v5e:4x4, v5p:4x4x4 or h100:8; unset means the devices here."""
     compile: bool = False
     """Also compile the real step, for the TPU topology or for the devices here."""
+    find: Literal["smallest", "fastest"] | None = None
+    """Search mesh, microbatches and remat, but for those that are set: for the smallest
+    slice of a kind (then topology is as v5e), or the fastest way on a slice."""
+    allow: str = ""
+    """What find may change, too, although it changes what is learned: "optimizer,dtype"
+    or one of them."""
+    json: str | None = None
+    """Write all figures to this file; - prints them instead of the table."""
+    html: str | None = None
+    """Write a page to this file."""
+
+    def __post_init__(self):
+        super().__post_init__()  # pyright: ignore
+        check(self.find is not None or not self.allow, "allow is for find: set it, too")
 
 
 def _plan_class(recipe: str) -> Any:
@@ -75,9 +88,11 @@ def plan(
     *,
     topology: str | None = None,
     compile: bool = False,
+    find: str | None = None,
+    allow: str = "",
     **settings: Any,
 ) -> Plan:
-    """The memory plan of a run.
+    """What a run takes of each device: memory, FLOPs, traffic, and how long.
 
     Args:
       config: the run's, an SFTConfig to a GRPOConfig; or its command, "sft" to "grpo",
@@ -85,23 +100,26 @@ def plan(
       model: a directory, of a model or of adapters in PEFT's format, a hub id, the path
         of a config.json, an HF config as a dict, a models.ModelConfig, or the name of
         a published model, as "llama-3.1-8b"; None takes the config's.
-      topology, compile: as in PlanOptions.
+      topology, compile, find, allow: as in PlanOptions.
 
     Returns: Plan; `print` shows its table.
-    Raises: ValueError as the training command would: mesh, divisibility, settings.
+    Raises: ValueError as the training command would: mesh, divisibility, settings; and
+      as plan.find.find.
     """
     run = _run_config(config, model, settings)
     run, model_config = _opened(run, run.model if model is None else model)
-    machine = sharding.machine(topology)
-    sizes = sharding.parse_mesh(run.mesh)
-    mesh = sharding.abstract_mesh(machine.num_devices, **sizes)
-    result = estimate(run, model_config, mesh, machine)
+    if find is not None:
+        result = find_plan(run, model_config, topology, find, allow)
+        if topology is not None:
+            sides = "x".join(map(str, result.machine.sides))
+            topology = f"{result.machine.kind}:{sides}"
+    else:
+        machine = sharding.machine(topology)
+        sizes = sharding.parse_mesh(run.mesh)
+        mesh = sharding.abstract_mesh(machine.num_devices, **sizes)
+        result = estimate(run, model_config, mesh, machine)
     if compile:
-        devices = sharding.topology_devices(topology)
-        real = sharding.make_mesh(devices=devices, **sizes)
-        found = compiled_bytes(run, model_config, real)
-        rows = tuple(Row(k, size, _NOTES.get(k, "")) for k, size in found.items())
-        result = dataclasses.replace(result, compiled=rows)
+        result = with_compiled(result, model_config, topology)
     if result.fits is False:
         advice = _advice(model_config, result)
         result = dataclasses.replace(result, advice=advice)
@@ -109,8 +127,18 @@ def plan(
 
 
 def run_plan(config: Any) -> str:
-    """The table for `jalign plan RECIPE`."""
-    return str(plan(config, topology=config.topology, compile=config.compile))
+    """The table for `jalign plan RECIPE`, or its JSON; writes the files asked for."""
+    names = ("topology", "compile", "find", "allow")
+    result = plan(config, **{name: getattr(config, name) for name in names})
+    if config.html is not None:
+        write_page(config.html, result)
+    if config.json is None:
+        return str(result)
+    text = json_format.dumps(as_data(result), indent=1)
+    if config.json == "-":
+        return text
+    Path(config.json).write_text(text + "\n", encoding="utf-8")
+    return str(result)
 
 
 def _run_config(config: RunConfig | str, model: Any, settings: dict) -> RunConfig:

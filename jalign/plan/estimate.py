@@ -1,4 +1,4 @@
-"""The estimate: exact bytes of states by eval_shape, formulas for the rest; as text."""
+"""The estimate: exact bytes of states by eval_shape, formulas for the rest."""
 
 import functools
 import math
@@ -19,16 +19,20 @@ from jalign.plan.recipes import (
     shapes_of,
     trained,
     update_rows,
+    whole_shapes,
 )
+from jalign.plan.speed import Speed, roofline
+from jalign.plan.text import table
+from jalign.plan.work import Part, Work, work
 from jalign.sharding import Machine
+from jalign.sharding.groups import logits_members
 from jalign.train.config import OptimConfig, RunConfig
 from jalign.train.online_config import OnlineConfig
 from jalign.train.online_models import reference_params
 from jalign.train.step import abstract_state
 from jalign.types import PyTree, TrainState
 
-GIB = 2**30
-_USABLE = 0.92  # the rest goes to the runtime, to programs and to fragmentation
+USABLE = 0.92  # the rest goes to the runtime, to programs and to fragmentation
 
 
 class Row(NamedTuple):
@@ -41,7 +45,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of one device.
+    """What an update takes of one device.
 
     Attributes:
       config: the run's.
@@ -50,8 +54,15 @@ class Plan:
       num_parameters: of the trained policy (or reward model).
       resident: rows of what stays for the whole run.
       transient: phase -> rows of what lives within it; phases take turns.
+      work: FLOPs and bytes that an update sends.
+      speed: of an update, by arithmetic; None where the machine's is not known.
       compiled: the compiler's own rows for the training step, if asked for.
+      compiled_sent: bytes that it sends, by kind of collective.
+      compiled_speed: of the compiled step, for a TPU.
+      compiled_rollout: the compiler's rows for sampling, beside what trains.
       advice: what to change; empty where it fits.
+      command: that starts the run, where `find` chose it.
+      found: what was best of those that `find` looked at, this one first.
     """
 
     config: RunConfig
@@ -60,8 +71,15 @@ class Plan:
     num_parameters: int
     resident: tuple[Row, ...]
     transient: dict[str, tuple[Row, ...]]
+    work: Work
+    speed: Speed | None = None
     compiled: tuple[Row, ...] = ()
+    compiled_sent: tuple[Part, ...] = ()
+    compiled_speed: Speed | None = None
+    compiled_rollout: tuple[Row, ...] = ()
     advice: str = ""
+    command: str = ""
+    found: "tuple[Plan, ...]" = ()
 
     @property
     def total(self) -> int:
@@ -86,12 +104,16 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether the peak fits into a device; None where its memory is unknown."""
-        if self.machine.device_bytes is None:
-            return None
-        return self.peak <= _USABLE * self.machine.device_bytes
+        return None if self.usable is None else self.peak <= self.usable
+
+    @property
+    def usable(self) -> int | None:
+        """Bytes that a run may count on; None where the memory is unknown."""
+        size = self.machine.device_bytes
+        return None if size is None else int(USABLE * size)
 
     def __str__(self) -> str:
-        return _table(self)
+        return table(self)
 
 
 def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
@@ -101,7 +123,7 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
     """
     models = trained(config, model_config, None)
     model = next(iter(models.values()))
-    whole = model.param_shapes()
+    whole = whole_shapes(model)
     weights = _param_bytes(mesh, whole)
     resident: list[Row] = []
     digits = config.lora.quantize or config.compute.dtype
@@ -123,16 +145,24 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
             kept = _param_bytes(mesh, shapes)
             note = f"{config.compute.dtype}, frozen"
             resident.append(Row("reference parameters", kept, note))
-        note = "if as large as the policy; 0 for a function"
+        note = "as large as the policy; a function: 0"
         resident.append(Row("reward model", weights, note))
         transient["rollout"] = _rollout(config, model, mesh, machine)
+    params = _state(model, config)[0].params
+    done, sizes = work(config, model, mesh), dict(mesh.shape)
+    first = next(iter(models))  # the model of the update
+    own = (f"{first}parameters", f"{first}optimizer state")
+    written = sum(row.bytes for row in resident if row.name in own)
+    written += _param_bytes(mesh, params)  # gradients
     return Plan(
         config,
         machine,
-        dict(mesh.shape),
-        sum(leaf.size for leaf in jax.tree.leaves(_state(model, config)[0].params)),
+        sizes,
+        sum(leaf.size for leaf in jax.tree.leaves(params)),
         tuple(resident),
         {phase: tuple(rows) for phase, rows in transient.items()},
+        done,
+        roofline(done, machine, sizes, written, config.compute.dtype),
     )
 
 
@@ -157,7 +187,7 @@ def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
     """What a training step needs on top: exact gradients, estimated activations."""
     c, compute = model.config, config.compute
     rows, tensor = _local_rows(config, mesh), mesh.shape["tensor"]
-    shapes = model.param_shapes()
+    shapes = whole_shapes(model)
     width = jnp.dtype(compute.dtype).itemsize
     tokens = rows * config.max_length
     # Inside a layer: norms and residuals; q, k, v and output; gate, up and product.
@@ -182,11 +212,24 @@ def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
         return result
     chunk = min(DEFAULT_CHUNK_SIZE, update_rows(config) * config.max_length)
     share = max(1, chunk // (mesh.size // tensor))
-    unembedding = c.hidden_size * c.vocab_size // tensor * (width + 4)
-    return result + [
+    return [
+        *result,
         Row("logits of a chunk", 3 * share * c.vocab_size // tensor * 4, "float32 x 3"),
-        Row("unembedding", unembedding, "gathered, and its gradient"),
+        _unembedding(config, model, mesh),
     ]
+
+
+def _unembedding(config: RunConfig, model: Model, mesh) -> Row:
+    """A device's part of it, and of its gradient where it has one; sharding.groups."""
+    c, parts = model.config, config.compute.microbatches
+    rows = RECIPES[name_of(config)].sides * update_rows(config) // parts
+    members = logits_members(mesh, rows, config.max_length, c.vocab_size) or 1
+    head = "embed" if c.tie_embeddings else "unembed"
+    learned = head in shapes_of(config, model)[0]
+    width = jnp.dtype(config.compute.dtype).itemsize + 4 * learned
+    size = c.head_width * c.vocab_size // (mesh.shape["tensor"] * members) * width
+    note = f"1 / {members} of it, gathered" if members > 1 else "gathered"
+    return Row("unembedding", size, note + ", and its gradient" * learned)
 
 
 def _rollout(config: OnlineConfig, model: Model, mesh, machine: Machine) -> list[Row]:
@@ -222,34 +265,3 @@ def _local_rows(config: RunConfig, mesh) -> int:
         )
     sides = RECIPES[name_of(config)].sides
     return -(-sides * rows // (config.compute.microbatches * ways))
-
-
-def _table(p: Plan) -> str:
-    c, compute = p.config, p.config.compute
-    group = f"{c.group_size} x " if isinstance(c, OnlineConfig) else ""
-    mesh = ", ".join(f"{name}={size}" for name, size in p.mesh.items())
-    lines = [
-        f"{name_of(c)} of {c.model}: {p.num_parameters / 1e9:.3g} B parameters",
-        f"on {p.machine.num_devices} x {p.machine.kind}, mesh {mesh}",
-        f"{c.batch_size} x {group}{c.max_length} tokens in {compute.microbatches} "
-        f"micro-batch(es), {compute.dtype}, {'remat' if compute.remat else 'no remat'}"
-        f", {c.optim.optimizer}",
-        "",
-        f"{'on each device':<28}{'GiB':>9}",
-        *map(_line, p.resident),
-    ]
-    for phase, rows in p.transient.items():
-        lines += [f"  during {phase}", *map(_line, rows)]
-    lines += [_line(Row("peak (estimate)", p.total, ""))]
-    if p.compiled:
-        total = Row("peak (compiled)", sum(row.bytes for row in p.compiled), "")
-        lines += ["", "the compiler's own account of the training step"]
-        lines += map(_line, (*p.compiled, total))
-    verdict = {True: "fits", False: "does NOT fit", None: "capacity unknown"}[p.fits]
-    size = p.machine.device_bytes
-    room = f" in {size / GIB:.0f} GiB ({_USABLE:.0%} usable)" if size else ""
-    return "\n".join([*lines, "", verdict + room, *filter(None, [p.advice])])
-
-
-def _line(row: Row) -> str:
-    return f"  {row.name:<26}{row.bytes / GIB:9.3f}  {row.note}".rstrip()

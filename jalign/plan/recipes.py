@@ -4,7 +4,6 @@ All else that a plan asks for stands in the run's own config.
 """
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -150,15 +149,30 @@ def trained(config: train.RunConfig, model_config, mesh) -> dict[str, Model]:
     return RECIPES[name_of(config)].models(config, model)
 
 
-def shapes_of(config: train.RunConfig, model: Model) -> tuple[PyTree, PyTree]:
-    """Shapes of what a run trains of a model, and of the rest ({} without adapters)."""
-    return _shapes(model, adapters_of(config, None), config.lora.quantize)
+def shapes_of(
+    config: train.RunConfig, model: Model, *, packed: bool = True
+) -> tuple[PyTree, PyTree]:
+    """Shapes of what a run trains of a model, and of the rest ({} without adapters),
+    which may be quantized; with packed=False as if it were not."""
+    quantize = config.lora.quantize if packed else None
+    return _shapes(model, adapters_of(config, None), quantize)
+
+
+def whole_shapes(model: Model) -> PyTree:
+    """Of all parameters, which no way of computing changes."""
+    return _param_shapes(model.replace(remat=False, dtype=jnp.dtype("float32")))
 
 
 @functools.lru_cache(maxsize=8)
+def _param_shapes(model: Model) -> PyTree:
+    return model.param_shapes()
+
+
+@functools.lru_cache(maxsize=16)
 def _shapes(model: Model, adapters: LoraConfig | None, quantize: str | None):
+    whole = whole_shapes(model)
     if adapters is None:
-        return model.param_shapes(), {}
+        return whole, {}
 
     def narrow(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -170,7 +184,7 @@ def _shapes(model: Model, adapters: LoraConfig | None, quantize: str | None):
             params = quantize_params(params, quantize)
         return parts_of(model, params, adapters, key)
 
-    return jax.eval_shape(parts, model.param_shapes(), jax.random.key(0))
+    return jax.eval_shape(parts, whole, jax.random.key(0))
 
 
 def optimizer(config: train.OptimConfig) -> optax.GradientTransformation:
@@ -250,26 +264,3 @@ def _placed(mesh, shapes: PyTree) -> PyTree:
         shapes,
         sharding.param_shardings(mesh, shapes),
     )
-
-
-_NEEDS = re.compile(r"\(([\d.]+)G\) exceeds available HBM|Used ([\d.]+)G of ")
-
-
-def compiled_bytes(config: train.RunConfig, model_config, mesh) -> dict[str, int]:
-    """Bytes on each device of `compiled_step`, as the compiler lays it out.
-
-    Where it gives up for want of memory: only what it says that it needs.
-    """
-    try:
-        memory = compiled_step(config, model_config, mesh).memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        needs = _NEEDS.search(str(error))
-        if needs is None:
-            raise
-        return {"at least": int(float(needs[1] or needs[2]) * 2**30)}
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "program": memory.generated_code_size_in_bytes,
-    }

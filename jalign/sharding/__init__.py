@@ -15,14 +15,8 @@ from jalign.sharding.decoding import (
     relay,
     shard_bytes,
 )
-from jalign.sharding.mesh import (
-    Machine,
-    abstract_mesh,
-    machine,
-    make_mesh,
-    parse_mesh,
-    topology_devices,
-)
+from jalign.sharding.machines import Machine, machine, topology_devices
+from jalign.sharding.mesh import abstract_mesh, make_mesh, parse_mesh
 from jalign.sharding.multihost import (
     agree,
     barrier,

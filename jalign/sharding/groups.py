@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jalign.sharding.partition import fitting_spec
 from jalign.sharding.rules import GROUP_RULES
@@ -98,6 +98,14 @@ def logits_groups(
     Returns: None on one device, and where the rows do not divide over the devices, or
       the vocabulary over `tensor`.
     """
+    members = logits_members(mesh, batch, length, vocab_size)
+    return _groups_of(mesh, members) if mesh is not None and members else None
+
+
+def logits_members(
+    mesh: Mesh | AbstractMesh | None, batch: int, length: int, vocab_size: int
+) -> int | None:
+    """k of `logits_groups`, also for a mesh without devices."""
     if mesh is None or mesh.size == 1:
         return None
     ways, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -106,7 +114,7 @@ def logits_groups(
     tokens = max(1, batch * length // ways)
     sizes = [k for k in _divisors(mesh) if not vocab_size % (tensor * k)]
     enough = (k for k in sizes if k * k * tokens >= vocab_size)
-    return _groups_of(mesh, next(enough, sizes[-1])) if sizes else None
+    return next(enough, sizes[-1]) if sizes else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -124,7 +132,7 @@ def embedding_groups(mesh: Mesh | None, features: int) -> Groups | None:
     return _groups_of(mesh, (wide if features >= LANES else sizes)[-1])
 
 
-def _divisors(mesh: Mesh) -> list[int]:
+def _divisors(mesh: Mesh | AbstractMesh) -> list[int]:
     fsdp = mesh.shape["fsdp"]
     return [k for k in range(1, fsdp + 1) if fsdp % k == 0]
 

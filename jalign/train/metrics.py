@@ -23,32 +23,11 @@ from jalign.models.tensors import is_matrix
 _log = logging.getLogger("jalign.train")
 FIRST = ("loss", "learning_rate", "grad_norm", "num_tokens")
 
-# Dense bf16 peak of a device in FLOP/s, by the start of its device_kind; the first
-# match counts. Sources: the vendors' data sheets.
-PEAK_FLOPS = (
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-    ("TPU v3", 61.5e12),
-    ("NVIDIA B200", 2250e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA L4", 121e12),
-    ("Tesla T4", 65e12),
-)
-
 
 def peak_flops() -> float | None:
     """bf16 FLOP/s of all devices of the run together; None where not known."""
-    kind = jax.devices()[0].device_kind
-    for start, flops in PEAK_FLOPS:
-        if kind.startswith(start):
-            return flops * jax.device_count()
-    return None
+    here = sharding.machine()
+    return here.chip.flops * here.num_devices if here.chip else None
 
 
 def training_flops_per_token(

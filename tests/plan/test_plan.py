@@ -17,7 +17,7 @@ def test_table_shows_every_row_and_the_verdict():
     result = plan.plan("dpo", LARGE, **ON_16)
     text = str(result)
     for row in result.resident + result.transient["update"]:
-        assert f"{row.name:<26}{row.bytes / 2**30:9.3f}" in text
+        assert f"{row.name:<28}{row.bytes / 2**30:9.3f}" in text
     assert "16 x v5e" in text and "8.03 B parameters" in text
     assert text.endswith("fits in 16 GiB (92% usable)")
 

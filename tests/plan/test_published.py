@@ -91,7 +91,7 @@ def test_a_compiler_that_gives_up_says_that_it_does_not_fit(monkeypatch, said):
     def gives_up(*_):
         raise jax.errors.JaxRuntimeError(said)
 
-    monkeypatch.setattr("jalign.plan.recipes.compiled_step", gives_up)
+    monkeypatch.setattr("jalign.plan.compiled.compiled_step", gives_up)
     monkeypatch.setattr("jalign.sharding.topology_devices", lambda _: jax.devices()[:1])
     found = plan.plan("sft", "pythia-70m", topology="v5e:1x1", compile=True)
     assert found.fits is False and found.peak == int(17.4 * 2**30)

@@ -1,0 +1,147 @@
+"""How long an update takes: an estimate by a model that it states.
+
+By arithmetic, from the FLOPs and bytes of work.py; or from the compiled module
+(module_seconds.py), which knows what the compiler made of them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jalign.plan.work import ATTENTION, Part, Work, total
+from jalign.sharding import Machine
+
+# Of a chip's peak that products with weights reach, by the published runs of
+# docs/scale.md; and XLA's on an H100, docs/performance.md.
+PRODUCTS = {"v6e": 0.65, "tpu7x": 0.65}
+ON_TPU, ON_GPU = 0.85, 0.67
+KERNELS = 0.5  # of peak, that attention kernels reach
+# Kind -> (published run, estimate over published step time - 1), docs/scale.md.
+HELD: dict[str, tuple[str, float]] = {}
+FAR_OFF = 0.25
+
+
+class Speed(NamedTuple):
+    """Of an update, on each device.
+
+    Attributes:
+      parts: seconds, which add up.
+      hidden: seconds of what goes on meanwhile.
+      mfu: share of the devices' peak that the FLOPs of `Work.flops` use; None where the
+        peak is not known.
+      assumptions: sentences.
+    """
+
+    parts: tuple[Part, ...]
+    hidden: tuple[Part, ...]
+    mfu: float
+    assumptions: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of the update."""
+        return total(self.parts)
+
+
+def speed_of(
+    work: Work,
+    machine: Machine,
+    parts: Sequence[Part],
+    hidden: Sequence[Part],
+    assumptions: Sequence[str],
+) -> Speed:
+    """These parts, with the MFU that they mean and how far to trust them."""
+    seconds, chip = total(parts), machine.chip
+    assert chip is not None
+    words = (*assumptions, trust(machine.kind))
+    mfu = total(work.flops) / seconds / chip.flops
+    return Speed(tuple(parts), tuple(hidden), mfu, words)
+
+
+def roofline(
+    work: Work, machine: Machine, mesh: dict[str, int], written: int, dtype: str
+) -> Speed | None:
+    """By arithmetic.
+
+    Args:
+      work: of the update.
+      machine: where it runs; None comes back where its speed is not known.
+      mesh: axis name -> size.
+      written: bytes of parameters, moments and gradients on a device: the optimizer
+        reads and writes them.
+      dtype: of the products.
+    """
+    chip = machine.chip
+    if chip is None:
+        return None
+    share = products_share(machine) / (1 if chip.torus or dtype == "bfloat16" else 2)
+    products, kernels = products_and_kernels(work)
+    busy = [
+        Part("products", products / (share * chip.flops), _percent(share)),
+        Part("attention", kernels / (KERNELS * chip.flops), _percent(KERNELS)),
+    ]
+    moved = {axis: 0.0 for axis in mesh}
+    for part in work.sent:
+        moved[part.axis] += part.amount
+    along = {
+        axis: machine.bandwidth(mesh[axis], inner=axis == "tensor") for axis in mesh
+    }
+    hidable = moved["fsdp"] / along["fsdp"] + moved["data"] / along["data"]
+    left = max(0.0, hidable - total(busy))
+    seen = moved["tensor"] / along["tensor"]
+    parts = [
+        *busy,
+        Part("optimizer", 2 * written / chip.hbm, "reads and writes its state"),
+        Part("collectives, not hidden", left, "of fsdp and data"),
+        Part("collectives of tensor", seen, "nothing hides them"),
+    ]
+    words = [
+        f"products at {share:.0%} and attention at {KERNELS:.0%} of "
+        f"{chip.flops / 1e12:g} TFLOP/s; memory at {chip.hbm / 1e9:,.0f} GB/s",
+        "all rows are max_length long and all their logits are computed",
+    ]
+    if dtype == "float32":
+        how = (
+            "as bfloat16, the TPU's default" if chip.torus else "as TF32, half as fast"
+        )
+        words.append(f"products of float32 are computed {how}")
+    if total(work.sent):
+        shown = {axis: along[axis] for axis in mesh if moved[axis]}
+        rates = ", ".join(f"{axis} {x / 1e9:.0f}" for axis, x in shown.items())
+        words.append(f"a device sends so many GB/s, one way: {rates}")
+        words.append("arithmetic hides the collectives of fsdp and data, not tensor's")
+    return speed_of(
+        work,
+        machine,
+        [part for part in parts if part.amount],
+        [Part("collectives", hidable - left, "of fsdp and data")] if hidable else [],
+        words,
+    )
+
+
+def products_share(machine: Machine) -> float:
+    """Of the peak, that products with weights are taken to reach."""
+    usual = ON_TPU if machine.chip and machine.chip.torus else ON_GPU
+    return PRODUCTS.get(machine.kind, usual)
+
+
+def products_and_kernels(work: Work) -> tuple[float, float]:
+    """FLOPs of products with weights, and of attention, what is done twice included."""
+    every = (*work.flops, *work.again)
+    kernels = total(part for part in every if part.name == ATTENTION)
+    return total(every) - kernels, kernels
+
+
+def trust(kind: str) -> str:
+    """How far estimates for a kind of machine were off."""
+    if kind not in HELD:
+        return (
+            f"never held against a run on {kind}: it may be off by more than "
+            f"{FAR_OFF:.0%}"
+        )
+    name, off = HELD[kind]
+    far = f": more than {FAR_OFF:.0%}" if abs(off) > FAR_OFF else ""
+    return f"held against {name}: {off:+.0%} of its time{far} (docs/scale.md)"
+
+
+def _percent(share: float) -> str:
+    return f"at {share:.0%} of peak"
