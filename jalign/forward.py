@@ -18,6 +18,7 @@ from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
 from jalign.losses.layout import ONE_DEVICE
 from jalign.models import Model
 from jalign.models.experts import Routing
+from jalign.sharding.context import rows_to_time, time_to_rows
 from jalign.sharding.groups import logits_groups
 from jalign.types import PreferenceBatch, TokenBatch
 
@@ -53,7 +54,7 @@ def chunk_size(model: Model) -> int:
 
 
 def logits_options(model: Model, hidden: jax.Array) -> dict[str, Any]:
-    """chunk_size and layout of `losses.map_logits` for hidden states [B, T, D]."""
+    """chunk_size and layout of `losses.map_logits` for hidden of `rows_apart`."""
     sizes = *hidden.shape[:2], model.config.vocab_size
     layout = logits_groups(model.mesh, *sizes) or ONE_DEVICE
     return {"chunk_size": chunk_size(model), "layout": layout}
@@ -133,7 +134,7 @@ def policy_pass(
 
 def _score(model: Model, params: PyTree, hidden, batch, temperature: float, **options):
     """`losses.token_logps` of each token's successor, where it is trained: [B, T]."""
-    rows, head = in_one_row(model, (hidden, *successors(batch))), model.head(params)
+    rows, head = rows_apart(model, (hidden, *successors(batch))), model.head(params)
     scores = losses.token_logps(
         head.inputs(rows[0]),
         head.unembed,
@@ -141,10 +142,10 @@ def _score(model: Model, params: PyTree, hidden, batch, temperature: float, **op
         mask=rows[2],
         temperature=temperature,
         softcap=head.softcap,
-        **logits_options(model, hidden),
+        **logits_options(model, rows[0]),
         **options,
     )
-    return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), scores)
+    return rows_together(model, scores, batch.tokens.shape)
 
 
 def successors(batch) -> tuple[jax.Array, jax.Array]:
@@ -159,15 +160,23 @@ def successors(batch) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def in_one_row(model: Model, arrays: PyTree) -> PyTree:
-    """[B, T, ...] -> [1, B * T, ...] on one device, where rows need not stay apart.
+def rows_apart(model: Model, arrays: PyTree) -> PyTree:
+    """[B, T, ...] as rows of which each lies on one device, for what sees one token at
+    a time: on a mesh as context.time_to_rows has it, on one device [1, B * T, ...].
 
-    So the tokens that count in any of the rows are counted together: chunks of logits
-    with none of them are left out.
+    So the tokens that count in any of a device's rows are counted together: chunks of
+    logits with none of them are left out.
     """
     if model.mesh is not None:
-        return arrays
+        return jax.tree.map(lambda x: time_to_rows(jnp.asarray(x), model.mesh), arrays)
     return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), arrays)
+
+
+def rows_together(model: Model, arrays: PyTree, shape: tuple[int, ...]) -> PyTree:
+    """The inverse of `rows_apart`, for arrays of one number a token; shape: (B, T)."""
+    if model.mesh is not None:
+        return jax.tree.map(lambda x: rows_to_time(x, model.mesh, shape[0]), arrays)
+    return jax.tree.map(lambda x: x.reshape(shape), arrays)
 
 
 def token_values(model: Model, params: PyTree, batch) -> jax.Array:

@@ -6,7 +6,7 @@ more, as `types.PreferenceBatch` has it.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,17 @@ def collate_preferences(
     numbers = [[pair[2:] for pair in part.pairs] for part in parts]
     numbers = np.moveaxis(np.array(numbers, np.float32), 2, 0)
     return PreferenceBatch(TokenBatch(*batch), *numbers)
+
+
+def in_multiples(
+    collate: Callable[[Any, int], Any], multiple: int
+) -> Callable[[Any, int], Any]:
+    """The same collate with lengths rounded up: devices cut rows into so many."""
+    return lambda examples, length: collate(examples, round_up(length, multiple))
+
+
+def round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def pack(examples: Sequence[Example], length: int) -> list[PackedRow]:

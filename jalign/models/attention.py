@@ -1,28 +1,24 @@
 """Attention behind one function, `attend`: the plain path defines it, kernels follow.
 
 The kernels, cuDNN on GPU and splash on TPU, and the blocked path take queries and keys
-of the same tokens in order.
+of the same tokens in order. On a context axis a device has some of the queries only.
 """
-
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jalign import sharding
-from jalign.models.attention_blocked import MASKED, blocked_attention, heads_in_cache
+from jalign.models.attention_blocked import blocked_attention, heads_in_cache
+from jalign.models.attention_context import context_attention
+from jalign.models.attention_splash import splash_attention, splash_obstacle
 from jalign.models.platform import Platform, platform_of
-from jalign.models.scores import PLAIN_SCORES, Scores
+from jalign.models.scores import MASKED, PLAIN_SCORES, Scores
+from jalign.sharding.context import cuts_time
 
 IMPLEMENTATIONS = ("auto", "plain", "blocked", "cudnn", "splash")
 # Below this many query x key pairs a row, the score matrix is small enough to keep.
 PLAIN_UP_TO = 64 * 64
-LANES = 128  # TPU vector width: lengths and splash's tiles are multiples of it
-SPLASH_BLOCK = 512
-_SPLASH_TILES = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv")
-_SPLASH_TILES += ("block_q_dq", "block_kv_dq")
 # cuDNN takes segments only as a bias [B, 1, T, T]; beyond this length that is too much.
 CUDNN_SEGMENTS_UP_TO = 4096
 
@@ -78,8 +74,13 @@ def attend(
     if not in_order or scores.plain_only:
         implementation = "plain"  # decoding: a kernel for training has no say here
     elif implementation == "auto":
-        implementation = _choose(q, k, q_segment_ids, platform.attention, scores)
+        best = platform.attention
+        implementation = _choose(q, k, q_segment_ids, best, scores, mesh)
+    on_context = in_order and cuts_time(mesh, q.shape[1])
     if implementation == "plain":
+        if on_context:
+            whole = "batch", None, "act_kv_heads", None
+            k, v = (sharding.constrain(x, mesh, *whole) for x in (k, v))
         mask = attention_mask(
             q_positions, kv_positions, q_segment_ids, kv_segment_ids, sliding_window
         )
@@ -87,23 +88,31 @@ def attend(
         how = scores, q_positions, kv_positions
         return (one_query_attention if one else plain_attention)(q, k, v, mask, *how)
     qkv = q, k, v, q_segment_ids, sliding_window, scores
+    if implementation == "splash":
+        return splash_attention(*qkv, mesh=mesh, interpret=platform.interpret)
+    if implementation == "blocked" and mesh is not None and on_context:
+        return context_attention(*qkv, mesh=mesh)
     if implementation == "blocked":
         size = platform.scores_bytes if mesh is None else None
         heads = None if size is None else heads_in_cache(q, k, size)
         return blocked_attention(*qkv, heads=heads)
+    if implementation == "cudnn" and on_context:
+        raise ValueError("attention='cudnn' does not apply to a mesh with context > 1")
     if implementation == "cudnn":
         return cudnn_attention(*qkv)
-    if implementation == "splash":
-        return splash_attention(*qkv, mesh=mesh, interpret=platform.interpret)
     raise ValueError(f"implementation={implementation!r} is not in {IMPLEMENTATIONS}")
 
 
-def _choose(q, k, segment_ids, best: str, scores: Scores) -> str:
+def _choose(q, k, segment_ids, best: str, scores: Scores, mesh: Mesh | None) -> str:
     """What "auto" is for tokens in order, where `best` is best for long rows."""
-    if best == "cudnn" and cudnn_obstacle(q, k, segment_ids, scores) is not None:
-        best = "blocked"
-    if best == "splash" and scores.slopes:
-        best = "blocked"
+    obstacle = None
+    if best == "cudnn" and cuts_time(mesh, q.shape[1]):
+        obstacle = "it wants the queries of all its keys"
+    elif best == "cudnn":
+        obstacle = cudnn_obstacle(q, k, segment_ids, scores)
+    elif best == "splash":
+        obstacle = splash_obstacle(q.shape[1], scores, mesh)
+    best = best if obstacle is None else "blocked"
     short = q.shape[1] * k.shape[1] <= PLAIN_UP_TO
     return "plain" if best == "blocked" and short else best
 
@@ -219,70 +228,3 @@ def cudnn_attention(
         local_window_size=window,
         implementation="cudnn",
     )
-
-
-def splash_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-    sliding_window: int | None,
-    scores: Scores = PLAIN_SCORES,
-    *,
-    mesh: Mesh | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Splash attention, a Pallas kernel that skips masked blocks, on each shard.
-
-    Args:
-      mesh: rows are cut over its data and fsdp axes, heads over tensor.
-      interpret: run the kernel's logic without a TPU (slow; for tests).
-
-    Raises: ValueError for scores with ALiBi, which the kernel does not have.
-    """
-    if scores.slopes:
-        raise ValueError("attention='splash' does not apply: it has no ALiBi")
-    if mesh is not None and k.shape[2] % mesh.shape["tensor"]:
-        # Query and kv heads must be cut alike; where kv heads are too few, repeat.
-        groups = q.shape[2] // k.shape[2]
-        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    axes = ("batch", "time", "act_heads", None)
-    kv_axes = ("batch", "time", "act_kv_heads", None)
-    in_axes, args = [axes, kv_axes, kv_axes], [q, k, v]
-    if segment_ids is not None:
-        in_axes.append(("batch", "time"))
-        args.append(segment_ids)
-    how = dict(window=sliding_window, scores=scores, interpret=interpret)
-    fn = functools.partial(_splash, **how)
-    return sharding.shard_map(fn, mesh, in_axes, axes)(*args)
-
-
-def _splash(q, k, v, segment_ids=None, *, window, scores, interpret):
-    # Imported here: the module builds tables that only TPU users pay for.
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    T, N, H = q.shape[1:]
-    # Zero keys behind the last token are invisible to it, so padding is harmless.
-    # Above a block, to whole blocks; below, to whole lanes.
-    tile = SPLASH_BLOCK if T > SPLASH_BLOCK else LANES
-    pad = -T % tile
-    lengths = ((0, 0), (0, pad), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(x, lengths).transpose(0, 2, 1, 3) for x in (q, k, v))
-    shape = (T + pad, T + pad)
-    mask = splash.CausalMask(shape)
-    if window is not None:
-        mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
-    block = min(SPLASH_BLOCK, T + pad)
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([mask] * N),
-        block_sizes=splash.BlockSizes(**dict.fromkeys(_SPLASH_TILES, block)),
-        attn_logits_soft_cap=scores.softcap,
-        interpret=interpret,
-    )
-    q = q * jnp.asarray(scores.factor(H), q.dtype)
-    if segment_ids is None:
-        out: Any = jax.vmap(kernel)(q, k, v)
-    else:
-        ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids, ids))
-    return out.transpose(0, 2, 1, 3)[:, :T].astype(q.dtype)

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jalign.models.platform import KEPT
-from jalign.models.scores import PLAIN_SCORES, Scores
+from jalign.models.scores import PLAIN_SCORES, Scores, masked_scores
 
-MASKED = -1e30  # finite, so that a fully masked row gives no NaN
 PIECE, MAX_BLOCKS = 128, 16
 
 
@@ -153,33 +152,18 @@ def _rows(x: jax.Array, start, span: Span, axis: int = 3) -> jax.Array:
 
 
 def _scores(q, k, slopes, segment_ids, start, span: Span, window, how: Scores):
-    """Float32 scores [B,K,G,t,s] of a piece q [B,K,G,t,H] with a span's keys: masked,
-    and before that."""
+    """`masked_scores` of a piece q [B,K,G,t,H] with a span's keys."""
     if span.pieces > 1:
         # Tied to q, for jax takes what depends on no weight out of all loops: the masks
         # of all pieces, T^2 numbers.
         start, q = jax.lax.optimization_barrier((start, q))
-    scores = how.factor(q.shape[-1]) * jnp.einsum(
-        "bkgth,bkhs->bkgts", q, k, preferred_element_type=jnp.float32
-    )
-    # Added, in float arithmetic: XLA on a CPU turns this into a third of the time of
-    # comparing and selecting.
     queries = (start + jnp.arange(q.shape[3])).astype(jnp.float32)
     keys = jnp.arange(span.first_key, span.end, dtype=jnp.float32)
-    behind = queries[:, None] - keys[None, :]
-    if slopes is not None:
-        scores -= slopes[..., None, None] * behind[None, None, None]
-    scores = how.capped(scores)
-    hidden = jnp.maximum(-behind, 0.0)
-    if window is not None:
-        hidden += jnp.maximum(behind - (window - 1.0), 0.0)
-    hidden = hidden[None]
     if segment_ids is not None:
         ids = segment_ids.astype(jnp.float32)
-        of_queries = _rows(ids, start, span, axis=1)
         of_keys = ids[:, span.first_key : span.end]
-        hidden = hidden + jnp.abs(of_queries[:, :, None] - of_keys[:, None, :])
-    return scores + (MASKED * jnp.minimum(hidden, 1.0))[:, None, None], scores
+        segment_ids = _rows(ids, start, span, axis=1), of_keys
+    return masked_scores(q, k, slopes, queries, keys, segment_ids, window, how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -260,20 +244,26 @@ def _piece_gradients(
     start,
 ):
     """carry (d_k, d_v) [B,K,H,s] of a span's keys -> (carry, d_q [B,K,G,t,H])."""
+    q, *rest = (_rows(x, start, span) for x in (q, d_out, normalizer, delta))
+    scores = _scores(q, k, slopes, segment_ids, start, span, window, how)
+    d_q, d_k, d_v = tile_gradients(q, k, v, *rest, scores, how)
+    return (carry[0] + d_k, carry[1] + d_v), d_q
+
+
+def tile_gradients(q, k, v, d_out, normalizer, delta, both_scores, how: Scores):
+    """What queries [B,K,G,t,H] and keys [B,K,H,s] give to the gradients of q, k and v,
+    float32; both_scores: of `masked_scores`."""
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    q, d_out, normalizer, delta = (
-        _rows(x, start, span) for x in (q, d_out, normalizer, delta)
-    )
-    scores, unmasked = _scores(q, k, slopes, segment_ids, start, span, window, how)
+    scores, unmasked = both_scores
     weights = jnp.exp(scores - normalizer)
     d_weights = einsum("bkgth,bkhs->bkgts", d_out, v)
     d_scores = how.scaled(weights * (d_weights - delta), q.shape[-1])
     if how.softcap is not None:
         d_scores *= 1 - jnp.square(unmasked / how.softcap)
     d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
-    d_k = carry[0] + einsum("bkgth,bkgts->bkhs", q, d_scores)
-    d_v = carry[1] + einsum("bkgth,bkgts->bkhs", d_out, weights)
-    return (d_k, d_v), einsum("bkgts,bkhs->bkgth", d_scores, k)
+    d_k = einsum("bkgth,bkgts->bkhs", q, d_scores)
+    d_v = einsum("bkgth,bkgts->bkhs", d_out, weights)
+    return einsum("bkgts,bkhs->bkgth", d_scores, k), d_k, d_v
 
 
 _blocked.defvjp(_forward, _backward)

@@ -41,6 +41,7 @@ class Decoder(nn.Module):
         how, c = self.how, self.how.config
         x = self._embed(tokens, positions, segment_ids)
         x = how.constrain(x, "batch", "time", "act_embed")
+        positions = how.constrain(positions, "batch", "time")
         rotations = rope_tables(c, positions, segment_ids)
         rotations = jax.tree.map(how.platform.keep, rotations)
         kv_positions, slot = positions, jnp.int32(0)

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jalign import sharding
 from jalign.models import adapted, quantized
 from jalign.models.platform import PLAIN, PRODUCT, Platform
+from jalign.sharding.context import rows_to_time, time_to_rows
 from jalign.sharding.groups import embedding_groups
 
 INIT_STD = 0.02  # the initializer_range of every family here
@@ -121,9 +122,10 @@ def _embed_jvp(mesh, dtype, primals, tangents):
 
 def _rows(mesh: Mesh | None, dtype: DTypeLike, table: jax.Array, tokens: jax.Array):
     groups = embedding_groups(mesh, table.shape[1])
+    batch = tokens.shape[0]
     if groups is not None:
         table = groups.place(table, "stored", "member")
-        tokens = groups.place(tokens, "group")
+        tokens = groups.place(time_to_rows(tokens, mesh), "group")
     rows = (
         jnp.asarray(table)
         .at[tokens]
@@ -132,7 +134,9 @@ def _rows(mesh: Mesh | None, dtype: DTypeLike, table: jax.Array, tokens: jax.Arr
     if groups is not None:
         rows = groups.place(rows, "group", None, "member")
     rows = rows.astype(dtype)
-    return rows if groups is None else groups.place(rows, "batch")
+    if groups is None:
+        return rows
+    return rows_to_time(groups.place(rows, "batch"), mesh, batch)
 
 
 class RMSNorm(nn.Module):

@@ -25,6 +25,7 @@ from jalign.plan.speed import Speed, roofline
 from jalign.plan.text import table
 from jalign.plan.work import Part, Work, work
 from jalign.sharding import Machine
+from jalign.sharding.context import length_multiple
 from jalign.sharding.groups import logits_members
 from jalign.train.config import OptimConfig, RunConfig
 from jalign.train.online_config import OnlineConfig
@@ -189,7 +190,9 @@ def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
     rows, tensor = _local_rows(config, mesh), mesh.shape["tensor"]
     shapes = whole_shapes(model)
     width = jnp.dtype(compute.dtype).itemsize
-    tokens = rows * config.max_length
+    parts = mesh.shape["context"]
+    length_multiple(mesh, config.max_length)
+    tokens = rows * config.max_length // parts
     # Inside a layer: norms and residuals; q, k, v and output; gate, up and product.
     heads = 2 * c.num_heads + 2 * c.num_kv_heads
     wide = c.intermediate_size
@@ -200,13 +203,17 @@ def _update(config: RunConfig, model: Model, mesh) -> list[Row]:
     stack = tokens * c.hidden_size * width * c.num_layers if compute.remat else 0
     copies = 1 if compute.microbatches == 1 else 2
     layer = sum(x.size for x in jax.tree.leaves(shapes["layers"])) / c.num_layers
-    whole = 2 * layer / tensor * width if mesh.shape["fsdp"] > 1 else 0
+    whole = 2 * layer / tensor * width if mesh.shape["fsdp"] * parts > 1 else 0
+    kv_heads = c.num_kv_heads / (tensor if c.num_kv_heads % tensor == 0 else 1)
+    # Those of all tokens of a row, and their gradients; each twice, by the plain way.
+    keys = 2 * tokens * parts * kv_heads * c.head_dim * 2 * width if parts > 1 else 0
     gradients = copies * _param_bytes(mesh, _state(model, config)[0].params)
     result = [
         Row("gradients", gradients, f"float32, {copies} set(s)"),
         Row("layer inputs", int(stack), f"{rows} rows, kept by remat"),
         Row("inside layers", int(tokens * inner * width * layers), "estimate"),
         Row("gathered weights", int(whole), "two layers, estimate"),
+        *([Row("gathered keys", int(keys), "with gradients, a layer")] * (keys > 0)),
     ]
     if c.num_labels:
         return result
@@ -223,7 +230,9 @@ def _unembedding(config: RunConfig, model: Model, mesh) -> Row:
     """A device's part of it, and of its gradient where it has one; sharding.groups."""
     c, parts = model.config, config.compute.microbatches
     rows = RECIPES[name_of(config)].sides * update_rows(config) // parts
-    members = logits_members(mesh, rows, config.max_length, c.vocab_size) or 1
+    pieces = mesh.shape["context"]  # of a row, rows by themselves
+    size = rows * pieces, config.max_length // pieces
+    members = logits_members(mesh, *size, c.vocab_size) or 1
     head = "embed" if c.tie_embeddings else "unembed"
     learned = head in shapes_of(config, model)[0]
     width = jnp.dtype(config.compute.dtype).itemsize + 4 * learned

@@ -83,16 +83,17 @@ def roofline(
     for part in work.sent:
         moved[part.axis] += part.amount
     along = {
-        axis: machine.bandwidth(mesh[axis], inner=axis == "tensor") for axis in mesh
+        axis: machine.bandwidth(mesh[axis], inner=axis in ("context", "tensor"))
+        for axis in mesh
     }
     hidable = moved["fsdp"] / along["fsdp"] + moved["data"] / along["data"]
     left = max(0.0, hidable - total(busy))
-    seen = moved["tensor"] / along["tensor"]
+    seen = sum(moved[axis] / along[axis] for axis in inner)
     parts = [
         *busy,
         Part("optimizer", 2 * written / chip.hbm, "reads and writes its state"),
         Part("collectives, not hidden", left, "of fsdp and data"),
-        Part("collectives of tensor", seen, "nothing hides them"),
+        Part("collectives of tensor, context", seen, "nothing hides them"),
     ]
     words = [
         f"products at {share:.0%} and attention at {KERNELS:.0%} of "

@@ -91,7 +91,7 @@ def work(config: RunConfig, model: Model, mesh: Any) -> Work:
     beside = _beside(config, once, forward(whole, experts), mesh)
     sizes = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen))
     new, kept = (size // mesh.shape["tensor"] for size in sizes)
-    least = bound(new, mesh.shape["fsdp"], kept)
+    least = bound(new, mesh.shape["fsdp"] * mesh.shape["context"], kept)
     sent = _sent(config, model, mesh, tokens)
     return Work(flops, tuple(again), beside, sent, least)
 
@@ -143,7 +143,8 @@ def _sent(
 ) -> tuple[Part, ...]:
     """At least, in the dtype of the products. tokens: of an update, over all chips."""
     c, parts = model.config, config.compute.microbatches
-    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    data, context, tensor = (mesh.shape[x] for x in ("data", "context", "tensor"))
+    fsdp = mesh.shape["fsdp"] * context  # that weights are cut over
     width, ring = jnp.dtype(config.compute.dtype).itemsize, 1 - 1 / fsdp
     trained, frozen = shapes_of(config, model)
     held = frozen.get("layers", {}) if frozen else trained["layers"]
@@ -158,13 +159,20 @@ def _sent(
     ]
     if not c.num_labels and fsdp > 1:
         rows = RECIPES[name_of(config)].sides * update_rows(config) // parts
-        k = logits_members(mesh, rows, config.max_length, c.vocab_size) or 1
+        size = rows * context, config.max_length // context
+        k = logits_members(mesh, *size, c.vocab_size) or 1
         states = 4 * width * (k - 1) * here * c.head_width
         table = c.vocab_size * c.head_width / (k * tensor) * (1 - k / fsdp)
         states += parts * 4 * width * table
         found.append(Part("unembedding", states, f"groups of {k}", "fsdp"))
     moved = 2 * width * here * c.hidden_size * ring
     found.append(Part("embedding", moved, "features of tokens", "fsdp"))
+    if context > 1:
+        # Both once in each pass over the layers, and their gradients.
+        each = c.num_layers * 2 * c.num_kv_heads * c.head_dim * width / tensor
+        times = (2 if config.compute.remat else 1) + 2  # gradients are float32
+        size = times * each * here * (context - 1)
+        found.append(Part("keys and values", size, "of whole rows", "context"))
     if tensor > 1:
         sums = (6 if config.compute.remat else 4) * c.num_layers
         size = 2 * (1 - 1 / tensor) * width * here * c.hidden_size

@@ -1,7 +1,8 @@
 """Meshes, rule tables, partitioning and multi-host start.
 
 The only room that says PartitionSpec or names a mesh axis: others speak of logical
-axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp, tensor.
+axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data,
+fsdp, context, tensor.
 """
 
 from jalign.sharding.compiling import (

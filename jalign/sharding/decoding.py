@@ -28,13 +28,14 @@ def decoding_mesh(
     """The mesh with the smallest `tensor` on which parameters and cache have room.
 
     Args:
-      mesh: of training. Its fsdp and data become rows (data) and more of tensor.
+      mesh: of training. Its other axes become rows (data) and more of tensor.
       bytes_on: mesh -> bytes of parameters and cache on a device; ValueError where the
         mesh does not divide them.
       device_bytes: memory of a device, of which a quarter is room; None, where it is
         not known, is without end.
 
-    Returns: a mesh of the same kind, devices and axes, with fsdp=1. Where nothing has
+    Returns: a mesh of the same kind, devices and axes, but for data and tensor of
+      size 1. Where nothing has
       room, the one that takes least.
     """
     ways = math.prod(mesh.shape.values()) // mesh.shape["tensor"]
@@ -67,7 +68,7 @@ def relay(params: PyTree, source: Mesh | None, target: Mesh) -> PyTree:
     gathers all of a leaf and drops what it does not need.
     """
     place = jax.lax.with_sharding_constraint
-    if source is not None and source.shape["fsdp"] > 1:
+    if source is not None and source.shape["fsdp"] * source.shape["context"] > 1:
         rules = AXIS_RULES | {"embed": ("data",)}
 
         def between(path, x):

@@ -1,11 +1,11 @@
-"""Logits and embeddings on a mesh: fsdp in groups, the wide axis cut in each.
+"""Logits and embeddings on a mesh: fsdp x context in groups, the wide axis cut in each.
 
 A device that computes all logits of its own tokens needs all of the unembedding and has
 a gradient of all of it; one that computes its share of the vocabulary for everyone's
-tokens is sent all of their hidden states. In between, `fsdp` is cut into groups: the
-members of a group share their tokens and cut the vocabulary. 1 / members of the
-unembedding is gathered over the groups, and of its gradient reduced over them, once.
-With the embedding it is the same, but that the members cut its features.
+tokens is sent all of their hidden states. In between, fsdp x context is cut into
+groups: the members of a group share their tokens and cut the vocabulary. 1 / members of
+the unembedding is gathered over the groups, and of its gradient reduced over them,
+once. With the embedding it is the same, but that the members cut its features.
 """
 
 import functools
@@ -24,7 +24,7 @@ LANES = 128
 
 
 class Groups(NamedTuple):
-    """A mesh with fsdp = groups x members.
+    """A mesh with fsdp x context = groups x members.
 
     Attributes:
       mesh: the model's devices in their order, with axes data, groups, members, tensor.
@@ -55,7 +55,7 @@ class Groups(NamedTuple):
           local: (rows of a group, weights) -> (tree of its rows, tree of sums over
             them: scalars, or of the weights' shape). What it places has no axis for
             the groups.
-          by_rows: tree of [B, ...], cut over data and fsdp.
+          by_rows: tree of [B, ...], cut over data, fsdp and context.
           weights: tree of [D, V], cut as parameters are. Gathered once.
 
         Returns: (tree of [B, ...], sums over all rows, cut as the weights are).
@@ -92,6 +92,8 @@ def logits_groups(
 ) -> Groups | None:
     """The groups with which the logits of [batch, length] tokens move few bytes.
 
+    Rows are those of context.time_to_rows.
+
     Of t tokens a device, groups of k members send 8 k t D bytes of hidden states and of
     their gradients, and 8 V D / k of the unembedding: least where k^2 = V / t.
 
@@ -108,7 +110,8 @@ def logits_members(
     """k of `logits_groups`, also for a mesh without devices."""
     if mesh is None or mesh.size == 1:
         return None
-    ways, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    tensor = mesh.shape["tensor"]
+    ways = mesh.size // tensor
     if batch % ways:
         return None
     tokens = max(1, batch * length // ways)
@@ -133,13 +136,13 @@ def embedding_groups(mesh: Mesh | None, features: int) -> Groups | None:
 
 
 def _divisors(mesh: Mesh | AbstractMesh) -> list[int]:
-    fsdp = mesh.shape["fsdp"]
-    return [k for k in range(1, fsdp + 1) if fsdp % k == 0]
+    most = mesh.shape["fsdp"] * mesh.shape["context"]
+    return [k for k in range(1, most + 1) if most % k == 0]
 
 
 def _groups_of(mesh: Mesh, members: int) -> Groups:
-    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
-    shape = data, fsdp // members, members, tensor
+    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    shape = data, mesh.size // (data * members * tensor), members, tensor
     names = "data", "groups", "members", "tensor"
     types = (mesh.axis_types[0],) * len(shape)
     return Groups(Mesh(mesh.devices.reshape(shape), names, axis_types=types))

@@ -1,4 +1,4 @@
-"""Meshes with the axes data, fsdp and tensor."""
+"""Meshes with the axes data, fsdp, context and tensor."""
 
 import difflib
 import math
@@ -8,13 +8,14 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
 def make_mesh(
     *,
     data: int = 1,
     fsdp: int = -1,
+    context: int = 1,
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
@@ -23,15 +24,18 @@ def make_mesh(
     Args:
       data: number of whole copies of the parameters; each takes other rows.
       fsdp: number of shards that parameters and rows are both cut into.
+      context: number of shards of each row's time, for rows of very many tokens;
+        parameters are cut over it too.
       tensor: number of shards of heads, mlp and vocabulary; keep it inside a host.
-        One of the three may be -1: the devices that the other two leave.
+        One of them may be -1: the devices that the others leave.
       devices: the jax devices to use; every device of every process when None.
 
-    Returns: Mesh with axis names ("data", "fsdp", "tensor"), also where a size is 1.
+    Returns: Mesh with axes "data", "fsdp", "context", "tensor", also where one is 1.
     Raises: ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _fill(dict(data=data, fsdp=fsdp, tensor=tensor), len(devices))
+    sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    sizes = _fill(sizes, len(devices))
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
@@ -41,7 +45,12 @@ def make_mesh(
 
 
 def abstract_mesh(
-    num_devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1
+    num_devices: int,
+    *,
+    data: int = 1,
+    fsdp: int = -1,
+    context: int = 1,
+    tensor: int = 1,
 ) -> AbstractMesh:
     """make_mesh's mesh without devices: to compute the layout for another machine.
 
@@ -49,7 +58,8 @@ def abstract_mesh(
 
     Raises: ValueError as make_mesh does.
     """
-    sizes = _fill(dict(data=data, fsdp=fsdp, tensor=tensor), num_devices)
+    sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    sizes = _fill(sizes, num_devices)
     return AbstractMesh(
         tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )

@@ -101,8 +101,8 @@ def process_slice(mesh: Mesh | None = None) -> tuple[int, int]:
     """Which part of every global batch this process loads: (index, count).
 
     Without a mesh (process_index, process_count). With one, processes that hold the
-    same rows (a tensor axis across hosts) share an index, so pass the mesh wherever
-    rows are loaded for put_batch.
+    same rows (a tensor or context axis across hosts) share an index, so pass the mesh
+    wherever rows are loaded for put_batch.
 
     Raises: ValueError where the rows of processes overlap only in part.
     """
@@ -118,7 +118,7 @@ def process_slice(mesh: Mesh | None = None) -> tuple[int, int]:
     if sum(len(group) for group in groups) != num_blocks:
         raise ValueError(
             f"mesh {dict(mesh.shape)} gives processes rows that overlap in part; keep "
-            "the tensor axis inside a host, or make it a multiple of a host's devices"
+            "context*tensor inside a host, or make it a multiple of a host's devices"
         )
     if jax.process_index() not in blocks:
         return 0, len(groups)  # a mesh for another machine, as `jalign plan` makes
@@ -127,6 +127,8 @@ def process_slice(mesh: Mesh | None = None) -> tuple[int, int]:
 
 def put_batch(batch: PyTree, mesh: Mesh | None) -> PyTree:
     """This process's rows -> global arrays, cut over the data and fsdp axes.
+
+    Whole in time on a context axis too: the model cuts what is wide, see context.py.
 
     Args:
       batch: tree of numpy arrays whose axis 0 has this process's rows, the same

@@ -27,7 +27,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 (rows) cut over data and fsdp, the other axes whole."""
+    """Axis 0 (rows) cut over data and fsdp, the other axes whole, time among them."""
     return NamedSharding(mesh, PartitionSpec(AXIS_RULES["batch"]))
 
 
@@ -62,12 +62,12 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical_axes: str | None) -> jax
 def activation_sharding(
     mesh: Mesh | AbstractMesh, shape: Sequence[int], *logical_axes: str | None
 ) -> NamedSharding:
-    """How `constrain` lays out an array of this shape."""
+    """Where `constrain` and `shard_map` have an activation of this shape."""
     return NamedSharding(mesh, fitting_spec(mesh, shape, logical_axes))
 
 
 def shard_map(
-    fn: Callable, mesh: Mesh | None, in_axes: Sequence[LogicalAxes], out_axes: Any
+    fn: Callable, mesh: Mesh | None, in_axes: Sequence[Any], out_axes: Any
 ) -> Callable:
     """fn on each device's shards, for kernels that the partitioner cannot cut.
 
@@ -75,7 +75,8 @@ def shard_map(
       fn: function of arrays that is independent along the axes that are cut.
       mesh: None or one device: fn itself.
       in_axes: logical axes of each argument; axes that do not divide stay whole, so
-        make both operands of a product divide alike (repeat kv heads first).
+        make both operands of a product divide alike (repeat kv heads first). Of a
+        tree, that of its specs.
       out_axes: logical axes of the output, or a tuple of such tuples; cut as the
         arguments' dimensions of the same name are.
     """
@@ -84,16 +85,13 @@ def shard_map(
 
     @functools.wraps(fn)
     def wrapped(*args):
-        specs = tuple(
-            fitting_spec(mesh, x.shape, axes)
-            for x, axes in zip(args, in_axes, strict=True)
-        )
-        cut = {
-            name: part
-            for axes, spec in zip(in_axes, specs, strict=True)
-            for name, part in zip(axes, spec, strict=True)
-            if name is not None
-        }
+        specs, cut = [], {}
+        for x, axes in zip(args, in_axes, strict=True):
+            spec = axes
+            if isinstance(axes, tuple):
+                spec = fitting_spec(mesh, x.shape, axes)
+                cut |= dict(zip(axes, spec, strict=True))
+            specs.append(spec)
 
         def of(axes):
             if axes and isinstance(axes[0], tuple):
@@ -101,7 +99,11 @@ def shard_map(
             return PartitionSpec(*(cut.get(name) for name in axes))
 
         return jax.shard_map(
-            fn, mesh=mesh, in_specs=specs, out_specs=of(out_axes), check_vma=False
+            fn,
+            mesh=mesh,
+            in_specs=tuple(specs),
+            out_specs=of(out_axes),
+            check_vma=False,
         )(*args)
 
     return wrapped
@@ -200,7 +202,7 @@ def _param_spec(mesh, path, shape, param_rules, axis_rules) -> PartitionSpec:
                 f"{size} elements, which mesh axis {cut} of size {ways} does not "
                 f"divide; choose a {cut} size that does"
             )
-    return _spec(parts, path)
+    return _spec(mesh, parts, path)
 
 
 def fitting_spec(
@@ -222,7 +224,7 @@ def fitting_spec(
             ways = math.prod(mesh.shape[a] for a in (*part, axis))
             part = (*part, axis) if size % ways == 0 else part
         parts.append(part)
-    return _spec(parts, f"activation {axes}")
+    return _spec(mesh, parts, f"activation {axes}")
 
 
 def _mesh_axes(name: str | None, axis_rules: AxisRules, where: str) -> tuple[str, ...]:
@@ -235,12 +237,13 @@ def _mesh_axes(name: str | None, axis_rules: AxisRules, where: str) -> tuple[str
     return axis_rules[name]
 
 
-def _spec(parts: Sequence[tuple[str, ...]], where: str) -> PartitionSpec:
-    """One entry per dimension, so that equal layouts compare equal."""
+def _spec(mesh, parts: Sequence[tuple[str, ...]], where: str) -> PartitionSpec:
+    """One entry per dimension, no axis of size 1: so equal layouts compare equal."""
     used = [axis for part in parts for axis in part]
     twice = sorted({axis for axis in used if used.count(axis) > 1})
     if twice:
         raise ValueError(f"{where}: mesh axis {twice[0]} cuts two dimensions: {parts}")
+    real = [tuple(axis for axis in part if mesh.shape[axis] > 1) for part in parts]
     return PartitionSpec(
-        *(part[0] if len(part) == 1 else part or None for part in parts)
+        *(part[0] if len(part) == 1 else part or None for part in real)
     )

@@ -51,7 +51,7 @@ PARAM_RULES: ParamRules = (
 AXIS_RULES: dict[str, tuple[str, ...]] = {
     # weights
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "vocab": ("tensor",),
     "positions": (),
     "heads": ("tensor",),
@@ -69,7 +69,8 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "rank": (),
     # activations
     "batch": ("data", "fsdp"),
-    "time": (),
+    "time": ("context",),
+    "share": ("data", "fsdp", "context"),  # of a row, as a row: context.py
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
@@ -77,7 +78,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "act_vocab": ("tensor",),
 }
 
-# Of the meshes of groups.py, where fsdp = groups x members.
+# Of the meshes of groups.py, where fsdp x context = groups x members.
 GROUP_RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "groups", "members"),
     "group": ("data", "groups"),

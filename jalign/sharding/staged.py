@@ -24,12 +24,15 @@ def staged(
 
     Args:
       einsum: as jnp.einsum.
-      mesh: of the arrays. Of the kernel, the axis called d is cut over fsdp.
+      mesh: of the arrays. Of the kernel, the axis called d is cut over fsdp. Where
+        time is cut, too (context), einsum is given back.
       most: members over which one step is enough; None: any number.
 
     Returns: einsum itself where one step is enough. Else it has no forward mode.
     """
     if mesh is None or most is None or mesh.shape["fsdp"] <= most:
+        return einsum
+    if mesh.shape["context"] > 1:
         return einsum
     return _staged(einsum, mesh)
 

@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 
 from jalign import data, evaluate, forward, sharding
 from jalign.data import PreferenceExample
+from jalign.data.batching import in_multiples
 from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
+from jalign.sharding.context import length_multiple
 from jalign.train.inputs import examples_digest, params_digest
 from jalign.types import PyTree
 
@@ -53,7 +55,7 @@ def measured_batches(
     batches = data.make_eval_loader(
         [examples[i] for i in order],
         batch_size=batch_size,
-        collate=collate,
+        collate=in_multiples(collate, length_multiple(mesh, max_length)),
         max_length=max_length,
         pack_rows=parts,
         shard_index=index,

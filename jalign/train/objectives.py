@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jalign import losses
 from jalign.forward import (
     hidden_states,
-    in_one_row,
     logits_options,
     noting_routes,
     pair_logps,
     pair_rewards,
     pair_sums,
+    rows_apart,
     rows_of,
     successors,
     valid_pairs,
@@ -89,7 +89,7 @@ def make_sft_objective(
     def objective(params: PyTree, batch: TokenBatch, key: jax.Array) -> Loss:
         del key
         arrays = hidden_states(model, params, batch), *successors(batch)
-        hidden, targets, mask = in_one_row(model, arrays)
+        hidden, targets, mask = rows_apart(model, arrays)
         head = model.head(params)
         row_fn = functools.partial(_sft_rows, softcap=head.softcap, terms=named)
         total, (parts, nll, entropy, correct) = sum_over_logits(

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 
 from jalign import data, evaluate, models, sharding
+from jalign.data.batching import in_multiples
 from jalign.models import Model
 from jalign.pretrained import load_pretrained, open_pretrained
 from jalign.settings import settings_or
+from jalign.sharding.context import length_multiple
 from jalign.train import objectives
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluation
@@ -129,7 +131,7 @@ def run_recipe(
             sets["train"],
             **how,
             seed=config.seed,
-            collate=recipe.collate,
+            collate=in_multiples(recipe.collate, length_multiple(run.mesh)),
             pack_rows=sharding.batch_parts(run.mesh) * compute.microbatches,
             shard_index=index,
             shard_count=count,

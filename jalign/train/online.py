@@ -8,6 +8,7 @@ from typing import Any
 from jalign import data, models
 from jalign.pretrained import open_pretrained
 from jalign.settings import settings_or
+from jalign.sharding.context import length_multiple
 from jalign.train.algorithms import GRPO, PPO
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks
 from jalign.train.inputs import examples_digest, run_inputs, tokenizer_inputs
@@ -87,7 +88,8 @@ def _run(
         found |= run_inputs(config, whole, prompts, steps) | dict(loaded.inputs)
         shown = examples_digest(held_out) + loaded.gold_digest
         run = identify(run, found, shown, reschedule=config.reschedule)
-        shapes = choose_shapes(prompts, held_out, config)
+        multiple = length_multiple(run.mesh)
+        shapes = choose_shapes(prompts, held_out, config, multiple)
         given = loaded, config, shapes
         functions = make_functions(*given, group_size=config.group_size)
         measured = make_functions(*given, held_out=len(held_out))

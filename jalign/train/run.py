@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jalign import sharding
 from jalign.data.templates import fixed_clock
 from jalign.settings import as_text
+from jalign.sharding.context import length_multiple
 from jalign.train.checkpoint import Checkpointer, Restored
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluations
 from jalign.train.inputs import Inputs, changes
@@ -125,8 +126,8 @@ def open_run(
       kind: the recipe's name, for example "sft"; part of what may not change.
       callbacks: for the Run.
 
-    Raises: ValueError if OUT has checkpoints of other settings, or another run is
-      working in it; OSError if OUT cannot be written.
+    Raises: ValueError if OUT has checkpoints of other settings, another run is working
+      in it, or the mesh does not divide max_length; OSError if OUT cannot be written.
     """
     out = Path(config.out)
     record = {"kind": kind} | fixed_settings(config)
@@ -137,6 +138,7 @@ def open_run(
     out.mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop, lock_directory(out):
         mesh = make_run_mesh(config.mesh)
+        length_multiple(mesh, config.max_length)
         directory = out / "checkpoints"
         checkpointer = Checkpointer(directory)
         if not config.resume and not checkpointer.empty():

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jalign import data, sharding
+from jalign.data.batching import round_up
 from jalign.data.loader import choose_sizes, sample_batches
 from jalign.generate.inputs import bucket_length
 from jalign.train.online_config import OnlineConfig
@@ -40,10 +41,12 @@ def choose_shapes(
     prompts: Sequence[data.PromptExample],
     held_out: Sequence[data.PromptExample],
     config: OnlineConfig,
+    multiple: int = 1,
 ) -> Shapes:
     """For these prompts; the shorter lengths are those that save most work.
 
-    They are chosen as if no completion stopped early.
+    They are chosen as if no completion stopped early. Those of rows are multiples of
+    `multiple`.
     """
     new, rows = config.options.sampling.max_new_tokens, config.completions
     lengths = np.array([len(p.tokens) for p in prompts])
@@ -51,7 +54,8 @@ def choose_shapes(
     longest = max(len(p.tokens) for p in [*prompts, *held_out])
 
     def row_length(prompt_length: int) -> int:
-        return data.bucket_length(prompt_length + new, config.max_length)
+        bucket = data.bucket_length(prompt_length + new, config.max_length)
+        return round_up(bucket, multiple)
 
     def sampled(number: int, length: int) -> float:
         """Tokens that go through the model for so many prompts."""

@@ -10,8 +10,8 @@ from jalign.models.attention import (
     attention_mask,
     cudnn_obstacle,
     plain_attention,
-    splash_attention,
 )
+from jalign.models.attention_splash import splash_attention
 from jalign.models.scores import PLAIN_SCORES, Scores
 from tests.models.rows import packed_rows, random_qkv
 

@@ -9,16 +9,18 @@ from jalign import sharding
 
 def test_fsdp_takes_all_devices_by_default():
     mesh = sharding.make_mesh()
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
 
 
 def test_axes_are_auto_whatever_the_default_of_jax():
-    assert sharding.make_mesh().axis_types == (AxisType.Auto,) * 3
+    assert sharding.make_mesh().axis_types == (AxisType.Auto,) * 4
 
 
-@pytest.mark.parametrize("free", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("free", ["data", "fsdp", "context", "tensor"])
 def test_minus_one_takes_what_is_left(free):
-    sizes = dict(data=2, fsdp=2, tensor=2) | {free: -1}
+    sizes = dict(data=2, fsdp=2, context=1, tensor=2) | {free: -1}
+    if free == "context":
+        sizes["data"] = 1
     assert dict(sharding.make_mesh(**sizes).shape)[free] == 2
 
 
@@ -72,7 +74,7 @@ def test_parse_mesh_names_the_wrong_part(spec, message):
 
 def test_abstract_mesh_cuts_as_a_mesh_of_a_machine_that_is_not_here():
     mesh = sharding.abstract_mesh(64, tensor=4)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "tensor": 4}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 16, "context": 1, "tensor": 4}
     tree = {"unembed": {"kernel": jax.ShapeDtypeStruct((64, 12), "float32")}}
     placed = sharding.param_shardings(mesh, tree)["unembed"]["kernel"]
     assert placed.shard_shape((64, 12)) == (4, 3)
