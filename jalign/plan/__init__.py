@@ -116,7 +116,9 @@ def plan(
     else:
         machine = sharding.machine(topology)
         sizes = sharding.parse_mesh(run.mesh)
-        mesh = sharding.abstract_mesh(machine.num_devices, **sizes)
+        mesh = sharding.abstract_mesh(
+            machine.num_devices, slices=machine.slices, **sizes
+        )
         result = estimate(run, model_config, mesh, machine)
     if compile:
         result = with_compiled(result, model_config, topology)

@@ -86,8 +86,10 @@ def _tried(
     machine, found, problem = sharding.machine(topology), [], ""
     known = f"--find needs to know the memory of {machine.kind}: give --topology"
     check(machine.device_bytes is not None, known)
-    for sizes in _meshes(machine.num_devices, sharding.parse_mesh(config.mesh)):
-        mesh = sharding.abstract_mesh(machine.num_devices, **sizes)
+    for sizes in _meshes(machine, sharding.parse_mesh(config.mesh)):
+        mesh = sharding.abstract_mesh(
+            machine.num_devices, slices=machine.slices, **sizes
+        )
         cut = {"fsdp": sizes["fsdp"]} | {k: n for k, n in sizes.items() if n > 1}
         spec = ",".join(f"{axis}={size}" for axis, size in cut.items())
         for settings in _settings(config, allowed):
@@ -104,13 +106,17 @@ def _tried(
     return found, problem
 
 
-def _meshes(devices: int, given: dict[str, int]) -> Iterator[dict[str, int]]:
+def _meshes(machine: Any, given: dict[str, int]) -> Iterator[dict[str, int]]:
+    """All of data, fsdp and tensor that agree with the axes given; context as given."""
+    context = max(1, given.get("context", 1))
+    devices = machine.num_devices // context
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     tensors = [n for n in divisors if n <= _MOST_TENSOR]
-    for tensor, data in itertools.product(tensors, divisors):
+    datas = [n for n in divisors if n % machine.slices == 0]
+    for tensor, data in itertools.product(tensors, datas):
         if devices % (tensor * data) == 0:
             fsdp = devices // (tensor * data)
-            sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+            sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
             if all(size in (-1, sizes[axis]) for axis, size in given.items()):
                 yield sizes
 

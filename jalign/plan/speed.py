@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from jalign.plan.work import ATTENTION, Part, Work, total
 from jalign.sharding import Machine
+from jalign.sharding.machines import BETWEEN_SLICES
 
 # Of a chip's peak that products with weights reach, by the published runs of
 # docs/scale.md; and XLA's on an H100, docs/performance.md.
@@ -82,10 +83,10 @@ def roofline(
     moved = {axis: 0.0 for axis in mesh}
     for part in work.sent:
         moved[part.axis] += part.amount
-    along = {
-        axis: machine.bandwidth(mesh[axis], inner=axis in ("context", "tensor"))
-        for axis in mesh
-    }
+    inner = "context", "tensor"
+    along = {x: machine.bandwidth(mesh[x], inner=x in inner) for x in mesh}
+    if machine.slices > 1:
+        along["data"] = BETWEEN_SLICES
     hidable = moved["fsdp"] / along["fsdp"] + moved["data"] / along["data"]
     left = max(0.0, hidable - total(busy))
     seen = sum(moved[axis] / along[axis] for axis in inner)

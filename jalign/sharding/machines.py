@@ -37,6 +37,7 @@ class Chip(NamedTuple):
 
 HOST = 8  # GPUs that share a switch
 _LONGEST = 16  # chips along a side of a slice
+BETWEEN_SLICES = 6.25e9  # bytes/s of a TPU chip to other slices: 50 Gbit/s of v5p
 NETWORK = 50e9  # bytes/s of a GPU to other hosts, one way: 400 Gbit/s
 
 # Sources: the TPU pages of cloud.google.com/tpu/docs/system-architecture-tpu-vm, "How
@@ -73,7 +74,8 @@ class Machine(NamedTuple):
       num_devices: over all hosts.
       device_bytes: memory of one device; None where it is not known (a CPU).
       chip: how fast a device is; None where it is not known.
-      sides: chips along each side of the slice, as (4, 4).
+      sides: chips along each side of a slice, as (4, 4).
+      slices: that are joined by a network only.
     """
 
     kind: str
@@ -81,6 +83,7 @@ class Machine(NamedTuple):
     device_bytes: int | None
     chip: Chip | None = None
     sides: tuple[int, ...] = ()
+    slices: int = 1
 
     def bandwidth(self, ways: int, *, inner: bool = False) -> float:
         """Bytes/s that a device sends, one way, in collectives of `ways` devices.
@@ -115,6 +118,8 @@ def chip_of(device_kind: str) -> Chip | None:
 def machine(topology: str | None = None) -> Machine:
     """The machine that "v5e:4x4", "v5p:4x4x4" or "h100:8" names; None is this one.
 
+    "2*v5e:16x16" is two slices.
+
     Raises: ValueError listing the known kinds.
     """
     if topology is None:
@@ -124,16 +129,23 @@ def machine(topology: str | None = None) -> Machine:
         sides = tuple(1 + max(side) - min(side) for side in zip(*at, strict=True))
         chip, name = chip_of(device.device_kind), device.device_kind
         kind = next((k for k, known in KINDS.items() if known is chip), name)
-        return Machine(kind, count, stats.get("bytes_limit"), chip, sides)
-    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", topology)
-    if match is None or match[1] not in KINDS:
+        apart = len({slice_of(d) for d in jax.devices()})
+        return Machine(kind, count, stats.get("bytes_limit"), chip, sides, apart)
+    match = re.fullmatch(r"(?:([1-9]\d*)\*)?([a-z0-9-]+):(\d+(?:x\d+)*)", topology)
+    if match is None or match[2] not in KINDS:
         raise ValueError(
-            f"topology {topology!r} is not KIND:SHAPE, as v5e:4x4 or h100:8; kinds: "
-            f"{', '.join(KINDS)}"
+            f"topology {topology!r} is not KIND:SHAPE, as v5e:4x4 or h100:8, or of "
+            f"several slices, as 2*v5e:16x16; kinds: {', '.join(KINDS)}"
         )
-    chip, sides = KINDS[match[1]], tuple(map(int, match[2].split("x")))
-    devices = math.prod(sides) * chip.per_chip
-    return Machine(match[1], devices, chip.gib * 2**30, chip, sides)
+    chip, sides = KINDS[match[2]], tuple(map(int, match[3].split("x")))
+    apart = int(match[1] or 1)
+    devices = apart * math.prod(sides) * chip.per_chip
+    return Machine(match[2], devices, chip.gib * 2**30, chip, sides, apart)
+
+
+def slice_of(device: Any) -> int:
+    """The number of a TPU's slice; 0 for other devices."""
+    return getattr(device, "slice_index", 0)
 
 
 def slices(kind: str) -> list[str]:
@@ -168,8 +180,11 @@ def topology_devices(topology: str | None) -> list:
     # Only libtpu reads it, in C: it must not ask the cloud about a TPU that is not
     # here. putenv leaves os.environ as it is.
     os.putenv("TPU_SKIP_MDS_QUERY", "1")
-    how: dict[str, Any] = {"platform": "tpu", "topology_name": topology}
-    sides = [int(side) for side in re.findall(r"\d+(?=x|$)", topology)]
+    count, _, name = topology.rpartition("*")
+    how: dict[str, Any] = {"platform": "tpu", "topology_name": name}
+    if count:
+        how["num_slices"] = int(count)
+    sides = [int(side) for side in re.findall(r"\d+(?=x|$)", name)]
     if math.prod(sides) < 4:  # a part of a host, which is 2 x 2 chips
         how["chips_per_host_bounds"] = (*sides, 1, 1)[:3]
     try:

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from jalign.sharding.machines import slice_of
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
 def make_mesh(
     *,
-    data: int = 1,
+    data: int | None = None,
     fsdp: int = -1,
     context: int = 1,
     tensor: int = 1,
@@ -22,7 +25,9 @@ def make_mesh(
     """A mesh over all devices; all of its axes are Auto, whatever jax's default is.
 
     Args:
-      data: number of whole copies of the parameters; each takes other rows.
+      data: number of whole copies of the parameters; each takes other rows. None: one
+        for each TPU slice; data alone crosses the network between slices, and XLA adds
+        up gradients in each of them first.
       fsdp: number of shards that parameters and rows are both cut into.
       context: number of shards of each row's time, for rows of very many tokens;
         parameters are cut over it too.
@@ -31,11 +36,20 @@ def make_mesh(
       devices: the jax devices to use; every device of every process when None.
 
     Returns: Mesh with axes "data", "fsdp", "context", "tensor", also where one is 1.
-    Raises: ValueError where the sizes do not multiply to the number of devices.
+    Raises: ValueError where the sizes do not multiply to the number of devices, or
+      data is no multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    slices = len({slice_of(device) for device in devices})
+    data = slices if data is None else data
     sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
-    sizes = _fill(sizes, len(devices))
+    sizes = _fill(sizes, len(devices), slices)
+    if slices > 1:
+        within = sizes["data"] // slices, *[*sizes.values()][1:]
+        placed = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+        return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     return jax.make_mesh(
         tuple(sizes.values()),
         MESH_AXES,
@@ -47,10 +61,11 @@ def make_mesh(
 def abstract_mesh(
     num_devices: int,
     *,
-    data: int = 1,
+    data: int | None = None,
     fsdp: int = -1,
     context: int = 1,
     tensor: int = 1,
+    slices: int = 1,
 ) -> AbstractMesh:
     """make_mesh's mesh without devices: to compute the layout for another machine.
 
@@ -58,14 +73,15 @@ def abstract_mesh(
 
     Raises: ValueError as make_mesh does.
     """
+    data = slices if data is None else data
     sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
-    sizes = _fill(sizes, num_devices)
+    sizes = _fill(sizes, num_devices, slices)
     return AbstractMesh(
         tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
     )
 
 
-def _fill(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+def _fill(sizes: dict[str, int], num_devices: int, slices: int = 1) -> dict[str, int]:
     """Replaces the one -1 and checks that the product is the number of devices."""
     shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
@@ -77,11 +93,16 @@ def _fill(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
     if free:
         sizes = sizes | {free[0]: num_devices // fixed}
     if math.prod(sizes.values()) != num_devices:
-        tensor = math.gcd(max(1, sizes["tensor"]), num_devices)
+        tensor = math.gcd(max(1, sizes["tensor"]), num_devices // slices)
         raise ValueError(
             f"mesh {shown}: {fixed} {'does not divide' if free else 'is not'} the "
             f"number of devices, {num_devices}; what fits is "
-            f"data=1,fsdp={num_devices // tensor},tensor={tensor}"
+            f"data={slices},fsdp={num_devices // slices // tensor},tensor={tensor}"
+        )
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh {shown}: the devices are of {slices} slices, and data is to be a "
+            "multiple of that: only data crosses the network between slices"
         )
     return sizes
 

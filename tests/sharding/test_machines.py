@@ -39,3 +39,12 @@ def test_unknown_machines_are_refused(topology):
 def test_without_libtpu_the_error_says_what_to_install():
     with pytest.raises(ValueError, match="libtpu"):
         sharding.topology_devices("v5e:4x4")
+
+
+def test_slices_are_counted():
+    two = sharding.machine("2*v5e:4x4")
+    assert (two.num_devices, two.slices, two.sides) == (32, 2, (4, 4))
+    assert two.device_bytes == sharding.machine("v5e:4x4").device_bytes
+    assert sharding.machine("v5e:4x4").slices == sharding.machine().slices == 1
+    with pytest.raises(ValueError, match=r"2\*v5e:16x16"):
+        sharding.machine("0*v5e:4x4")

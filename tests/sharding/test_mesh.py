@@ -1,6 +1,7 @@
 """Meshes: sizes, Auto axes, and the text form."""
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -78,3 +79,37 @@ def test_abstract_mesh_cuts_as_a_mesh_of_a_machine_that_is_not_here():
     tree = {"unembed": {"kernel": jax.ShapeDtypeStruct((64, 12), "float32")}}
     placed = sharding.param_shardings(mesh, tree)["unembed"]["kernel"]
     assert placed.shard_shape((64, 12)) == (4, 3)
+
+
+class _Chip:
+    """A described device of one of two slices."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number, slices):
+        self.id, self.slice_index = number, number // (8 // slices)
+        within = number % (8 // slices)
+        self.coords, self.core_on_chip = (within % 2, within // 2, 0), 0
+
+    def __repr__(self):
+        return f"{self.slice_index}:{self.id}"
+
+
+def test_only_data_lies_between_slices():
+    chips = [_Chip(number, 2) for number in range(8)]
+    for sizes in (dict(), dict(data=2, tensor=2), dict(data=4), dict(data=-1, fsdp=2)):
+        mesh = sharding.make_mesh(devices=chips, **sizes)
+        of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+        halves = np.split(of, 2)  # the first half of data is one slice
+        assert [set(half.flat) for half in halves] == [{0}, {1}]
+        at = sharding.abstract_mesh(8, slices=2, **sizes)
+        assert dict(at.shape) == dict(mesh.shape)
+    assert dict(sharding.make_mesh(devices=chips).shape)["data"] == 2
+    for make in (
+        lambda: sharding.make_mesh(devices=chips, data=1),
+        lambda: sharding.abstract_mesh(8, slices=2, data=1),
+    ):
+        with pytest.raises(ValueError, match="of 2 slices, and data is to be a mult"):
+            make()
+    with pytest.raises(ValueError, match="what fits is data=2,fsdp=4,tensor=1"):
+        sharding.make_mesh(devices=chips, fsdp=3)
