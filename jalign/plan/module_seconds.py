@@ -54,7 +54,8 @@ def speed_of_module(text: str, work: Work, machine: Machine) -> Speed | None:
         f"{chip.link / 1e9:g} GB/s each way; what runs meanwhile hides them",
     ]
     there = [part for part in parts if part.amount]
-    return speed_of(work, machine, there, [Part("collectives", hidden)], words)
+    meanwhile = [Part("collectives", hidden)]
+    return speed_of(work, machine, there, meanwhile, words, compiled=True)
 
 
 class _Schedule:

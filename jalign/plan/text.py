@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jalign.plan.recipes import name_of
+from jalign.plan.recipes import RECIPES, name_of
 from jalign.plan.speed import FAR_OFF, Speed
 from jalign.plan.work import Part, total
 from jalign.report import render
@@ -164,10 +164,11 @@ def as_data(p: Any) -> dict[str, Any]:
         return given | {"parts": rows(s.parts), "hidden": rows(s.hidden)}
 
     chip = p.machine.chip
+    own = dataclasses.fields(RECIPES[name_of(p.config)].config)
     rest = [dataclasses.replace(other, found=()) for other in p.found[1:]]
     return {
         "recipe": name_of(p.config),
-        "config": as_text(p.config),
+        "config": {f.name: as_text(getattr(p.config, f.name)) for f in own},
         "machine": p.machine._asdict() | {"chip": chip and chip._asdict()},
         "mesh": p.mesh,
         "num_parameters": p.num_parameters,
