@@ -91,7 +91,7 @@ def _tried(
         cut = {"fsdp": sizes["fsdp"]} | {k: n for k, n in sizes.items() if n > 1}
         spec = ",".join(f"{axis}={size}" for axis, size in cut.items())
         for settings in _settings(config, allowed):
-            for parts in _parts(config, sharding.batch_parts(mesh)):
+            for parts in _parts(config, sizes["data"] * sizes["fsdp"]):
                 given = settings | {"microbatches": parts, "mesh": spec}
                 try:
                     changed = _changed(config, given)

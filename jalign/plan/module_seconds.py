@@ -8,6 +8,7 @@ begins in one line and ends in another goes on while the lines between run.
 import math
 import re
 from collections import Counter
+from typing import Any
 
 from jalign.plan.collectives import Collective, collective, in_fusion, kind_of
 from jalign.plan.hlo import Instruction, Module, bytes_of, read, shapes_in, trips
@@ -68,7 +69,8 @@ class _Schedule:
     def seconds(self, name: str) -> Counter[str]:
         """By part, as _NOTES; and "sent", of all collectives, hidden or not."""
         lines = self.module.get(name, ())
-        found, ends = Counter(), _Ends()
+        found: Any = Counter()
+        ends = _Ends()
         last = self._last_of_channels(lines)
         for number, line in enumerate(lines):
             found += self._inside(line)

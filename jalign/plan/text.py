@@ -2,7 +2,7 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class Table(NamedTuple):
 
     title: str
     unit: str
-    rows: list[tuple[str, float | None, str]]
+    rows: Sequence[tuple[str, float | None, str]]
 
 
 def table(p: Any) -> str:
@@ -46,9 +46,9 @@ def table(p: Any) -> str:
         )
     lines += ["", *verdict(p)]
     if p.command:
-        how = {"break_long_words": False, "break_on_hyphens": False}
-        words = textwrap.wrap(p.command, 76, subsequent_indent="    ", **how)
-        lines += [" \\\n".join(words)]
+        whole = textwrap.TextWrapper(76, subsequent_indent="    ")
+        whole.break_long_words = whole.break_on_hyphens = False
+        lines += [" \\\n".join(whole.wrap(p.command))]
     return "\n".join(lines)
 
 
@@ -124,7 +124,9 @@ def _candidate(p: Any) -> tuple[str, float | None, str]:
     mesh = ",".join(f"{name}={size}" for name, size in p.mesh.items() if size > 1)
     compute, seconds = p.config.compute, p.speed.seconds if p.speed else 0.0
     words = [f"{p.peak / GIB:.1f} GiB", *["remat"] * compute.remat]
-    words += [f"{compute.microbatches} parts"] if compute.microbatches > 1 else []
+    words += (
+        [f"{compute.microbatches} micro-batches"] if compute.microbatches > 1 else []
+    )
     words += ["float32"] if compute.dtype == "float32" else []
     words += ["adafactor"] if p.config.optim.optimizer == "adafactor" else []
     return mesh or "one device", seconds, ", ".join(words)
