@@ -1,7 +1,9 @@
 """Seconds: by arithmetic, and of a module whose times can be worked out by hand."""
 
 import dataclasses
+import types
 
+import jax
 import pytest
 
 from jalign import plan, sharding
@@ -180,3 +182,31 @@ def test_a_module_without_cycles_tells_no_time():
     assert speed_of_module("ENTRY %m {\n}", found.work, found.machine) is None
     here = plan.plan("sft", TINY)
     assert speed_of_module(MODULE, here.work, here.machine) is None
+
+
+class Compiled:
+    """Stands for a jax.stages.Compiled."""
+
+    def as_text(self):
+        return MODULE
+
+    def memory_analysis(self):
+        sizes = ["argument", "output", "alias", "temp"]
+        memory = {f"{name}_size_in_bytes": 2**30 for name in sizes}
+        return types.SimpleNamespace(**memory, generated_code_size_in_bytes=0)
+
+
+def test_a_compiled_step_tells_its_memory_its_traffic_and_its_time(monkeypatch):
+    monkeypatch.setattr("jalign.plan.compiled.compiled_step", lambda *_: Compiled())
+    monkeypatch.setattr("jalign.sharding.topology_devices", lambda _: jax.devices())
+    given = ON_16 | {"topology": "v5e:2x4", "mesh": "fsdp=8"}
+    found = plan.plan("sft", LARGE, **given, compile=True)
+    assert found.peak == 2 * 2**30 and found.fits
+    sent = {part.name: part.amount for part in found.compiled_sent}
+    sizes = {"all-gather": 960_000, "all-reduce": 2 * 3_600_000}
+    assert sent == {kind: size * 15 / 16 for kind, size in sizes.items()}
+    assert found.compiled_speed is not None
+    text = str(found)
+    assert "as compiled" in text and "of the compiled step" in text
+    assert "by arithmetic it is" in text  # the module above does nearly nothing
+    assert max(map(len, text.splitlines())) <= 80
