@@ -69,6 +69,9 @@ def test_adapters_leave_out_products_and_bytes_of_gradients():
     whole = plan.plan("sft", LARGE, **ON_16)
     part = plan.plan("sft", LARGE, **ON_16, lora_rank=8)
     packed = plan.plan("sft", LARGE, **ON_16, lora_rank=8, quantize="nf4")
+    again = flops(part.work.again)["products of layers"]
+    adapters = 2 * part.num_parameters * 2048  # one row a device
+    assert again == flops(whole.work.again)["products of layers"] + adapters
     small = 6 * part.num_parameters * 2048
     ratio = (total(part.work.flops) - small) / total(whole.work.flops)
     assert 2 / 3 < ratio < 0.69  # attention has all of its gradients
@@ -94,6 +97,10 @@ def test_what_is_sent_grows_with_the_axes():
     assert cut["activations"] == 6 * 32 * 2 * 3 / 4 * 2 * 4 * 2048 * 4096
     parts = plan.plan("sft", LARGE, **(ON_16 | {"batch_size": 64}), microbatches=4)
     assert flops(parts.work.sent)["gradients"] == 4 * flops(found.sent)["gradients"]
+    # Groups of 8, so two of them: hidden states of 8 rows, an eighth of the table.
+    states, table = 8 * 7 * 2048 * 4096, 8 * 128_256 * 4096 / 8 / 2
+    for sent, rows, times in ((found.sent, 1, 1), (parts.work.sent, 4, 4)):
+        assert flops(sent)["unembedding"] == rows * states + times * table
 
 
 def test_a_rollout_is_counted_beside_the_update():
