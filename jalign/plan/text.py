@@ -154,44 +154,28 @@ def assumptions(p: Any) -> list[str]:
 
 
 def as_data(p: Any) -> dict[str, Any]:
-    """A Plan as plain values: bytes, FLOPs and seconds of one device."""
-
-    def rows(parts: Iterable[Any]) -> list[dict[str, Any]]:
-        return [row._asdict() for row in parts]
-
-    def speed(s: Speed | None) -> dict[str, Any] | None:
-        if s is None:
-            return None
-        given = {"seconds": s.seconds, "mfu": s.mfu, "assumptions": s.assumptions}
-        return given | {"parts": rows(s.parts), "hidden": rows(s.hidden)}
-
-    chip = p.machine.chip
+    """A Plan as plain values under its attributes' names: bytes, FLOPs and seconds of
+    one device; what was found beside it is `next_best`."""
     own = dataclasses.fields(RECIPES[name_of(p.config)].config)
-    rest = [dataclasses.replace(other, found=()) for other in p.found[1:]]
+    rest = (dataclasses.replace(other, found=()) for other in p.found[1:])
+    names = {field.name for field in dataclasses.fields(p)} - {"config", "found"}
     return {
         "recipe": name_of(p.config),
         "config": {f.name: as_text(getattr(p.config, f.name)) for f in own},
-        "machine": p.machine._asdict() | {"chip": chip and chip._asdict()},
-        "mesh": p.mesh,
-        "num_parameters": p.num_parameters,
-        "fits": p.fits,
-        "peak_bytes": p.peak,
-        "usable_bytes": p.usable,
-        "resident_bytes": rows(p.resident),
-        "transient_bytes": {phase: rows(x) for phase, x in p.transient.items()},
-        "compiled_bytes": rows(p.compiled),
-        "flops": rows(p.work.flops),
-        "flops_again": rows(p.work.again),
-        "flops_beside": rows(p.work.beside),
-        "sent_bytes": rows(p.work.sent),
-        "sent_bytes_bound": p.work.bound,
-        "compiled_sent_bytes": rows(p.compiled_sent),
-        "by_arithmetic": speed(p.speed),
-        "as_compiled": speed(p.compiled_speed),
-        "advice": p.advice,
-        "command": p.command,
+        **{name: getattr(p, name) for name in ("fits", "peak", "total", "usable")},
+        **{name: _plain(getattr(p, name)) for name in sorted(names)},
         "next_best": [as_data(other) for other in rest],
     }
+
+
+def _plain(x: Any) -> Any:
+    """NamedTuples as dicts, a Speed with its sum."""
+    if hasattr(x, "_asdict"):
+        sums = {"seconds": x.seconds} if isinstance(x, Speed) else {}
+        return sums | _plain(x._asdict())
+    if isinstance(x, dict):
+        return {name: _plain(value) for name, value in x.items()}
+    return [_plain(one) for one in x] if isinstance(x, tuple) else x
 
 
 def write_page(path: str | Path, p: Any) -> None:

@@ -51,10 +51,10 @@ def test_json_and_page_hold_what_the_table_says(tmp_path, monkeypatch, capsys):
     told = json.loads(data.read_text("utf-8"))
     assert told["fits"] and told["mesh"]["fsdp"] == told["machine"]["num_devices"]
     assert told["config"]["dpo"]["beta"] == 0.3
-    seconds = told["by_arithmetic"]["seconds"]
+    seconds = told["speed"]["seconds"]
     assert re.search(rf"in all +{seconds:.3f}  MFU", table)
-    assert told["as_compiled"] is None and told["command"].startswith("jalign dpo")
-    assert seconds <= told["next_best"][0]["by_arithmetic"]["seconds"]
+    assert told["compiled_speed"] is None and told["command"].startswith("jalign dpo")
+    assert seconds <= told["next_best"][0]["speed"]["seconds"]
     parsed = Page(page.read_text("utf-8"))
     assert "script" not in parsed.tags and told["command"] in parsed.text
     for line in table.splitlines():
