@@ -7,6 +7,7 @@ without remat. What the user has set stays as it is; what would change what is l
 
 import dataclasses
 import itertools
+import math
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from jalign.train.config import RunConfig
 
 GOALS = ("smallest", "fastest")
 ALLOWED = {"optimizer": "adafactor", "dtype": "bfloat16"}
+_SEARCHED = ("data", "fsdp", "tensor")
 _MOST_TENSOR = 8  # devices that heads are cut over: it stays inside a host
 _SHOWN = 5
 
@@ -105,12 +107,15 @@ def _tried(
 
 
 def _meshes(devices: int, given: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Sizes of the axes data, fsdp and tensor; other ones stay as they are given."""
+    kept = {axis: n for axis, n in given.items() if axis not in _SEARCHED}
+    devices //= math.prod(kept.values())
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     tensors = [n for n in divisors if n <= _MOST_TENSOR]
     for tensor, data in itertools.product(tensors, divisors):
         if devices % (tensor * data) == 0:
             fsdp = devices // (tensor * data)
-            sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+            sizes = {"data": data, "fsdp": fsdp, "tensor": tensor} | kept
             if all(size in (-1, sizes[axis]) for axis, size in given.items()):
                 yield sizes
 

@@ -18,7 +18,7 @@ KERNELS = 0.5  # of peak, that attention kernels reach
 
 
 class Held(NamedTuple):
-    """A run on a kind of machine, published or ours, and how far an estimate of it is off.
+    """A run on a kind of machine, and how far an estimate of it is off.
 
     Attributes:
       run: in words.

@@ -97,7 +97,8 @@ def work(config: RunConfig, model: Model, mesh: Any, machine: Machine) -> Work:
     beside = _beside(config, once, forward(whole, experts), mesh)
     sizes = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen))
     new, kept = (size // mesh.shape["tensor"] for size in sizes)
-    least = bound(new, mesh.shape["fsdp"], kept)
+    cut = mesh.size // (mesh.shape["data"] * mesh.shape["tensor"])
+    least = bound(new, cut, kept)
     sent = _sent(config, model, mesh, tokens)
     return Work(flops, tuple(again), beside, sent, least)
 
@@ -149,7 +150,8 @@ def _sent(
 ) -> tuple[Part, ...]:
     """At least, in the dtype of the products. tokens: of an update, over all chips."""
     c, parts = model.config, config.compute.microbatches
-    data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
+    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
+    fsdp = mesh.size // (data * tensor)  # what weights are cut over beside tensor
     width, ring = jnp.dtype(config.compute.dtype).itemsize, 1 - 1 / fsdp
     trained, frozen = shapes_of(config, model)
     held = frozen.get("layers", {}) if frozen else trained["layers"]
