@@ -7,7 +7,6 @@ takes a minute or two each, and writes their rows into docs/scale.md. It needs l
 (pip install 'jalign[plan]') and no TPU.
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,9 @@ import jax
 
 from jalign import sharding
 from jalign.models import ModelConfig
-from jalign.models.config import RopeScaling
+from jalign.models.hf_config import config_from_hf
 from jalign.plan.collectives import KINDS, Collective, collectives
+from jalign.plan.published import PUBLISHED
 from jalign.plan.recipes import RECIPES, compiled_step
 from jalign.plan.work import bound
 from jalign.train.config import ComputeOptions, RunConfig
@@ -31,34 +31,12 @@ PARTS = ("layers", "unembedding", "embedding", "rest")
 HEADER = ["step", "rows x tokens, mesh", "arguments, GiB", "temporaries", "together"]
 HEADER += [f"{KINDS[0]}, GB", *KINDS[1:], *PARTS, "sent", "bound", "sent / bound"]
 
-LLAMA_8B = ModelConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rope_theta=5e5,
-    rope_scaling=RopeScaling("llama3", factor=8, original_max_position=8192),
-)
-LLAMA_1B = dataclasses.replace(
-    LLAMA_8B,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_layers=16,
-    head_dim=64,
-    tie_embeddings=True,
-    rope_scaling=RopeScaling("llama3", factor=32, original_max_position=8192),
-)
-LLAMA_70B = dataclasses.replace(
-    LLAMA_8B,
-    hidden_size=8192,
-    intermediate_size=28_672,
-    num_layers=80,
-    num_heads=64,
-)
-MODELS = {"1b": LLAMA_1B, "8b": LLAMA_8B, "70b": LLAMA_70B}
+MODELS = {
+    "1b": config_from_hf(PUBLISHED["llama-3.2-1b"]),
+    "8b": config_from_hf(PUBLISHED["llama-3.1-8b"]),
+    "70b": config_from_hf(PUBLISHED["llama-3.1-70b"]),
+    "405b": config_from_hf(PUBLISHED["llama-3.1-405b"]),
+}
 
 
 class Case(NamedTuple):
@@ -71,6 +49,7 @@ class Case(NamedTuple):
       mesh: as --mesh.
       batch_size: rows, or pairs, of a step over all chips.
       max_length: tokens of a row.
+      microbatches: of a step.
     """
 
     recipe: str
@@ -79,6 +58,7 @@ class Case(NamedTuple):
     mesh: str
     batch_size: int
     max_length: int
+    microbatches: int = 1
 
     @property
     def name(self) -> str:
@@ -91,6 +71,7 @@ CASES = (
     Case("dpo", "8b", "v5e:4x4", "fsdp=16", 16, 2048),
     Case("sft", "8b", "v5e:16x16", "fsdp=256", 256, 4096),
     Case("dpo", "70b", "v5e:16x16", "fsdp=256", 256, 2048),
+    Case("dpo", "405b", "v5p:4x4x8", "fsdp=64,tensor=2", 256, 2048, 4),
 )
 
 
@@ -124,7 +105,7 @@ def config_of(case: Case) -> RunConfig:
         batch_size=case.batch_size,
         max_length=case.max_length,
         mesh=case.mesh,
-        compute=ComputeOptions(dtype="bfloat16", remat=True),
+        compute=ComputeOptions(case.microbatches, dtype="bfloat16", remat=True),
     )
 
 
@@ -140,7 +121,7 @@ def measure(case: Case) -> Found:
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         collectives(text),
-        bound(num_parameters(model), mesh.shape["fsdp"]),
+        bound(num_parameters(model) // mesh.shape["tensor"], mesh.shape["fsdp"]),
         time.perf_counter() - start,
     )
 
@@ -161,9 +142,10 @@ def row(found: Found) -> list[str]:
         by_part[one.part] += one.bytes
     total = sum(by_kind.values())
     memory = found.arguments, found.temporaries
+    parts = f", {case.microbatches} micro-batches" if case.microbatches > 1 else ""
     return [
         case.name,
-        f"{case.batch_size} x {case.max_length}, {case.mesh}",
+        f"{case.batch_size} x {case.max_length}, {case.mesh}{parts}",
         *(f"{x / GIB:.2f}" for x in (*memory, sum(memory))),
         *(f"{x / 1e9:.2f}" for x in (*by_kind.values(), *by_part.values(), total)),
         f"{found.bound / 1e9:.2f}",

@@ -73,6 +73,7 @@ def test_rows_take_the_place_of_those_of_the_same_name():
 
 def test_the_published_sizes_have_their_published_numbers_of_parameters():
     published = {"1b": 1_235_814_400, "8b": 8_030_261_248, "70b": 70_553_706_496}
+    published["405b"] = 405_853_388_800
     for name, count in published.items():
         assert tpu_compiled.num_parameters(tpu_compiled.MODELS[name]) == count
     # 45.2 GB a chip and step of 16: twice gathered and once reduced, 15/16 of it.

@@ -46,11 +46,11 @@ class PlanOptions:
     compile: bool = False
     """Also compile the real step, for the TPU topology or for the devices here."""
     find: Literal["smallest", "fastest"] | None = None
-    """Search mesh, microbatches and remat, but for those that are set: for the smallest
-    slice of a kind (then topology is as v5e), or the fastest way on a slice."""
+    """Search `mesh`, `microbatches` and `remat`, but for those that are set: for the
+    smallest slice of a kind (`topology` v5e), or the fastest way on a slice."""
     allow: str = ""
-    """What find may change, too, although it changes what is learned: "optimizer,dtype"
-    or one of them."""
+    """What `find` may change, too, although it changes what is learned:
+    "optimizer,dtype" or one of them."""
     json: str | None = None
     """Write all figures to this file; - prints them instead of the table."""
     html: str | None = None
@@ -72,7 +72,7 @@ def _plan_class(recipe: str) -> Any:
             if name in _UNREAD
         ],
         bases=(PlanOptions, own),
-        namespace={"__doc__": f"Will it fit? What `jalign {recipe}` takes of memory."},
+        namespace={"__doc__": f"Will `jalign {recipe}` fit, and how fast?"},
         frozen=True,
         kw_only=True,
     )

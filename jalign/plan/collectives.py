@@ -18,13 +18,15 @@ KINDS = (
     "all-to-all",
     "collective-permute",
 )
+BETWEEN = "between slices"
+"""What the network between slices carries, after a reduction in each of them."""
 
 
 class Collective(NamedTuple):
     """One collective of a program, with all of its runs.
 
     Attributes:
-      kind: one of KINDS.
+      kind: one of KINDS, or BETWEEN.
       bytes: that a chip sends, over all runs.
       runs: how often.
       shapes: (dtype, dimensions) of the results.
@@ -64,16 +66,26 @@ def kind_of(line: Instruction) -> str | None:
 
 
 def _walk(
-    module: Module, name: str, runs: int, around: str = ""
+    module: Module,
+    name: str,
+    runs: int,
+    around: str = "",
+    seen: set[str] | None = None,
 ) -> Iterator[Collective]:
-    seen: set[str] = set()
+    # One that goes on inside of a loop begins before it, once.
+    seen = set() if seen is None else seen
     for line in module.get(name, ()):
         inside = line.where or around
         if kind_of(line):
             yield collective(line, runs=runs)._replace(where=inside)
+        elif line.op == "send" and "megascale" in line.rest:
+            shapes = tuple(shapes_in(line.shape)[:1])
+            size = bytes_of(*shapes) * runs
+            yield Collective(BETWEEN, size, runs, shapes, inside, 2)
         elif line.op == "while":
             body = line.attribute("body")
-            yield from _walk(module, body, runs * trips(module, line), inside)
+            times = runs * trips(module, line)
+            yield from _walk(module, body, times, inside, seen)
         elif line.op == "conditional":
             # What a step runs where nothing is left out: the larger side.
             sides = [[*_walk(module, side, runs, inside)] for side in line.sides]

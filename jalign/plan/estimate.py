@@ -150,7 +150,7 @@ def estimate(config: RunConfig, model_config, mesh, machine: Machine) -> Plan:
         resident.append(Row("reward model", weights, note))
         transient["rollout"] = _rollout(config, model, mesh, machine)
     params = _state(model, config)[0].params
-    done, sizes = work(config, model, mesh), dict(mesh.shape)
+    done, sizes = work(config, model, mesh, machine), dict(mesh.shape)
     first = next(iter(models))  # the model of the update
     own = (f"{first}parameters", f"{first}optimizer state")
     written = sum(row.bytes for row in resident if row.name in own)
@@ -237,7 +237,7 @@ def _unembedding(config: RunConfig, model: Model, mesh) -> Row:
     learned = head in shapes_of(config, model)[0]
     width = jnp.dtype(config.compute.dtype).itemsize + 4 * learned
     size = c.head_width * c.vocab_size // (mesh.shape["tensor"] * members) * width
-    note = f"1 / {members} of it, gathered" if members > 1 else "gathered"
+    note = f"1 / {members} of it" if members > 1 else "gathered"
     return Row("unembedding", size, note + ", and its gradient" * learned)
 
 

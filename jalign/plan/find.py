@@ -7,6 +7,7 @@ without remat. What the user has set stays as it is; what would change what is l
 
 import dataclasses
 import itertools
+import math
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from jalign.train.config import RunConfig
 
 GOALS = ("smallest", "fastest")
 ALLOWED = {"optimizer": "adafactor", "dtype": "bfloat16"}
+_SEARCHED = ("data", "fsdp", "tensor")
 _MOST_TENSOR = 8  # devices that heads are cut over: it stays inside a host
 _SHOWN = 5
 
@@ -93,7 +95,7 @@ def _tried(
         cut = {"fsdp": sizes["fsdp"]} | {k: n for k, n in sizes.items() if n > 1}
         spec = ",".join(f"{axis}={size}" for axis, size in cut.items())
         for settings in _settings(config, allowed):
-            for parts in _parts(config, sharding.batch_parts(mesh)):
+            for parts in _parts(config, sizes["data"] * sizes["fsdp"]):
                 given = settings | {"microbatches": parts, "mesh": spec}
                 try:
                     changed = _changed(config, given)
@@ -107,16 +109,16 @@ def _tried(
 
 
 def _meshes(machine: Any, given: dict[str, int]) -> Iterator[dict[str, int]]:
-    """All of data, fsdp and tensor that agree with the axes given; context as given."""
-    context = max(1, given.get("context", 1))
-    devices = machine.num_devices // context
+    """Sizes of the axes data, fsdp and tensor; other ones stay as they are given."""
+    kept = {axis: n for axis, n in given.items() if axis not in _SEARCHED}
+    devices = machine.num_devices // math.prod(kept.values())
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     tensors = [n for n in divisors if n <= _MOST_TENSOR]
     datas = [n for n in divisors if n % machine.slices == 0]
     for tensor, data in itertools.product(tensors, datas):
         if devices % (tensor * data) == 0:
             fsdp = devices // (tensor * data)
-            sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+            sizes = {"data": data, "fsdp": fsdp, "tensor": tensor} | kept
             if all(size in (-1, sizes[axis]) for axis, size in given.items()):
                 yield sizes
 

@@ -8,6 +8,7 @@ begins in one line and ends in another goes on while the lines between run.
 import math
 import re
 from collections import Counter
+from typing import Any
 
 from jalign.plan.collectives import Collective, collective, in_fusion, kind_of
 from jalign.plan.hlo import Instruction, Module, bytes_of, read, shapes_in, trips
@@ -54,7 +55,8 @@ def speed_of_module(text: str, work: Work, machine: Machine) -> Speed | None:
         f"{chip.link / 1e9:g} GB/s each way; what runs meanwhile hides them",
     ]
     there = [part for part in parts if part.amount]
-    return speed_of(work, machine, there, [Part("collectives", hidden)], words)
+    meanwhile = [Part("collectives", hidden)]
+    return speed_of(work, machine, there, meanwhile, words, compiled=True)
 
 
 class _Schedule:
@@ -67,7 +69,8 @@ class _Schedule:
     def seconds(self, name: str) -> Counter[str]:
         """By part, as _NOTES; and "sent", of all collectives, hidden or not."""
         lines = self.module.get(name, ())
-        found, ends = Counter(), _Ends()
+        found: Any = Counter()
+        ends = _Ends()
         last = self._last_of_channels(lines)
         for number, line in enumerate(lines):
             found += self._inside(line)

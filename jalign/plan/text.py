@@ -2,11 +2,11 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jalign.plan.recipes import name_of
+from jalign.plan.recipes import RECIPES, name_of
 from jalign.plan.speed import FAR_OFF, Speed
 from jalign.plan.work import Part, total
 from jalign.report import render
@@ -26,7 +26,7 @@ class Table(NamedTuple):
 
     title: str
     unit: str
-    rows: list[tuple[str, float | None, str]]
+    rows: Sequence[tuple[str, float | None, str]]
 
 
 def table(p: Any) -> str:
@@ -46,9 +46,9 @@ def table(p: Any) -> str:
         )
     lines += ["", *verdict(p)]
     if p.command:
-        how = {"break_long_words": False, "break_on_hyphens": False}
-        words = textwrap.wrap(p.command, 76, subsequent_indent="    ", **how)
-        lines += [" \\\n".join(words)]
+        whole = textwrap.TextWrapper(76, subsequent_indent="    ")
+        whole.break_long_words = whole.break_on_hyphens = False
+        lines += [" \\\n".join(whole.wrap(p.command))]
     return "\n".join(lines)
 
 
@@ -127,7 +127,9 @@ def _candidate(p: Any) -> tuple[str, float | None, str]:
     mesh = ",".join(f"{name}={size}" for name, size in p.mesh.items() if size > 1)
     compute, seconds = p.config.compute, p.speed.seconds if p.speed else 0.0
     words = [f"{p.peak / GIB:.1f} GiB", *["remat"] * compute.remat]
-    words += [f"{compute.microbatches} parts"] if compute.microbatches > 1 else []
+    words += (
+        [f"{compute.microbatches} micro-batches"] if compute.microbatches > 1 else []
+    )
     words += ["float32"] if compute.dtype == "float32" else []
     words += ["adafactor"] if p.config.optim.optimizer == "adafactor" else []
     return mesh or "one device", seconds, ", ".join(words)
@@ -155,43 +157,28 @@ def assumptions(p: Any) -> list[str]:
 
 
 def as_data(p: Any) -> dict[str, Any]:
-    """A Plan as plain values: bytes, FLOPs and seconds of one device."""
-
-    def rows(parts: Iterable[Any]) -> list[dict[str, Any]]:
-        return [row._asdict() for row in parts]
-
-    def speed(s: Speed | None) -> dict[str, Any] | None:
-        if s is None:
-            return None
-        given = {"seconds": s.seconds, "mfu": s.mfu, "assumptions": s.assumptions}
-        return given | {"parts": rows(s.parts), "hidden": rows(s.hidden)}
-
-    chip = p.machine.chip
-    rest = [dataclasses.replace(other, found=()) for other in p.found[1:]]
+    """A Plan as plain values under its attributes' names: bytes, FLOPs and seconds of
+    one device; what was found beside it is `next_best`."""
+    own = dataclasses.fields(RECIPES[name_of(p.config)].config)
+    rest = (dataclasses.replace(other, found=()) for other in p.found[1:])
+    names = {field.name for field in dataclasses.fields(p)} - {"config", "found"}
     return {
         "recipe": name_of(p.config),
-        "config": as_text(p.config),
-        "machine": p.machine._asdict() | {"chip": chip and chip._asdict()},
-        "mesh": p.mesh,
-        "num_parameters": p.num_parameters,
-        "fits": p.fits,
-        "peak_bytes": p.peak,
-        "usable_bytes": p.usable,
-        "resident_bytes": rows(p.resident),
-        "transient_bytes": {phase: rows(x) for phase, x in p.transient.items()},
-        "compiled_bytes": rows(p.compiled),
-        "flops": rows(p.work.flops),
-        "flops_again": rows(p.work.again),
-        "flops_beside": rows(p.work.beside),
-        "sent_bytes": rows(p.work.sent),
-        "sent_bytes_bound": p.work.bound,
-        "compiled_sent_bytes": rows(p.compiled_sent),
-        "by_arithmetic": speed(p.speed),
-        "as_compiled": speed(p.compiled_speed),
-        "advice": p.advice,
-        "command": p.command,
+        "config": {f.name: as_text(getattr(p.config, f.name)) for f in own},
+        **{name: getattr(p, name) for name in ("fits", "peak", "total", "usable")},
+        **{name: _plain(getattr(p, name)) for name in sorted(names)},
         "next_best": [as_data(other) for other in rest],
     }
+
+
+def _plain(x: Any) -> Any:
+    """NamedTuples as dicts, a Speed with its sum."""
+    if hasattr(x, "_asdict"):
+        sums = {"seconds": x.seconds} if isinstance(x, Speed) else {}
+        return sums | _plain(x._asdict())
+    if isinstance(x, dict):
+        return {name: _plain(value) for name, value in x.items()}
+    return [_plain(one) for one in x] if isinstance(x, tuple) else x
 
 
 def write_page(path: str | Path, p: Any) -> None:

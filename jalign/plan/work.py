@@ -19,6 +19,7 @@ from jalign.plan.recipes import (
     update_rows,
     whole_shapes,
 )
+from jalign.sharding import Machine
 from jalign.sharding.groups import logits_members
 from jalign.train.config import DPOConfig, RunConfig, SFTConfig
 from jalign.train.metrics import training_flops_per_token
@@ -63,7 +64,11 @@ class Work(NamedTuple):
     bound: float
 
 
-def work(config: RunConfig, model: Model, mesh: Any) -> Work:
+# Passes that attention kernels add, of 2 products, for scores that they compute again.
+_AGAIN_ON_TPU, _AGAIN = 1.5, 0.5  # splash has two backward kernels, others one
+
+
+def work(config: RunConfig, model: Model, mesh: Any, machine: Machine) -> Work:
     """Of a run on an abstract mesh; every row is taken to be max_length long."""
     c, length = model.config, config.max_length
     trained, frozen = shapes_of(config, model, packed=False)
@@ -82,7 +87,8 @@ def work(config: RunConfig, model: Model, mesh: Any) -> Work:
     )
     remat = config.compute.remat
     again = [Part("products of layers", layers * tokens, "--remat")] if remat else []
-    kernel = 0.5 + remat
+    on_tpu = machine.chip is not None and machine.chip.torus
+    kernel = (_AGAIN_ON_TPU if on_tpu else _AGAIN) + remat
     again.append(Part(ATTENTION, kernel * scores, "scores, by its backward pass"))
     if not c.num_labels and not isinstance(config, SFTConfig):
         size = 2 * c.head_width * c.vocab_size * tokens
@@ -91,7 +97,8 @@ def work(config: RunConfig, model: Model, mesh: Any) -> Work:
     beside = _beside(config, once, forward(whole, experts), mesh)
     sizes = (sum(x.size for x in jax.tree.leaves(t)) for t in (trained, frozen))
     new, kept = (size // mesh.shape["tensor"] for size in sizes)
-    least = bound(new, mesh.shape["fsdp"] * mesh.shape["context"], kept)
+    cut = mesh.size // (mesh.shape["data"] * mesh.shape["tensor"])
+    least = bound(new, cut, kept)
     sent = _sent(config, model, mesh, tokens)
     return Work(flops, tuple(again), beside, sent, least)
 

@@ -25,6 +25,9 @@ def test_arguments_are_the_state_and_the_batch(recipe):
     assert state <= rows["arguments"] <= state + 2048
     assert rows["temporaries"] > 0
     assert "peak (compiled)" in str(result)
+    # A CPU's module tells what is sent, and no cycles.
+    assert "all-gather" in {part.name for part in result.compiled_sent}
+    assert result.compiled_speed is None
 
 
 @pytest.mark.skipif(
@@ -32,4 +35,6 @@ def test_arguments_are_the_state_and_the_batch(recipe):
 )
 def test_a_tpu_slice_is_compiled_for_without_a_tpu():
     settings = dict(topology="v5e:2x2", max_length=256, mesh="fsdp=4", compile=True)
-    assert plan.plan("sft", TINY, **settings).fits
+    found = plan.plan("sft", TINY, **settings)
+    assert found.fits and found.compiled_sent
+    assert found.compiled_speed and found.compiled_speed.seconds > 0
