@@ -4,6 +4,7 @@ The only room that says PartitionSpec or names a mesh axis: others speak of logi
 axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data, fsdp, tensor.
 """
 
+from jalign.sharding.agreement import agree
 from jalign.sharding.compiling import (
     announced,
     batch_words,
@@ -18,11 +19,11 @@ from jalign.sharding.mesh import (
     topology_devices,
 )
 from jalign.sharding.multihost import (
-    agree,
     barrier,
     gather,
     initialize,
     is_main_process,
+    leave,
     preempted,
     process_slice,
     put_batch,
@@ -36,11 +37,13 @@ from jalign.sharding.partition import (
     shard_map,
     state_shardings,
 )
+from jalign.sharding.watchdog import alive, watched
 
 __all__ = [
     "Machine",
     "abstract_mesh",
     "agree",
+    "alive",
     "announced",
     "barrier",
     "batch_parts",
@@ -51,6 +54,7 @@ __all__ = [
     "give_back_compiler_memory",
     "initialize",
     "is_main_process",
+    "leave",
     "machine",
     "make_mesh",
     "param_shardings",
@@ -62,4 +66,5 @@ __all__ = [
     "shard_map",
     "state_shardings",
     "topology_devices",
+    "watched",
 ]
