@@ -166,29 +166,39 @@ def usage() -> str:
 
 
 def run(name: str, args: list[str], **given: Any) -> int:
-    """Parses the flags of a command, sets up jax, and calls its function with what is
-    given beside its config."""
-    from jalign.cli_options import EXAMPLES, example, parse
-    from jalign.cli_yaml import expand_yaml
+    """Sets up jax for a command and calls its function, with what is given beside its
+    config."""
+    config, launch = read(name, args)
+    start_jax(launch)
     from jalign.sharding import is_main_process, watched
 
-    module_name, config_name, function_name, _ = COMMANDS[name]
-    module = importlib.import_module(module_name)
-    config_class = getattr(module, config_name)
+    module_name, _, function_name, _ = COMMANDS[name]
+    function = getattr(importlib.import_module(module_name), function_name)
+    with watched(launch.watchdog_timeout):
+        result = function(config, **given)
+    if result is not None and is_main_process():
+        print(result if isinstance(result, str) else summary_lines(result))
+    return EXIT_OK
+
+
+def read(name: str, args: list[str]) -> tuple[Any, Launch]:
+    """A command's config and Launch, of its flags and YAML files.
+
+    Raises: SystemExit after --help or a message about wrong flags; ValueError.
+    """
+    from jalign.cli_options import EXAMPLES, example, parse
+    from jalign.cli_yaml import expand_yaml
+
+    module_name, config_name, *_ = COMMANDS[name]
+    config_class = getattr(importlib.import_module(module_name), config_name)
     known = flags_of(config_class).keys() | flags_of(Launch).keys()
     args = expand_yaml(args, known)
     try:
-        config, launch = parse(name, args, config_class, Launch)
+        return parse(name, args, config_class, Launch)
     except SystemExit as stop:
         if not stop.code and name.split()[0] in EXAMPLES:  # after --help
             print(f"\nexample: {example(name)}")
         raise
-    start_jax(launch)
-    with watched(launch.watchdog_timeout):
-        result = getattr(module, function_name)(config, **given)
-    if result is not None and is_main_process():
-        print(result if isinstance(result, str) else summary_lines(result))
-    return EXIT_OK
 
 
 def start_jax(launch: Launch) -> None:
