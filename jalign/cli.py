@@ -1,7 +1,7 @@
 """The `jalign` command: the only file that reads argv and env or sets jax config.
 
-Flags come from the config dataclasses (cli_options.py). A `--config FILE.yaml` is
-turned into flags that stand before the user's own, so that the user's win.
+Flags come from the config dataclasses (cli_options.py), and from a `--config
+FILE.yaml`, whose entries stand before the user's own flags, so that these win.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jalign.settings import flags_of, nearest
+from jalign.settings import Checked, flags_of, nearest, number
 
 # command -> (module, config class, function taking the config, what it does)
 COMMANDS = {
@@ -47,7 +47,7 @@ EXIT_PIPE = 128 + 13  # as a shell reports SIGPIPE
 
 
 @dataclasses.dataclass(frozen=True)
-class Launch:
+class Launch(Checked):
     """Hosts and devices. On a TPU slice, SLURM or Open MPI nothing has to be said."""
 
     coordinator: str | None = None
@@ -56,6 +56,12 @@ class Launch:
     """Number of processes of the job."""
     process_id: int | None = None
     """Which of them this one is, from 0."""
+    heartbeat_timeout: int = number(60, ">= 1")
+    """Seconds after which a process that has died, or was stopped, ends the others."""
+    watchdog_timeout: float | None = number(None, ">= 0")
+    """A process that is stuck ends itself (exit code 76, with its stacks) after so many
+    seconds without a step, a batch or another sign of life; loading and compiling do
+    not count. 0 never does; unset is 1800 with several processes, and 0 in one."""
     cpu_devices: int | None = None
     """Run on this many virtual CPU devices: to try a mesh without an accelerator."""
     compilation_cache: bool = True
@@ -64,10 +70,17 @@ class Launch:
     """Show the Python traceback of an error in the input, too."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code (0 only on success)."""
+def main(argv: list[str] | None = None, **given: Any) -> int:
+    """Runs one command; returns the exit code (0 only on success).
+
+    Args:
+      argv: its words; None takes those of the process.
+      **given: `callbacks` of a training command, for a program that looks on.
+    """
     try:
-        code = command(argv)
+        code = command(argv, **given)
+        if code and (sharding := sys.modules.get("jalign.sharding")):
+            sharding.leave(code)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # as `jalign ... | head` leaves it
@@ -76,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_PIPE
 
 
-def command(argv: list[str] | None) -> int:
+def command(argv: list[str] | None, **given: Any) -> int:
     """As `main`; where standard output is closed, BrokenPipeError goes through."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in {"-h", "--help"}:
@@ -103,7 +116,7 @@ def command(argv: list[str] | None) -> int:
     resumable = name in RESUMABLE
     try:
         with until_a_run_is_open() if resumable else contextlib.nullcontext():
-            return run(name, rest)
+            return run(name, rest, **given)
     except SystemExit as stop:  # tyro: 0 for --help, 2 for a wrong flag
         return stop.code if isinstance(stop.code, int) else EXIT_USER
     except BrokenPipeError:
@@ -153,27 +166,40 @@ def usage() -> str:
     )
 
 
-def run(name: str, args: list[str]) -> int:
-    """Parses the flags of a command, sets up jax, and calls its function."""
-    from jalign.cli_options import EXAMPLES, example, parse
-    from jalign.sharding import is_main_process
+def run(name: str, args: list[str], **given: Any) -> int:
+    """Sets up jax for a command and calls its function, with what is given beside its
+    config."""
+    config, launch = read(name, args)
+    start_jax(launch)
+    from jalign.sharding import is_main_process, watched
 
-    module_name, config_name, function_name, _ = COMMANDS[name]
-    module = importlib.import_module(module_name)
-    config_class = getattr(module, config_name)
+    module_name, _, function_name, _ = COMMANDS[name]
+    function = getattr(importlib.import_module(module_name), function_name)
+    with watched(launch.watchdog_timeout):
+        result = function(config, **given)
+    if result is not None and is_main_process():
+        print(result if isinstance(result, str) else summary_lines(result))
+    return EXIT_OK
+
+
+def read(name: str, args: list[str]) -> tuple[Any, Launch]:
+    """A command's config and Launch, of its flags and YAML files.
+
+    Raises: SystemExit after --help or a message about wrong flags; ValueError.
+    """
+    from jalign.cli_options import EXAMPLES, example, parse
+    from jalign.cli_yaml import expand_yaml
+
+    module_name, config_name, *_ = COMMANDS[name]
+    config_class = getattr(importlib.import_module(module_name), config_name)
     known = flags_of(config_class).keys() | flags_of(Launch).keys()
     args = expand_yaml(args, known)
     try:
-        config, launch = parse(name, args, config_class, Launch)
+        return parse(name, args, config_class, Launch)
     except SystemExit as stop:
         if not stop.code and name.split()[0] in EXAMPLES:  # after --help
             print(f"\nexample: {example(name)}")
         raise
-    start_jax(launch)
-    result = getattr(module, function_name)(config)
-    if result is not None and is_main_process():
-        print(result if isinstance(result, str) else summary_lines(result))
-    return EXIT_OK
 
 
 def start_jax(launch: Launch) -> None:
@@ -191,7 +217,8 @@ def start_jax(launch: Launch) -> None:
         jax.config.update("jax_compilation_cache_dir", f"{home}/jalign/xla")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     sharding.give_back_compiler_memory()
-    sharding.initialize(launch.coordinator, launch.num_processes, launch.process_id)
+    hosts = launch.coordinator, launch.num_processes, launch.process_id
+    sharding.initialize(*hosts, heartbeat_timeout=launch.heartbeat_timeout)
     setup_logging(quiet=not sharding.is_main_process())
 
 
@@ -210,56 +237,6 @@ def setup_logging(quiet: bool) -> None:
     handler.setFormatter(_RedWarnings("%(message)s"))
     logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("jalign").setLevel(logging.WARNING if quiet else logging.INFO)
-
-
-def expand_yaml(args: list[str], known: set[str]) -> list[str]:
-    """Replaces `--config FILE` by the file's entries, written as flags, in front."""
-    before, rest, words = [], [], iter(args)
-    for word in words:
-        head, equals, path = word.partition("=")
-        if head != "--config":
-            rest.append(word)
-            continue
-        if not equals and (path := next(words, None)) is None:
-            raise ValueError("--config needs a file: --config FILE.yaml")
-        before += yaml_flags(path, known)
-    return before + rest
-
-
-def yaml_flags(path: str, known: set[str]) -> list[str]:
-    """The entries of a flat YAML mapping as flags; unknown and double keys raise."""
-    import yaml
-
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        entries = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: expected `name: value` lines, one for each option")
-    keys = [str(key.value) for key, _ in node.value] if node else []
-    flags: list[str] = []
-    for key in keys:
-        name = key.replace("-", "_")
-        if keys.count(key) > 1:
-            raise ValueError(f"{path}: {key!r} is given twice")
-        if name not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{nearest(name, known)}")
-        flags += flag_of(name, entries[key], path)
-    return flags
-
-
-def flag_of(name: str, value: Any, path: str) -> list[str]:
-    """One YAML entry as command-line words."""
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else "--no-" + flag[2:]]
-    if isinstance(value, dict):
-        raise ValueError(f"{path}: {name!r} is a mapping; options are flat")
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [flag, str(value)]
 
 
 def is_user_error(error: Exception) -> bool:

@@ -178,7 +178,7 @@ def parse(
     return nested(config_class, values), nested(launch_class, values)
 
 
-# Never reaches tyro but as a line of the help: cli.expand_yaml has taken it out.
+# Never reaches tyro but as a line of the help: cli_yaml.expand_yaml has taken it out.
 _CONFIG = Annotated[
     str | None,
     tyro.conf.arg(

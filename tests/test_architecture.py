@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "commands": ANY,
     "cli": ANY,
     "cli_options": {"settings", "train"},
+    "cli_yaml": {"settings"},
     "__main__": ANY,
 }
 THIRD_PARTY = {

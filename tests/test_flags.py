@@ -50,7 +50,8 @@ FLAGS = {
     "merge": """out=! model=None adapter=None delta=None models=() method=None base=None
         weights=() density=None scale=None t=None seed=None dtype=None""",
 }
-LAUNCH = """coordinator=None num_processes=None process_id=None cpu_devices=None
+LAUNCH = """coordinator=None num_processes=None process_id=None heartbeat_timeout=60
+watchdog_timeout=None cpu_devices=None
 compilation_cache=True traceback=False"""
 
 

@@ -5,6 +5,7 @@ axes ("batch", "heads", ...), which `rules.py` maps to the mesh axes data,
 fsdp, context, tensor.
 """
 
+from jalign.sharding.agreement import agree
 from jalign.sharding.compiling import (
     announced,
     batch_words,
@@ -19,11 +20,11 @@ from jalign.sharding.decoding import (
 from jalign.sharding.machines import Machine, machine, topology_devices
 from jalign.sharding.mesh import abstract_mesh, make_mesh, parse_mesh
 from jalign.sharding.multihost import (
-    agree,
     barrier,
     gather,
     initialize,
     is_main_process,
+    leave,
     preempted,
     process_slice,
     put_batch,
@@ -39,12 +40,14 @@ from jalign.sharding.partition import (
     state_shardings,
 )
 from jalign.sharding.staged import staged
+from jalign.sharding.watchdog import alive, watched
 
 __all__ = [
     "Machine",
     "abstract_mesh",
     "activation_sharding",
     "agree",
+    "alive",
     "announced",
     "barrier",
     "batch_parts",
@@ -57,6 +60,7 @@ __all__ = [
     "give_back_compiler_memory",
     "initialize",
     "is_main_process",
+    "leave",
     "machine",
     "make_mesh",
     "param_shardings",
@@ -71,4 +75,5 @@ __all__ = [
     "staged",
     "state_shardings",
     "topology_devices",
+    "watched",
 ]

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jalign.sharding import watchdog
+
 _log = logging.getLogger("jalign")
 
 
@@ -39,6 +41,7 @@ def announced(
         if calling and not started:
             started.append(words(*args, **kwargs))
             _log.info("compiling %s, once", started[0])
+            watchdog.compiling(getattr(function, "__name__", ""))
         return function(*args, **kwargs)
 
     jitted = jax.jit(traced, **options)
@@ -50,6 +53,7 @@ def announced(
         try:
             result = jitted(*args, **kwargs)  # returns before it has run
             if started:
+                watchdog.alive(computed=False)
                 seconds = time.perf_counter() - start
                 _log.info("... %s took %.1f s", started[0], seconds)
             return result
@@ -67,7 +71,6 @@ def batch_words(name: str, batch: Any) -> str:
     return f"{name} for batches of {math.prod(rows)} x {length}"
 
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 _LONG = 0.5  # seconds; shorter compilations leave little behind
 
 
@@ -85,5 +88,5 @@ def give_back_compiler_memory() -> None:
 
 
 def _after(event: str, duration_secs: float, **_) -> None:
-    if event == _COMPILED and duration_secs >= _LONG:
+    if event == watchdog.COMPILED and duration_secs >= _LONG:
         ctypes.CDLL(None).malloc_trim(0)

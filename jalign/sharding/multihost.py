@@ -1,12 +1,13 @@
-"""Several processes as one: start, global batches, gathering, agreement.
+"""Several processes as one: start, global batches, gathering.
 
 Every function also works in a single process, where most do nothing, so that one
 program serves a laptop and a pod. Each is collective: every process calls it.
 """
 
-import hashlib
 import logging
 import os
+import threading
+import time
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jalign.sharding import watchdog
 from jalign.sharding.partition import batch_parts, batch_sharding
 
 PyTree = Any
@@ -25,22 +27,28 @@ def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
+    heartbeat_timeout: int = 60,
 ) -> None:
     """Joins the processes of this run; call it before anything else touches jax.
 
     With no argument the cluster is detected (TPU pod, SLURM, Open MPI); where there
     is none, or with num_processes=1, nothing happens. A second call does nothing.
     Where there is one, the process joins it or fails: it never goes on alone.
-    Afterwards SIGTERM no longer ends the process: poll `preempted`.
+    Afterwards SIGTERM no longer ends the process: poll `preempted`. When a process
+    dies or stops jax ends the others, with SIGABRT.
 
     Args:
       coordinator: "HOST:PORT" of process 0, the same on every process.
       num_processes: how many processes take part.
       process_id: 0 .. num_processes - 1, different on every process.
+      heartbeat_timeout: seconds until a process that no longer answers is taken for
+        dead, the same on every process.
 
     Raises: ValueError where only some of the three are given or they do not fit;
       ConnectionError where the others could not be joined.
     """
+    global _heartbeat_timeout
     given = (coordinator, num_processes, process_id)
     if jax.distributed.is_initialized() or given[:2] == (None, 1):
         return
@@ -48,7 +56,7 @@ def initialize(
     if not detect:
         _check_arguments(coordinator, num_processes, process_id)
     try:
-        jax.distributed.initialize(*given)
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=heartbeat_timeout)
     except Exception as error:  # of the network, the runtime, or a broken environment
         launched = _processes_launched()
         if detect and launched <= 1 and any(x in str(error) for x in _ALONE):
@@ -59,6 +67,7 @@ def initialize(
             f"cannot join the others: {type(error).__name__}: {error}. Give "
             "coordinator, num_processes and process_id, or num_processes=1 to run alone"
         ) from error
+    _heartbeat_timeout = heartbeat_timeout
     _log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
@@ -90,6 +99,31 @@ def _check_arguments(coordinator, num_processes, process_id) -> None:
         raise ValueError(f"coordinator {coordinator!r} is not HOST:PORT")
     if not 0 <= process_id < num_processes:
         raise ValueError(f"process_id {process_id} is not in 0 .. {num_processes - 1}")
+
+
+_heartbeat_timeout: int | None = None  # seconds, once `initialize` has joined
+_LATER = 5.0  # seconds that jax may take to notice that a heartbeat is missing
+
+
+def leave(code: int) -> None:
+    """Makes a process that has failed end in time, with this exit code.
+
+    At its end jax waits five minutes for the others, and they, where this process
+    failed alone, wait for it in their computation. So it leaves a little more than
+    heartbeat_timeout after its last line, whether they have come or not, and its
+    heartbeat with it. Where its error was that another one is dead, jax is first, with
+    SIGABRT. Does nothing where `initialize` joined nothing.
+    """
+    seconds = _heartbeat_timeout
+    if seconds is None:
+        return
+
+    def end():
+        threading.main_thread().join()
+        time.sleep(seconds + _LATER)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def is_main_process() -> bool:
@@ -156,7 +190,9 @@ def put_batch(batch: PyTree, mesh: Mesh | None) -> PyTree:
         shape = (rows.shape[0] * count, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+    placed = jax.tree_util.tree_map_with_path(put, batch)
+    watchdog.alive(computed=False)
+    return placed
 
 
 def gather(tree: PyTree) -> PyTree:
@@ -172,36 +208,15 @@ def gather(tree: PyTree) -> PyTree:
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
         return np.asarray(x)
 
-    return jax.tree.map(whole, tree)
+    found = jax.tree.map(whole, tree)
+    watchdog.alive()
+    return found
 
 
 def barrier(name: str) -> None:
     """Waits until every process has come to the barrier of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def agree(name: str, value: Any) -> None:
-    """Stops all processes when they differ in a value: settings, data, code version.
-
-    Different settings otherwise end in a deadlock of collectives, without a message.
-
-    Args:
-      name: what the value is, for the message.
-      value: anything whose repr determines it (a frozen dataclass, a digest).
-
-    Raises: ValueError on every process, naming the processes that differ from 0.
-    """
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint32)
-    digests = np.asarray(multihost_utils.process_allgather(digest))
-    odd = [i for i, other in enumerate(digests) if (other != digests[0]).any()]
-    if odd:
-        raise ValueError(
-            f"{name} differs between hosts: process(es) {odd} do not have process 0's. "
-            f"Here (process {jax.process_index()}): {value!r}"
-        )
 
 
 def preempted(step: int) -> bool:

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from jalign import rewards
-from jalign.pretrained import Pretrained
+from jalign import rewards, sharding
+from jalign.pretrained import Opened, Pretrained
 from jalign.rewards.terms import is_function, single_sources
-from jalign.train.integrity import tree_digest
+from jalign.settings import as_text
+from jalign.train.integrity import tree_digest, tree_specs
 from jalign.train.optim import depends_on_length
 from jalign.types import PyTree
 
@@ -26,6 +27,7 @@ _log = logging.getLogger("jalign.train")
 Inputs = dict[str, str]
 """What it is, in words for a message -> its digest or value."""
 STEPS, REWARD = "the number of steps", "the reward"
+WEIGHTS, HELD_OUT = "the model's weights", "the held-out rows"
 _SCHEDULE_ADVICE = (
     ", on which the learning rates depend: with --reschedule the steps that are left "
     "follow the new schedule"
@@ -33,7 +35,11 @@ _SCHEDULE_ADVICE = (
 
 
 def params_digest(params: PyTree) -> str:
-    """Of weights, whatever mesh they lie on. Collective: every process calls it."""
+    """Of weights, whatever mesh they lie on. Collective: every process calls it.
+
+    Raises: ValueError where processes differ in names, shapes or dtypes.
+    """
+    sharding.agree("the weights", tree_specs(params))
     return _hash(json.dumps(tree_digest(params), sort_keys=True))
 
 
@@ -129,14 +135,28 @@ def function_digest(function: Callable) -> str:
     return examples_digest([text, bound])
 
 
-def run_inputs(config: Any, params: PyTree, examples: list, steps: int) -> Inputs:
-    """The start weights, the training examples, and the number of steps where the
-    learning rate of a step depends on it."""
-    found = {
-        "the model's weights": params_digest(params),
-        "the training rows": examples_digest(examples),
-    }
+def rows_inputs(config: Any, examples: list, steps: int) -> Inputs:
+    """The training examples, and the number of steps where the learning rate of a
+    step depends on it."""
+    found = {"the training rows": examples_digest(examples)}
     return found | ({STEPS: str(steps)} if depends_on_length(config.optim) else {})
+
+
+def agree_before_loading(opened: Opened, inputs: Inputs, held_out: str) -> None:
+    """Stops all processes where one has read something else than another.
+
+    Before the weights: whoever has other shapes would compile another program, and
+    each would wait for the other's part of it.
+
+    Args:
+      opened: the model's checkpoint.
+      inputs: what is known of them.
+      held_out: digest of the rows that are measured only.
+
+    Raises: ValueError as sharding.agree.
+    """
+    model = as_text(opened.config)
+    sharding.agree("the data or the model", inputs | {HELD_OUT: held_out} | model)
 
 
 def changes(

@@ -218,7 +218,10 @@ def fit(
                 batch = next(source)
                 state, metrics = step_fn(state, sharding.put_batch(batch, mesh))
                 step += 1
-                guard.check(writer.log(step, metrics))
+                row = writer.log(step, metrics)
+                if row is not None:  # of the step before: this one may still compute
+                    sharding.alive(f"step {row['step']}")
+                guard.check(row)
                 if on_step is not None:
                     on_step(step, state)
                 periodic = bool(checkpoint_every) and step % checkpoint_every == 0

@@ -16,7 +16,14 @@ from jalign.sharding.context import length_multiple
 from jalign.train import objectives
 from jalign.train.config import DPOConfig, RewardConfig, RunConfig, SFTConfig
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluation
-from jalign.train.inputs import examples_digest, run_inputs, tokenizer_inputs
+from jalign.train.inputs import (
+    WEIGHTS,
+    agree_before_loading,
+    examples_digest,
+    params_digest,
+    rows_inputs,
+    tokenizer_inputs,
+)
 from jalign.train.loop import row_namer
 from jalign.train.measured import (
     measure,
@@ -74,16 +81,18 @@ def run_recipe(
         sets = {"train": recipe.examples(train_rows, tokenizer)}
         if eval_rows is not None:
             sets["eval"] = recipe.examples(eval_rows, tokenizer)
+        size = len(sets["train"]), config.batch_size
+        steps = config.steps or data.num_steps(*size, config.epochs)
+        found |= rows_inputs(config, sets["train"], steps)
+        held_out = examples_digest(sets.get("eval", []))
+        agree_before_loading(opened, found, held_out)
         run.clock.lap("read data")
         compute = config.compute
         how = {"mesh": run.mesh, "dtype": compute.dtype, "remat": compute.remat}
         model, params, _ = load_pretrained(opened, **how, **loading(config, opened))
         if recipe.prepare:
             model, params = recipe.prepare(model, params)
-        size = len(sets["train"]), config.batch_size
-        steps = config.steps or data.num_steps(*size, config.epochs)
-        found |= run_inputs(config, params, sets["train"], steps)
-        held_out = examples_digest(sets.get("eval", []))
+        found |= {WEIGHTS: params_digest(params)}
         run = identify(run, found, held_out, reschedule=config.reschedule)
         run.clock.lap("load model")
         how = {"batch_size": config.batch_size, "max_length": config.max_length}

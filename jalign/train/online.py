@@ -11,7 +11,14 @@ from jalign.settings import settings_or
 from jalign.sharding.context import length_multiple
 from jalign.train.algorithms import GRPO, PPO
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks
-from jalign.train.inputs import examples_digest, run_inputs, tokenizer_inputs
+from jalign.train.inputs import (
+    WEIGHTS,
+    agree_before_loading,
+    examples_digest,
+    params_digest,
+    rows_inputs,
+    tokenizer_inputs,
+)
 from jalign.train.loop import row_namer
 from jalign.train.online_config import GRPOConfig, OnlineConfig, PPOConfig
 from jalign.train.online_models import OnlineModels, load_models, make_functions
@@ -83,10 +90,13 @@ def _run(
             held_out = make_prompts(eval_rows, opened.tokenizer, config)
         size = len(prompts), config.batch_size
         steps = config.steps or data.num_steps(*size, config.epochs)
+        found |= rows_inputs(config, prompts, steps)
+        shown = examples_digest(held_out)
+        agree_before_loading(opened, found, shown)
         loaded = load_models(config, run.mesh, opened)
         whole, start = loaded.params["policy"], loaded.parts["policy"].params
-        found |= run_inputs(config, whole, prompts, steps) | dict(loaded.inputs)
-        shown = examples_digest(held_out) + loaded.gold_digest
+        found |= {WEIGHTS: params_digest(whole)} | dict(loaded.inputs)
+        shown += loaded.gold_digest
         run = identify(run, found, shown, reschedule=config.reschedule)
         multiple = length_multiple(run.mesh)
         shapes = choose_shapes(prompts, held_out, config, multiple)

@@ -4,7 +4,7 @@ what it depends on, and its end."""
 import contextlib
 import fcntl
 import hashlib
-import json
+import importlib
 import logging
 import math
 import os
@@ -26,7 +26,7 @@ from jalign.settings import as_text
 from jalign.sharding.context import length_multiple
 from jalign.train.checkpoint import Checkpointer, Restored
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluations
-from jalign.train.inputs import Inputs, changes
+from jalign.train.inputs import HELD_OUT, Inputs, changes
 from jalign.train.stop import StopSignal, set_aside
 from jalign.types import PyTree
 
@@ -131,10 +131,9 @@ def open_run(
     """
     out = Path(config.out)
     record = {"kind": kind} | fixed_settings(config)
-    if jax.process_count() > 1:
-        sharding.agree("the code of jalign or jax", _code_digest())
     everything = _kept(as_text(config), SOURCES | {"out", "eval_data"})
-    sharding.agree("settings", json.dumps([kind, everything], sort_keys=True))
+    code = _code() if jax.process_count() > 1 else {}
+    sharding.agree("code or settings", code | {"command": kind} | everything)
     out.mkdir(parents=True, exist_ok=True)
     with StopSignal() as stop, lock_directory(out):
         mesh = make_run_mesh(config.mesh)
@@ -173,8 +172,7 @@ def identify(
     Raises: ValueError naming what is not as it was in the run's checkpoints, or not
       the same on every process.
     """
-    for name, value in (inputs | {"the held-out rows": held_out}).items():
-        sharding.agree(name, value)
+    sharding.agree("the data or the model", inputs | {HELD_OUT: held_out})
     if run.previous is not None:
         old = run.previous.get("inputs")
         _refuse(run.out, changes(old, inputs, reschedule=reschedule))
@@ -214,11 +212,14 @@ def _kept(value: Any, without: frozenset[str]) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _code_digest() -> str:
-    sha = hashlib.sha256(jax.__version__.encode())
+def _code() -> dict[str, str]:
+    """What the program is made of: versions, and the digest of jalign's files."""
+    sha = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         sha.update(file.read_bytes())
-    return sha.hexdigest()[:16]
+    version = importlib.import_module("jalign").__version__
+    versions = {"jalign": version, "jax": jax.__version__}
+    return versions | {"the files of jalign": sha.hexdigest()[:16]}
 
 
 def _agreed_now() -> str:

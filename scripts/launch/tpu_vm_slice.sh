@@ -10,11 +10,12 @@
 #   TPU_NAME, ZONE   the slice (required).   PROJECT   unset: gcloud's default.
 #   SOURCE           what pip installs; default "jalign[tpu]", or a git or wheel URL.
 #   VENV             virtual environment on the hosts; default ~/jalign-venv.
+#   MAX_RESTARTS     after a process was stuck or has died; default 10.
 #   PRINT_ONLY=1     print the gcloud command instead of running it.
 set -euo pipefail
 
 usage() {
-  sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'
+  sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'
   exit 2
 }
 
@@ -44,17 +45,19 @@ case "$action" in
     ;;
   run)
     [[ $# -ge 1 ]] || usage
-    # The same command on every host: jalign finds the other hosts by itself. nohup, so
-    # that the run outlives this terminal; only host 0 prints progress.
+    # The same command on every host: jalign finds the other hosts by itself. Without
+    # SIGHUP, so that the run outlives this terminal; only host 0 prints progress. 76 is
+    # a stuck process, 134 and 137 a dead one, or its peer: each host starts again, and
+    # all meet at the last checkpoint.
     words="$(printf '%q ' "$@")"
-    on_all_hosts "nohup $VENV/bin/jalign $words > $LOG 2>&1 < /dev/null & echo \$! > \$HOME/jalign.pid"
+    on_all_hosts "( trap '' HUP; for n in \$(seq 0 ${MAX_RESTARTS:-10}); do $VENV/bin/jalign $words; code=\$?; case \$code in 76 | 134 | 137) sleep 5 ;; *) exit \$code ;; esac; done; exit \$code ) > $LOG 2>&1 < /dev/null & echo \$! > \$HOME/jalign.pid"
     ;;
   status)
     on_all_hosts "tail -n 3 $LOG; kill -0 \$(cat \$HOME/jalign.pid) 2>/dev/null && echo running || echo ended"
     ;;
   stop)
     # SIGTERM: all hosts save a checkpoint of the same step; `run` again continues.
-    on_all_hosts "kill \$(cat \$HOME/jalign.pid)"
+    on_all_hosts "pkill -TERM -P \$(cat \$HOME/jalign.pid)"
     ;;
   *)
     usage

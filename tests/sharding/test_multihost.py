@@ -141,7 +141,17 @@ def _two_processes():
         sharding.agree("seed", me)
         raise AssertionError("different seeds were accepted")
     except ValueError as error:
-        assert "seed differs" in str(error) and "[1]" in str(error)
+        assert "differ in seed: seed is 0 on process 0 (" in str(error)
+        assert "), 1 on process 1 (" in str(error)
+    sharding.agree("settings", {"a": 1, "inner": {"b": 2}})
+    inner = {"b": 2} | ({"c": 4} if me else {})
+    try:
+        sharding.agree("settings", {"a": 1, "inner": inner})
+        raise AssertionError("different settings were accepted")
+    except ValueError as error:
+        text = str(error)
+        assert "in settings: c is not there on process 0 (" in text and " 4 on" in text
+        assert "a is" not in text and "b is" not in text
     sharding.barrier("end")
     assert not sharding.preempted(0)
     return me

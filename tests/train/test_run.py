@@ -158,8 +158,11 @@ def hosts_body():
 def test_hosts_with_other_settings_or_rows_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("RUN_OUT", str(tmp_path))
     one, two = processes.run(hosts_body, devices=1)
-    assert "settings differs between hosts: process(es) [1]" in one[0]
-    assert "the training rows differs between hosts: process(es) [1]" in two[1]
+    for settings, rows in ((one[0], one[1]), (two[0], two[1])):
+        assert "steps is 1 on process 0 (" in settings and ", 2 on" in settings
+        assert "seed" not in settings
+        assert "the training rows is 0 on process 0 (" in rows and ", 1 on" in rows
+        assert "held-out" not in rows
     assert one[2] == two[2], "one clock for all"
 
 
