@@ -1,0 +1,109 @@
+"""Two processes that read a checkpoint to one mesh, and write one."""
+
+import jax
+import numpy as np
+import pytest
+
+from jalign.models import Model, load, save
+from tests.models.tiny import CONFIGS, FAMILY_CONFIGS, random_params
+from tests.sharding import processes
+
+# Rows that do not divide over the devices; biases, experts, and joined kernels.
+MESHES = {"qwen2_moe": dict(fsdp=8), "phi3": dict(data=2, fsdp=2, tensor=2)}
+ALL = CONFIGS | FAMILY_CONFIGS
+
+
+def _read_and_write():
+    import os
+    from pathlib import Path
+
+    import numpy as np
+
+    from jalign import models, sharding
+    from tests import test_two_processes_files as here
+
+    root = Path(os.environ["JALIGN_TEST_FILES"])
+    for name, sizes in here.MESHES.items():
+        mesh = sharding.make_mesh(**sizes)
+        model, params = models.load(root / name, mesh=mesh)
+        want = here.random_params(here.Model(here.ALL[name]))
+        where = sharding.param_shardings(mesh, model.param_shapes())
+        assert jax.tree.map(lambda x: x.sharding, params) == where
+
+        def check(x, y):
+            for shard in x.addressable_shards:
+                np.testing.assert_array_equal(shard.data, y[shard.index])
+
+        jax.tree.map(check, params, want)
+        models.save(root / f"{name}-again", model, params, max_shard_size=5_000)
+    return here.refusals(root, mesh, model, params)
+
+
+def refusals(root, mesh, model, params) -> list[str]:
+    """What is said on this process when one of the two cannot read, or write."""
+    from jalign import models
+    from jalign.models.hf_files import WeightFiles
+    from jalign.models.hf_writing import TensorWriter
+
+    def fails(action, *given, **how) -> str:
+        with pytest.raises((ValueError, OSError)) as error:
+            action(*given, **how)
+        return f"{type(error.value).__name__}: {error.value}"
+
+    read, add = WeightFiles.read, TensorWriter.add
+    said = [fails(models.load, root / "bad", mesh=mesh)]
+    if jax.process_index() == 1:
+
+        def no_read(files, name, index=()):
+            if name == "model.norm.weight":
+                raise OSError(5, "the disk is gone")
+            return read(files, name, index)
+
+        def no_add(writer, written, name):
+            raise OSError(28, "no space left")
+
+        WeightFiles.read, TensorWriter.add = no_read, no_add
+    said.append(fails(models.load, root / "phi3", mesh=mesh))
+    said.append(fails(models.save, root / "full", model, params, max_shard_size=5_000))
+    WeightFiles.read, TensorWriter.add = read, add
+    said.append(fails(models.load, root / str(jax.process_index()), mesh=mesh))
+    return said
+
+
+def test_two_processes_read_and_write_what_one_does(tmp_path, monkeypatch):
+    for name in MESHES:
+        model = Model(ALL[name])
+        save(tmp_path / name, model, random_params(model))
+    llama = Model(CONFIGS["llama"])
+    save(tmp_path / "0", llama, random_params(llama))  # which the second does not see
+    bad = random_params(llama)
+    bad["embed"]["embedding"][-1, 3] = np.nan  # of the last row, the second one's
+    with monkeypatch.context() as patch:
+        patch.setattr("jalign.models.hf_weights._all_finite", lambda x: True)
+        save(tmp_path / "bad", llama, bad)
+    monkeypatch.setenv("JALIGN_TEST_FILES", str(tmp_path))
+    first, second = processes.run(_read_and_write)
+
+    assert first[:2] == second[:2]
+    assert "1 problem" in first[0] and "embed_tokens.weight is not finite" in first[0]
+    assert (
+        "1 problem" in first[1]
+        and "norm.weight cannot be read: [Errno 5] the disk is gone" in first[1]
+    )
+    assert "process 1 failed: OSError" in first[2] and "no space left" in first[2]
+    assert "no space left" in second[2]
+    left = [file.name for file in (tmp_path / "full").iterdir()]
+    assert "config.json" not in left and not any(n.endswith(".tmp") for n in left)
+    assert "process 1 failed: FileNotFoundError" in first[3]
+    for name in MESHES:
+        want, both = random_params(Model(ALL[name])), tmp_path / f"{name}-again"
+        _, again = load(both)
+        jax.tree.map(np.testing.assert_array_equal, again, want)
+        one = tmp_path / f"{name}-one"
+        save(one, Model(ALL[name]), again, max_shard_size=5_000)
+        names = [
+            sorted(file.name for file in folder.iterdir()) for folder in (one, both)
+        ]
+        assert names[0] == names[1] and len(names[0]) > 6
+        for file in names[0]:
+            assert (one / file).read_bytes() == (both / file).read_bytes(), file
