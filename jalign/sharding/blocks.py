@@ -14,8 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jalign.sharding.partition import replicated
-
 PIECE_BYTES = 2**24
 """Of an array that is fetched: on each device at once, but for one row at least."""
 
@@ -31,7 +29,8 @@ class Deal(NamedTuple):
       parts, blocks: their numbers; parts x blocks devices.
       rows: of a full block.
       place: of the blocks side by side, [parts x blocks x rows, ...].
-      joined: of [parts, blocks x rows, ...], with the parameter's cuts.
+      cuts: mesh axes that cut each axis of the tensor in the end, as the parameter's.
+      spare: mesh axes that cut none of them.
     """
 
     shape: tuple[int, ...]
@@ -39,34 +38,37 @@ class Deal(NamedTuple):
     blocks: int
     rows: int
     place: NamedSharding
-    joined: NamedSharding
+    cuts: tuple[tuple[str, ...], ...]
+    spare: tuple[str, ...]
 
 
 def deal(target: NamedSharding, axes: Sequence[int], shape: tuple[int, ...]) -> Deal:
     """Deals a file's tensor to the devices that will hold the parameter.
 
     Blocks follow the mesh's order of devices, so that a process has neighbours, but for
-    the axes that cut the rows of the parameter too, which come first: what is left is
-    one all-to-all.
+    the mesh axes that cut the rows of the parameter too, which come first.
 
     Args:
       target: of the parameter.
       axes: for each axis of the tensor, the axis of the parameter that it begins with.
       shape: of the tensor.
     """
-    mesh, spec = target.mesh, target.spec
-    cuts = [spec[axis] if axis < len(spec) else None for axis in axes]
-    first = (cuts[0],) if isinstance(cuts[0], str) else cuts[0] or ()
-    rest = tuple(name for name in mesh.axis_names if name not in first)
-    parts, blocks = (math.prod(mesh.shape[n] for n in names) for names in (first, rest))
-    return Deal(
-        shape=shape,
-        parts=parts,
-        blocks=blocks,
-        rows=-(-shape[0] // (parts * blocks)),
-        place=NamedSharding(mesh, PartitionSpec((*first, *rest))),
-        joined=NamedSharding(mesh, PartitionSpec(cuts[0], None, *cuts[1:])),
-    )
+    mesh, all_cuts = target.mesh, _cuts(target)
+    cuts = tuple(all_cuts[axis] if axis < len(all_cuts) else () for axis in axes)
+    inner = tuple(name for names in cuts[1:] for name in names)
+    spare = tuple(n for n in mesh.axis_names if n not in (*cuts[0], *inner))
+    parts = math.prod(mesh.shape[name] for name in cuts[0])
+    blocks = mesh.size // parts
+    place = PartitionSpec((*cuts[0], *spare, *inner))
+    rows = -(-shape[0] // (parts * blocks))
+    where = NamedSharding(mesh, place)
+    return Deal(shape, parts, blocks, rows, where, cuts, spare)
+
+
+def _cuts(where: NamedSharding) -> list[tuple[str, ...]]:
+    """The mesh axes that cut each axis of an array, up to the last that is cut."""
+    parts = ((part,) if isinstance(part, str) else part or () for part in where.spec)
+    return [tuple(n for n in part if where.mesh.shape[n] > 1) for part in parts]
 
 
 def read(
@@ -99,10 +101,27 @@ def read(
 
 
 def join(dealt: Deal, blocks: jax.Array) -> jax.Array:
-    """The tensor, of what `read` gives; cut as the parameter is. Inside of a jit."""
-    x = blocks.reshape(dealt.parts, -1, *dealt.shape[1:])
-    x = jax.lax.with_sharding_constraint(x, dealt.joined)
-    return x[:, : dealt.shape[0] // dealt.parts].reshape(dealt.shape)
+    """The tensor, of what `read` gives; cut as the parameter is. Inside of a jit.
+
+    Said by hand: asked for the layout only, the compiler may gather all of the tensor
+    on every device.
+    """
+
+    def exchange(x: jax.Array) -> jax.Array:
+        for axis, names in reversed([*enumerate(dealt.cuts)][1:]):
+            if names:  # columns for rows
+                x = jax.lax.all_to_all(x, names, axis, 0, tiled=True)
+        if math.prod(dealt.place.mesh.shape[name] for name in dealt.spare) > 1:
+            x = jax.lax.all_gather(x, dealt.spare, tiled=True)
+        return x[: dealt.shape[0] // dealt.parts]
+
+    return jax.shard_map(
+        exchange,
+        mesh=dealt.place.mesh,
+        in_specs=dealt.place.spec,
+        out_specs=PartitionSpec(*(names or None for names in dealt.cuts)),
+        check_vma=False,
+    )(blocks)
 
 
 def fetch(
@@ -145,7 +164,7 @@ def _fetch_shared(x: jax.Array, index: tuple[int, ...], out: np.ndarray | None) 
     shape = x.shape[len(index) :]
     local = x.sharding.shard_shape(x.shape)[len(index) :]
     axis = int(np.argmax(local))
-    ways, size = shape[axis] // local[axis], local[axis]
+    size, ways = local[axis], shape[axis] // local[axis]
     row_bytes = math.prod(shape) // size * x.dtype.itemsize
     rows = min(max(PIECE_BYTES // row_bytes, 1), size)
     if out is not None:
@@ -153,16 +172,32 @@ def _fetch_shared(x: jax.Array, index: tuple[int, ...], out: np.ndarray | None) 
     for start in range(0, size, rows):
         start = min(start, size - rows)  # the last one is as large: compiled once
         place = np.asarray([*index, start], np.int32)
-        piece = _piece(x, place, axis, ways, rows, replicated(x.sharding.mesh))
+        piece = _piece(x, place, axis, rows, x.sharding)
         piece.block_until_ready()  # also where it is not wanted: one at a time
         if out is not None:
             here = (slice(None),) * (axis + 1) + (slice(start, start + rows),)
-            out[here] = np.asarray(piece.addressable_data(0))
+            out[here] = np.asarray(piece.addressable_data(0)).reshape(out[here].shape)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _piece(x: jax.Array, place: jax.Array, axis, ways, rows, where) -> jax.Array:
-    x = _at(x, place[:-1])
-    x = x.reshape(*x.shape[:axis], ways, -1, *x.shape[axis + 1 :])
-    x = jax.lax.dynamic_slice_in_dim(x, place[-1], rows, axis + 1)
-    return jax.lax.with_sharding_constraint(x, where)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _piece(
+    x: jax.Array, place: jax.Array, axis: int, rows: int, where: NamedSharding
+) -> jax.Array:
+    """On every device x[*index], and of that, along an axis, rows [start, start + rows)
+    of each shard, one after the other; place is (*index, start)."""
+    first = len(place) - 1
+
+    def gathered(x: jax.Array, place: jax.Array) -> jax.Array:
+        x = jax.lax.dynamic_slice_in_dim(_at(x, place[:-1]), place[-1], rows, axis)
+        for number, names in enumerate(_cuts(where)[first:]):
+            if names:
+                x = jax.lax.all_gather(x, names, axis=number, tiled=True)
+        return x
+
+    return jax.shard_map(
+        gathered,
+        mesh=where.mesh,
+        in_specs=(where.spec, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )(x, place)
