@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from jalign.models import Model, load, save
+from jalign.models import Model, load, load_adapter, lora, save
 from tests.models.tiny import CONFIGS, FAMILY_CONFIGS, random_params
 from tests.sharding import processes
 
 # Rows that do not divide over the devices; biases, experts, and joined kernels.
 MESHES = {"qwen2_moe": dict(fsdp=8), "phi3": dict(data=2, fsdp=2, tensor=2)}
 ALL = CONFIGS | FAMILY_CONFIGS
+LORA = lora.LoraConfig(rank=2, targets=("down_proj",))
 
 
 def _read_and_write():
@@ -18,6 +19,7 @@ def _read_and_write():
     from pathlib import Path
 
     import numpy as np
+    import pytest
 
     from jalign import models, sharding
     from tests import test_two_processes_files as here
@@ -36,6 +38,11 @@ def _read_and_write():
 
         jax.tree.map(check, params, want)
         models.save(root / f"{name}-again", model, params, max_shard_size=5_000)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sharding.multihost, sharding.blocks):
+            patch.setattr(module, "PIECE_BYTES", 1000)
+        whole = sharding.gather(params["embed"])["embedding"]
+        np.testing.assert_array_equal(whole, want["embed"]["embedding"])
     return here.refusals(root, mesh, model, params)
 
 
@@ -66,6 +73,10 @@ def refusals(root, mesh, model, params) -> list[str]:
     said.append(fails(models.load, root / "phi3", mesh=mesh))
     said.append(fails(models.save, root / "full", model, params, max_shard_size=5_000))
     WeightFiles.read, TensorWriter.add = read, add
+    adapters = models.lora.init(model, params, LORA, jax.random.key(0))
+    models.save_adapter(root / "adapter", model, adapters, LORA, base="base")
+    taken = root / "adapter" / "adapter_config.json"  # a file, and so no folder
+    said.append(fails(models.save_adapter, taken, model, adapters, LORA, base="base"))
     said.append(fails(models.load, root / str(jax.process_index()), mesh=mesh))
     return said
 
@@ -94,7 +105,13 @@ def test_two_processes_read_and_write_what_one_does(tmp_path, monkeypatch):
     assert "no space left" in second[2]
     left = [file.name for file in (tmp_path / "full").iterdir()]
     assert "config.json" not in left and not any(n.endswith(".tmp") for n in left)
-    assert "process 1 failed: FileNotFoundError" in first[3]
+    assert "FileExistsError" in first[3]
+    assert "process 0 failed: FileExistsError" in second[3]
+    assert "process 1 failed: FileNotFoundError" in first[4]
+    phi3 = Model(ALL["phi3"])
+    adapters = lora.init(phi3, random_params(phi3), LORA, jax.random.key(0))
+    again, _ = load_adapter(tmp_path / "adapter", phi3)
+    jax.tree.map(np.testing.assert_array_equal, again, adapters)
     for name in MESHES:
         want, both = random_params(Model(ALL[name])), tmp_path / f"{name}-again"
         _, again = load(both)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-PIECE_BYTES = 2**24
+PIECE_BYTES = 2**22
 """Of an array that is fetched: on each device at once, but for one row at least."""
 
 
