@@ -1,5 +1,7 @@
 """Two processes that read a checkpoint to one mesh, and write one."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,10 @@ from tests.models.tiny import CONFIGS, FAMILY_CONFIGS, random_params
 from tests.sharding import processes
 
 # Rows that do not divide over the devices; biases, experts, and joined kernels.
-MESHES = {"qwen2_moe": dict(fsdp=8), "phi3": dict(data=2, fsdp=2, tensor=2)}
+MESHES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": dict(fsdp=8),
+    "phi3": dict(data=2, fsdp=2, tensor=2),
+}
 ALL = CONFIGS | FAMILY_CONFIGS
 LORA = lora.LoraConfig(rank=2, targets=("down_proj",))
 
@@ -39,8 +44,8 @@ def _read_and_write():
         jax.tree.map(check, params, want)
         models.save(root / f"{name}-again", model, params, max_shard_size=5_000)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sharding.multihost, sharding.blocks):
-            patch.setattr(module, "PIECE_BYTES", 1000)
+        for module in ("multihost", "blocks"):
+            patch.setattr(f"jalign.sharding.{module}.PIECE_BYTES", 1000)
         whole = sharding.gather(params["embed"])["embedding"]
         np.testing.assert_array_equal(whole, want["embed"]["embedding"])
     return here.refusals(root, mesh, model, params)
@@ -52,27 +57,29 @@ def refusals(root, mesh, model, params) -> list[str]:
     from jalign.models.hf_files import WeightFiles
     from jalign.models.hf_writing import TensorWriter
 
+    read = WeightFiles.read
+
+    def no_read(files, name, index=()):
+        if name == "model.norm.weight":
+            raise OSError(5, "the disk is gone")
+        return read(files, name, index)
+
+    def no_add(writer, written, name):
+        raise OSError(28, "no space left")
+
     def fails(action, *given, **how) -> str:
         with pytest.raises((ValueError, OSError)) as error:
             action(*given, **how)
         return f"{type(error.value).__name__}: {error.value}"
 
-    read, add = WeightFiles.read, TensorWriter.add
     said = [fails(models.load, root / "bad", mesh=mesh)]
-    if jax.process_index() == 1:
-
-        def no_read(files, name, index=()):
-            if name == "model.norm.weight":
-                raise OSError(5, "the disk is gone")
-            return read(files, name, index)
-
-        def no_add(writer, written, name):
-            raise OSError(28, "no space left")
-
-        WeightFiles.read, TensorWriter.add = no_read, no_add
-    said.append(fails(models.load, root / "phi3", mesh=mesh))
-    said.append(fails(models.save, root / "full", model, params, max_shard_size=5_000))
-    WeightFiles.read, TensorWriter.add = read, add
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.process_index() == 1:
+            patch.setattr(WeightFiles, "read", no_read)
+            patch.setattr(TensorWriter, "add", no_add)
+        said.append(fails(models.load, root / "phi3", mesh=mesh))
+        given = root / "full", model, params
+        said.append(fails(models.save, *given, max_shard_size=5_000))
     adapters = models.lora.init(model, params, LORA, jax.random.key(0))
     models.save_adapter(root / "adapter", model, adapters, LORA, base="base")
     taken = root / "adapter" / "adapter_config.json"  # a file, and so no folder

@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class _Stored(NamedTuple):
 
     handle: Any
     name: str
-    file: BinaryIO
+    file: BufferedReader
     start: int
 
 

@@ -83,7 +83,8 @@ def read(
     """
     of_part = dealt.shape[0] // dealt.parts
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         number = (index[0].start or 0) // dealt.rows
         part, place = divmod(number, dealt.blocks)
         start, stop = (min((place + i) * dealt.rows, of_part) for i in range(2))
