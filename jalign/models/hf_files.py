@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ _OLD_FILES = re.compile(r"(model|delta)(-\d+-of-\d+)?\.safetensors(\.index\.json
 _MAX_JSON_BYTES = 64 * 2**20
 # Of a weight file: the names and shapes of some 200,000 tensors.
 _MAX_HEADER_BYTES = 32 * 2**20
+_CHUNK_BYTES = 2**24  # of whole rows that are read to be cut
 _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -99,6 +101,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+class _Stored(NamedTuple):
+    """Where a tensor is: safetensors' handle on its file and its name there, and the
+    file, with the offset of its first byte."""
+
+    handle: Any
+    name: str
+    file: BufferedReader
+    start: int
+
+
 class WeightFiles:
     """All tensors of a checkpoint folder by name, opened but not read.
 
@@ -114,8 +126,7 @@ class WeightFiles:
         self.problems: list[str] = []
         self._stack = ExitStack()
         self.file_of: dict[str, str] = {}
-        self._where: dict[str, Any] = {}
-        self._stored: dict[str, str] = {}
+        self._where: dict[str, _Stored] = {}
 
     def __enter__(self) -> "WeightFiles":
         names, index = self._file_names()
@@ -146,23 +157,44 @@ class WeightFiles:
 
     def note(self, name: str) -> str:
         """What the metadata of its file says under its name, "" for nothing."""
-        return (self._where[name].metadata() or {}).get(name, "")
+        return (self._where[name].handle.metadata() or {}).get(name, "")
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """The tensor, or the part of it at `index`; reads only those bytes."""
-        if not index:
-            return self._where[name].get_tensor(self._stored.get(name, name))
-        return self._slice(name)[index]
+        """The tensor, or the part of it at `index`; reads the bytes of its rows only.
+
+        safetensors has the pages of a file in memory until it is closed, or reads all
+        of a tensor.
+
+        Raises: OSError.
+        """
+        stored, shape = self._where[name], self.shape(name)
+        if not shape:
+            return stored.handle.get_tensor(stored.name)
+        dtype, inner = self._slice(name)[:0].dtype, tuple(index[1:])
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        first, stop, _ = (index[0] if index else slice(None)).indices(shape[0])
+        whole = inner == (slice(None),) * len(inner)
+        most = stop - first if whole else max(1, _CHUNK_BYTES // max(1, row_bytes))
+        parts = []
+        stored.file.seek(stored.start + first * row_bytes)
+        for start in range(first, stop, max(1, most)):
+            rows = np.empty((min(most, stop - start), *shape[1:]), dtype)
+            data = rows.reshape(-1).view(np.uint8)
+            if stored.file.readinto(data.data) != data.size:
+                raise OSError(f"{stored.file.name} ends before {name} does")
+            parts.append(rows if whole else rows[:, *inner].copy())
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts or [np.empty((0, *shape[1:]), dtype)[:, *inner]])
 
     def rename(self, renamed: Callable[[str], str]) -> None:
         """Calls each tensor by renamed(its name) from now on."""
-        stored = self._stored
-        self._stored = {renamed(n): stored.get(n, n) for n in self._where}
         self._where = {renamed(name): x for name, x in self._where.items()}
         self.file_of = {renamed(name): file for name, file in self.file_of.items()}
 
     def _slice(self, name: str) -> Any:
-        return self._where[name].get_slice(self._stored.get(name, name))
+        stored = self._where[name]
+        return stored.handle.get_slice(stored.name)
 
     def _file_names(self) -> tuple[list[str], dict[str, str]]:
         """The weight files, and the index tensor -> file (empty without one)."""
@@ -189,7 +221,8 @@ class WeightFiles:
         if not file.is_file():
             self.problems.append(f"weight file {name} is missing")
             return
-        header = int.from_bytes(file.open("rb").read(8), "little")
+        data = self._stack.enter_context(file.open("rb"))
+        header = int.from_bytes(data.read(8), "little")
         if header > _MAX_HEADER_BYTES:
             self.problems.append(
                 f"weight file {name} is damaged: a header of {header} bytes"
@@ -198,6 +231,8 @@ class WeightFiles:
         try:
             handle = self._stack.enter_context(safe_open(file, "np"))
             tensors = list(handle.keys())
+            # The library has checked it.
+            entries = json.loads(data.read(header))
         except (SafetensorError, OSError) as error:
             self.problems.append(f"weight file {name} is damaged: {error}")
             return
@@ -206,7 +241,8 @@ class WeightFiles:
                 self.problems.append(f"duplicate tensor {tensor}")
             elif index and index.get(tensor) != name:
                 self.problems.append(f"{tensor} is in {name} but not so in the index")
-            self._where.setdefault(tensor, handle)
+            start = 8 + header + entries[tensor]["data_offsets"][0]
+            self._where.setdefault(tensor, _Stored(handle, tensor, data, start))
             self.file_of.setdefault(tensor, name)
 
     def _inside(self, file: Path) -> bool:

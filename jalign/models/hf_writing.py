@@ -1,6 +1,7 @@
-"""Checkpoint folders, written a tensor at a time."""
+"""Checkpoint folders, written a tensor at a time, by one process or by several."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jalign.models import hf_files
+from jalign.sharding import agreement
 
 _log = logging.getLogger("jalign.models")
 Json = dict[str, Any]
@@ -18,6 +20,9 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What weights may be, in safetensors' spelling -> NumPy's."""
 _SPELLED = {name: key for key, name in DTYPES.items()}
 _SPELLED |= {"float64": "F64", "int32": "I32"}
+Share = tuple[int, int]
+"""(this process, how many write together)."""
+_ALONE = 0, 1
 _ENTRY_BYTES = 160  # of a header: more than what it says of a tensor beside its name
 
 
@@ -68,15 +73,20 @@ class TensorWriter:
         return [*written.arrays]
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        with self._out:
-            header = json.dumps({"__metadata__": self._notes} | self._tensors).encode()
-            assert len(header) <= self._room
-            self._out.seek(0)
-            self._out.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        if kind is None:
-            os.replace(self._temporary, self._file)
-        else:
-            self._temporary.unlink()
+        try:
+            with self._out:
+                if kind is None:
+                    self._write_header()
+            if kind is None:
+                os.replace(self._temporary, self._file)
+        finally:
+            self._temporary.unlink(missing_ok=True)  # what is not whole
+
+    def _write_header(self) -> None:
+        header = json.dumps({"__metadata__": self._notes} | self._tensors).encode()
+        assert len(header) <= self._room
+        self._out.seek(0)
+        self._out.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
 
 
 def write_shards(
@@ -86,41 +96,94 @@ def write_shards(
     *,
     name: str = hf_files.WEIGHTS,
     most_arrays: int = 1,
+    join: Callable[[str], Any] = lambda name: None,
+    share: Share = _ALONE,
 ) -> set[str]:
     """Writes weight files, and their index where there are several.
 
-    Args:
-      folder: that is there.
-      shards: names of the tensors in each file.
-      make: name of a tensor -> what is written for it; called in that order.
-      name: of the file where there is one; the others are called after it.
-      most_arrays: that `make` gives.
+    Of n processes each writes every n-th file: they make a tensor each, one after
+    another, and then write these at the same time.
 
-    Returns: the names of all that was written.
+    Args:
+      folder: that is there, for all processes.
+      shards: names of the tensors in each file.
+      make: name of a tensor -> what is written for it.
+      name: of the file where there is one; the others are called after it.
+      most_arrays: that `make` gives; 1 where there are several processes.
+      join: is called where another process makes the tensor, in the same order.
+      share: of this process.
+
+    Returns: the names of all that was written, by all.
     """
     stem, end, total = *name.rsplit(".", 1), len(shards)
     names = [f"{stem}-{i:05d}-of-{total:05d}.{end}" for i in range(1, 1 + total)]
     names = [name] if total == 1 else names
-    size, weight_map = 0, {}
-    for file, tensors in zip(names, shards, strict=True):
-        room = sum(len(t) + _ENTRY_BYTES for t in tensors) * most_arrays + 64
-        with TensorWriter(folder / file, room) as writer:
-            for tensor in tensors:
-                # Not held by a name here while the next one is made.
-                weight_map |= dict.fromkeys(writer.add(make(tensor), tensor), file)
-        size += writer.num_bytes
+    size, weight_map, count = 0, {}, share[1]
+    for first in range(0, total, count):
+        files = [folder / file for file in names[first : first + count]]
+        group = shards[first : first + count]
+        added, num_bytes = _write_group(files, group, make, most_arrays, join, share)
+        weight_map |= added
+        size += num_bytes
         if total > 1:
-            _log.info("wrote %s, of %d", folder / file, total)
+            _log.info("wrote %d of %d weight files", first + len(group), total)
     if total == 1:
         return {*names}
+    if count > 1:
+        sizes, maps = zip(*agreement.gather_objects([size, weight_map]), strict=True)
+        size, weight_map = sum(sizes), {k: f for part in maps for k, f in part.items()}
+        weight_map = dict(sorted(weight_map.items(), key=lambda item: item[1]))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    hf_files.write_json(folder / f"{name}.index.json", index)
+    with _together(folder, share):
+        if share[0] == 0:
+            hf_files.write_json(folder / f"{name}.index.json", index)
     return {*names, f"{name}.index.json"}
+
+
+def _together(folder: Path, share: Share) -> contextlib.AbstractContextManager:
+    """A block that fails on all processes where it fails on one."""
+    if share[1] == 1:
+        return contextlib.nullcontext()
+    return agreement.together(f"writing {folder}")
+
+
+def _write_group(
+    files: Sequence[Path],
+    shards: Sequence[Sequence[str]],
+    make: Callable[[str], Written],
+    most_arrays: int,
+    join: Callable[[str], Any],
+    share: Share,
+) -> tuple[dict[str, str], int]:
+    """A file by each process, or by the first ones; see `write_shards`.
+
+    Returns: (name of each array -> file, number of bytes) of this process's.
+    """
+    me, weight_map, writer = share[0], {}, None
+    with contextlib.ExitStack() as stack:
+        with _together(files[0].parent, share):
+            if me < len(files):
+                room = sum(len(t) + _ENTRY_BYTES for t in shards[me]) * most_arrays
+                writer = stack.enter_context(TensorWriter(files[me], room + 64))
+        for tensors in itertools.zip_longest(*shards):
+            written = None  # not held while the next one is made
+            for process, tensor in enumerate(tensors):
+                if process == me and tensor is not None:
+                    written = make(tensor)
+                elif tensor is not None:
+                    join(tensor)
+            with _together(files[0].parent, share):
+                if writer is not None and written is not None:
+                    arrays = writer.add(written, tensors[me])
+                    weight_map |= dict.fromkeys(arrays, files[me].name)
+        with _together(files[0].parent, share):
+            stack.close()  # the header is written last
+    return weight_map, 0 if writer is None else writer.num_bytes
 
 
 @contextlib.contextmanager
 def checkpoint(
-    folder: Path, config: Json, generation: Json, tokenizer: Any
+    folder: Path, config: Json, generation: Json, tokenizer: Any, share: Share = _ALONE
 ) -> Iterator[set[str]]:
     """All of a checkpoint but its weights, which are written inside of the `with`.
 
@@ -130,15 +193,31 @@ def checkpoint(
       folder: created where it is missing; an older checkpoint in it is replaced.
       config, generation: as of config_to_hf.
       tokenizer: of transformers, or None.
+      share: of this process. The first one does this.
 
     Yields: a set that takes the names of the weight files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
+    with _together(folder, share):
+        if share[0] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").unlink(missing_ok=True)
+    with _together(folder, share):
+        _check_shared(folder, share)
     written: set[str] = set()
     yield written
-    hf_files.remove_weights(folder, but=written)
-    if tokenizer is not None:
-        hf_files.save_tokenizer(folder, tokenizer)
-    hf_files.write_json(folder / "generation_config.json", generation)
-    hf_files.write_json(folder / "config.json", config)
+    with _together(folder, share):
+        if share[0] == 0:
+            hf_files.remove_weights(folder, but=written)
+            if tokenizer is not None:
+                hf_files.save_tokenizer(folder, tokenizer)
+            hf_files.write_json(folder / "generation_config.json", generation)
+            hf_files.write_json(folder / "config.json", config)
+
+
+def _check_shared(folder: Path, share: Share) -> None:
+    """Raises OSError where this process does not see what the first one has made."""
+    if not folder.is_dir():
+        raise OSError(
+            f"{folder} is not on the host of process {share[0]}, though process 0 has "
+            "made it: put it on a file system that all hosts share"
+        )

@@ -33,6 +33,7 @@ from jalign.models.peft_names import (
     tied_names,
 )
 from jalign.models.tensors import Tensor
+from jalign.sharding import agreement
 
 _log = logging.getLogger("jalign.models")
 Flat = Mapping[str, Any]  # path -> leaf
@@ -50,8 +51,9 @@ def save_adapter(
 ) -> None:
     """Writes an adapter that peft 0.21 and `load_adapter` read.
 
-    Collective: every process calls it, process 0 writes. adapter_config.json goes first
-    and comes last, so that a torn write is no adapter.
+    Collective: every process calls it; process 0 has the adapters in its memory, and
+    writes them. adapter_config.json goes first and comes last, so that a torn write is
+    no adapter.
 
     Args:
       path: the folder, created where it is missing.
@@ -64,27 +66,31 @@ def save_adapter(
       tokenizer: of transformers, written beside the weights; or None.
 
     Raises: ValueError where adapters, config and model do not fit each other, or are
-      not finite; nothing is touched then.
+      not finite; nothing is touched then. OSError, on every process, where it cannot
+      be written.
     """
     folder, write = Path(path), sharding.is_main_process()
     flat: Flat = flatten_dict(adapters, sep="/")
+    tensors: dict[str, np.ndarray] = {}
     try:
         _check_leaves(model, flat, config)
-        tensors = dict(_tensors(model, flat, config))
+        for name, tensor in _tensors(model, flat, config):
+            if write:
+                tensors[name] = tensor
     except ValueError as error:
         raise ValueError(f"{path} is not written: {error}") from error
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / hf_files.ADAPTER_CONFIG).unlink(missing_ok=True)
-        hf_files.write_tensors(folder / hf_files.ADAPTER_WEIGHTS, tensors)
-        if tokenizer is not None:
-            hf_files.save_tokenizer(folder, tokenizer)
-        values = {"base_model_name_or_path": base, "lora_dropout": dropout}
-        values |= _config_values(model, flat, config)
-        file = folder / hf_files.ADAPTER_CONFIG
-        hf_files.write_json(file, dict(sorted(values.items())))
-        _log.info("wrote %s: an adapter of %d tensors", folder, len(tensors))
-    sharding.barrier(f"models.save_adapter {path}")
+    with agreement.together(f"writing {path}"):
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / hf_files.ADAPTER_CONFIG).unlink(missing_ok=True)
+            hf_files.write_tensors(folder / hf_files.ADAPTER_WEIGHTS, tensors)
+            if tokenizer is not None:
+                hf_files.save_tokenizer(folder, tokenizer)
+            values = {"base_model_name_or_path": base, "lora_dropout": dropout}
+            values |= _config_values(model, flat, config)
+            file = folder / hf_files.ADAPTER_CONFIG
+            hf_files.write_json(file, dict(sorted(values.items())))
+            _log.info("wrote %s: an adapter of %d tensors", folder, len(tensors))
 
 
 def _check_leaves(model: Model, flat: Flat, config: LoraConfig) -> None:

@@ -1,9 +1,13 @@
-"""What has to be the same on every process, compared before they compute together."""
+"""What processes learn of each other: values that are to be the same, and errors.
 
+An error on one process alone leaves the others in a collective that has no end.
+"""
+
+import contextlib
 import hashlib
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +36,7 @@ def agree(name: str, value: Any) -> None:
     digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
     if (np.asarray(digests) == digests[0]).all():
         return
-    everyone = _allgather_json({"host": socket.gethostname(), "texts": texts})
+    everyone = gather_objects({"host": socket.gethostname(), "texts": texts})
     found = [other["texts"] for other in everyone]
     keys = [key for key in sorted(set().union(*found)) if not _same(key, found)]
     told = [_who_has_what(key, everyone) for key in keys[:_MOST]]
@@ -54,15 +58,6 @@ def _texts(name: str, value: Any) -> dict[str, str]:
     return texts
 
 
-def _allgather_json(value: Any) -> list[Any]:
-    """The value of each process, in their order."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.asarray(len(text)))
-    padded = np.pad(text, (0, int(max(lengths)) - len(text)))
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [json.loads(bytes(row[:n])) for row, n in zip(rows, lengths, strict=True)]
-
-
 def _same(key: str, found: list[dict[str, str]]) -> bool:
     return len({texts.get(key) for texts in found}) == 1
 
@@ -80,3 +75,47 @@ def _who_has_what(key: str, everyone: list[dict[str, Any]]) -> str:
         host = everyone[members[0]]["host"]
         told.append(f"{short} on process{plural} {some} ({host})")
     return f"{key} is {', '.join(told)}"
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's value, in the order of the processes. Collective.
+
+    Args:
+      value: of JSON. None on every process costs one short exchange.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    text = b"" if value is None else json.dumps(value).encode()
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text))))
+    if not sizes.any():
+        return [None] * len(sizes)
+    row = np.zeros(sizes.max(), np.uint8)
+    row[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row))
+    texts = [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+    return [json.loads(text) if text else None for text in texts]
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """A block that ends on every process, or fails on every process. Collective.
+
+    Inside, nothing is collective that comes after what may fail.
+
+    Args:
+      what: is done, for the message.
+
+    Raises: what the block raises; where it raised on other processes only, OSError
+      that names the first of them, with its message.
+    """
+    error = None
+    try:
+        yield
+    except Exception as fault:  # told to the others, whatever it is, and raised here
+        error = fault
+    said = gather_objects(error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for process, text in enumerate(said):
+        if text is not None:
+            raise OSError(f"{what}: process {process} failed: {text}")

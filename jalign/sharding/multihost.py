@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jalign.sharding import watchdog
+from jalign.sharding.blocks import PIECE_BYTES, fetch
 from jalign.sharding.partition import batch_parts, batch_sharding
 
 PyTree = Any
@@ -205,6 +206,9 @@ def gather(tree: PyTree) -> PyTree:
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            if x.nbytes > PIECE_BYTES:  # not whole on every device
+                fetch(x, (), out := np.empty(x.shape, x.dtype))
+                return out
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
         return np.asarray(x)
 

@@ -1,11 +1,14 @@
 """Tests for jalign/models/hf_files.py: which files are opened."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jalign.models import hf_files
 from jalign.models.hf_files import INDEX, WEIGHTS, WeightFiles, model_folder
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -29,6 +32,36 @@ def test_reads_slices_across_files(tmp_path):
         assert files.shape("a") == (2, 3) and files.dtype("a") == "F32"
         part = files.read("b", (slice(1, 2), slice(0, 2)))
     np.testing.assert_array_equal(part, (A + 1)[1:2, :2])
+
+
+def bytes_read() -> int:
+    """By this process, as the kernel counts."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(lines[0].removeprefix("rchar:"))
+
+
+def test_a_part_is_read_without_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_files, "_CHUNK_BYTES", 3 * 4 * 500)  # of three rows
+    big = np.arange(1_000_000, dtype=np.float32).reshape(2000, 500)
+    one = np.float32(3.5)
+    save_file({"first": A, "big": big, "one": np.asarray(one)}, tmp_path / WEIGHTS)
+    with WeightFiles(tmp_path) as files:
+        files.rename(lambda name: f"x.{name}")
+        before = bytes_read() if Path("/proc/self/io").exists() else None
+        rows = files.read("x.big", (slice(1500, 1510),))
+        assert before is None or bytes_read() - before < 100_000
+        np.testing.assert_array_equal(rows, big[1500:1510])
+        for index in (
+            (),
+            (slice(7, 7),),
+            (slice(None), slice(3, 9)),
+            (slice(5, 9),) * 2,
+        ):
+            np.testing.assert_array_equal(files.read("x.big", index), big[index])
+        assert files.read("x.one") == one
+        os.truncate(tmp_path / WEIGHTS, 5_000)
+        with pytest.raises(OSError, match=f"{WEIGHTS} ends before x.big does"):
+            files.read("x.big", (slice(1990, 2000),))
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.bin"])

@@ -13,14 +13,14 @@ from safetensors.numpy import load_file, save_file
 from jalign import sharding
 from jalign.models import Model, load, read_config, save
 from jalign.models.tensors import file_shape
-from tests.models.tiny import CONFIGS, random_params
+from tests.models.tiny import CONFIGS, FAMILY_CONFIGS, random_params
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
 def make(folder, name="llama", change=lambda tensors: None):
-    model = Model(CONFIGS[name])
+    model = Model((CONFIGS | FAMILY_CONFIGS)[name])
     params = random_params(model)
     save(folder, model, params)
     file = folder / "model.safetensors"
@@ -111,9 +111,16 @@ def test_bad_config_names_its_file(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
-def test_sharded_reading_equals_whole_reading(tmp_path, sizes):
-    want = make(tmp_path, "qwen2")
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("qwen2", dict(fsdp=8)),
+        # gate and up are one tensor, of which `tensor` cuts the inner axis.
+        ("phi3", dict(data=2, fsdp=2, tensor=2)),
+    ],
+)
+def test_sharded_reading_equals_whole_reading(tmp_path, name, sizes):
+    want = make(tmp_path, name)
     model, params = load(tmp_path, mesh=sharding.make_mesh(**sizes))
     shardings = sharding.param_shardings(model.mesh, model.param_shapes())
     assert jax.tree.map(lambda x: x.sharding, params) == shardings
