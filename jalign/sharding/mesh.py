@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
@@ -38,12 +39,13 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
     sizes = _fill(sizes, len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # a torus: 8 x 8 of 4 x 4 x 4 chips share an axis of it
+        how = {"devices": devices, "allow_split_physical_axes": True}
+        placed = mesh_utils.create_device_mesh(shape, **how)
+        return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def abstract_mesh(
