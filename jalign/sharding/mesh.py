@@ -44,18 +44,17 @@ def make_mesh(
     data = slices if data is None else data
     sizes = dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
     sizes = _fill(sizes, len(devices), slices)
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
+    how = {"devices": devices, "allow_split_physical_axes": True}
     if slices > 1:
-        within = sizes["data"] // slices, *[*sizes.values()][1:]
-        placed = mesh_utils.create_hybrid_device_mesh(
-            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
-        )
-        return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+        within, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(within, between, **how)
+        return Mesh(placed, MESH_AXES, axis_types=types)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # a torus: 8 x 8 of 4 x 4 x 4 chips share an axis of it
+        placed = mesh_utils.create_device_mesh(shape, **how)
+        return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def abstract_mesh(

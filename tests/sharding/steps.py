@@ -9,7 +9,7 @@ from jalign.train.optim import OptimConfig, make_optimizer
 from jalign.train.step import init_state, make_train_step
 from jalign.types import PreferenceBatch, TokenBatch
 
-ROWS, LENGTH, STEPS = 8, 12, 3
+ROWS, LENGTH, STEPS = 8, 16, 3
 # Uneven head sizes; no key bias, whose true gradient is 0, so that Adam would step
 # by the sign of the rounding error.
 CONFIG = models.ModelConfig(
@@ -49,10 +49,14 @@ def _batch(recipe: str, step: int):
 
 
 def train(
-    recipe: str, mesh, microbatches: int = 1, config: models.ModelConfig = CONFIG
+    recipe: str,
+    mesh,
+    microbatches: int = 1,
+    config: models.ModelConfig = CONFIG,
+    attention: str = "auto",
 ) -> dict[str, list[float]]:
     """{"loss": of each step, "params": all parameters in one row}, as plain floats."""
-    model = models.Model(config, mesh=mesh)
+    model = models.Model(config, mesh=mesh, attention=attention)
     make = {"sft": make_sft_objective, "dpo": make_dpo_objective}[recipe]
     # eps well above the rounding error of gradients, which Adam would else magnify.
     settings = OptimConfig(learning_rate=1e-3, weight_decay=0.1, eps=1e-5)

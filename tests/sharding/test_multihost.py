@@ -118,11 +118,13 @@ def _two_processes():
     assert sharding.is_main_process() == (me == 0)
     rows = np.arange(48, dtype=np.int32).reshape(16, 3)
 
-    # Rows over both processes, and a tensor axis that crosses them.
-    for sizes in (dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(tensor=8)):
+    # Rows over both processes, and a tensor or context axis that crosses them.
+    crossing = dict(tensor=8), dict(fsdp=1, context=8)
+    apart = dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=4)
+    for sizes in apart + crossing:
         mesh = sharding.make_mesh(**sizes)
         index, shards = sharding.process_slice(mesh)
-        assert shards == (1 if sizes.get("tensor") == 8 else 2), sizes
+        assert shards == (1 if sizes in crossing else 2), sizes
         n = len(rows) // shards
         batch = sharding.put_batch({"x": rows[index * n : (index + 1) * n]}, mesh)
         assert batch["x"].shape == rows.shape

@@ -40,6 +40,12 @@ def test_one_device_and_a_mesh_agree(recipe, sizes, microbatches):
     _same(steps.train(recipe, sharding.make_mesh(**sizes), microbatches), recipe)
 
 
+@pytest.mark.parametrize(("recipe", "microbatches"), [("sft", 2), ("dpo", 1)])
+def test_shares_of_rows_step_as_whole_ones(recipe, microbatches):
+    mesh = sharding.make_mesh(fsdp=2, context=4)
+    _same(steps.train(recipe, mesh, microbatches, attention="blocked"), recipe)
+
+
 @pytest.mark.parametrize("name", ["bloom", "qwen2_moe"])
 def test_families_step_alike_on_a_mesh(name):
     """ALiBi and fused kernels with biases; experts, and one for every token."""
