@@ -28,23 +28,19 @@ ROOT = Path(__file__).resolve().parents[1]
 JALIGN, TESTS = ROOT / "jalign", ROOT / "tests"
 WORK = ROOT / "build" / "mutation"
 SECONDS_A_TEST = 120
-# Whose tests say in their first line that they are of something else as well; those
-# that are the quickest to fail come first.
+# Where the tests are not those that say so in their first line; the quickest first.
 CONCERNED = {
     "data/batching": "data/test_batching data/test_packing data/test_layout"
     " data/test_loader",
-    "forward": "test_forward train/test_objectives models/test_routing"
-    " models/test_heads train/test_reference train/test_policy_objectives"
-    " train/test_online_models",
+    "forward": "test_forward models/test_heads models/test_routing"
+    " train/test_objectives",
     "losses/router": "models/test_routing",
     "models/heads": "models/test_heads models/test_model",
     "models/hf_rope": "models/test_hf_config models/test_families"
     " models/test_family_files",
     "models/layers": "models/test_layers models/test_heads models/test_decoder",
-    "train/rollout": "train/test_rollout train/test_group_rollout"
-    " train/test_online_eval train/test_grpo",
-    "train/step": "train/test_step sharding/test_compiling train/test_lora"
-    " train/test_loop",
+    "train/rollout": "train/test_rollout train/test_online_eval",
+    "train/step": "train/test_step",
 }
 
 # What a program compiles to does not depend on whether it is a mutant's: programs that

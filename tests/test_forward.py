@@ -1,6 +1,7 @@
 """Shifting, masks and alignment, against the plain logits."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,18 @@ def test_one_pass_gives_log_probs_and_values():
     assert np.any(np.asarray(values) != 0)
     stats = forward.token_stats(model, params, batch, temperature=0.7)
     np.testing.assert_array_equal(stats.values, values)
+
+
+@pytest.mark.parametrize("experts, dtype", [(256, jnp.uint8), (257, jnp.uint16)])
+def test_the_experts_of_a_rollout_are_kept_in_few_bytes(experts, dtype):
+    mixture = models.Experts(experts, 2)
+    model = models.Model(tiny.config(experts=mixture, intermediate_size=4))
+    kept = jax.eval_shape(
+        functools.partial(forward.policy_pass, model),
+        model.param_shapes(),
+        tiny.token_batch(2),
+    )
+    assert kept.routing.dtype == dtype and kept.values is None
 
 
 def alone(pairs):

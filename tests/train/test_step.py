@@ -8,6 +8,7 @@ import pytest
 
 from jalign import data, models, sharding, types
 from jalign.losses.chunked import DEFAULT_CHUNK_SIZE
+from jalign.models import lora
 from jalign.train import objectives, optim, step
 from tests.hlo import largest_buffer
 from tests.train import tiny
@@ -53,6 +54,11 @@ def assert_same_step(one, other, tolerance=1e-5):
 
 def test_microbatches_change_nothing(params, plain_step):
     assert_same_step(plain_step, take_step(params, tiny.token_batch(), microbatches=4))
+
+
+def test_tokens_are_counted_without_padding(plain_step):
+    count = np.sum(tiny.token_batch().segment_ids > 0)
+    assert float(plain_step[1]["num_tokens"]) == count
 
 
 def test_mesh_changes_nothing(params, plain_step):
@@ -123,6 +129,88 @@ def test_rows_that_do_not_divide_raise(params):
         take_step(params, tiny.token_batch(), microbatches=3)
 
 
+def test_parts_are_added_up_and_extremes_stay_extremes():
+    """Six rows in three parts, of rows 0 and 3, 1 and 4, 2 and 5, each with its key."""
+    rows, key, shapes = jnp.array([3.0, -1, 4, 1, -5, 9]), jax.random.key(3), set()
+
+    def objective(params, rows, key):
+        shapes.add(rows.shape)
+        one = jnp.float32(1)
+        metrics = {"mean_row": (rows.sum(), jnp.float32(rows.size))}
+        metrics |= {"min_row": (rows.min(), one), "max_row": (rows.max(), one)}
+        metrics["draw"] = (jax.random.uniform(key), one)
+        return objectives.Loss(params * (rows**2).sum(), jnp.float32(4), metrics)
+
+    for parts in (1, 3):
+        shapes.clear()
+        scale = jnp.bfloat16(2)
+        loss, grad = step.accumulate(objective, scale, rows, key, parts)
+        assert shapes == {(6 // parts,)}
+        assert float(loss.sum) == 2 * 133 and float(loss.count) == 4 * parts
+        assert float(grad) == 133 and grad.dtype == jnp.float32
+        keys = [key] if parts == 1 else jax.random.split(key, parts)
+        draws = sum(float(jax.random.uniform(one)) for one in keys)
+        told = {name: tuple(map(float, x)) for name, x in loss.metrics.items()}
+        assert told.pop("draw") == (pytest.approx(draws), parts)
+        want = {"mean_row": (11, 6), "min_row": (-5, 1), "max_row": (9, 1)}
+        assert told == want
+    apart = step.split_microbatches(rows, 3)
+    np.testing.assert_array_equal(apart, [[3, 1], [-1, -5], [4, 9]])
+
+
+@pytest.mark.parametrize("count", [0.0, 1.0, 4.0])
+def test_all_is_divided_by_its_count_once_and_by_1_where_nothing_counts(count):
+    def objective(params, batch, key):
+        metrics = {"third": (jnp.float32(2), jnp.float32(6))}
+        metrics["one"] = (jnp.float32(5), jnp.float32(1))
+        metrics["none"] = (jnp.float32(0), jnp.float32(0))
+        metrics["draw"] = (jax.random.uniform(key), jnp.float32(1))
+        return objectives.Loss((params * batch).sum(), jnp.float32(count), metrics)
+
+    tx, key = optax.sgd(0.5), jax.random.key(5)
+    given, batch = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
+    state = step.init_state(jnp.copy(given), tx, key)._replace(step=jnp.int32(7))
+    new, metrics = step.make_train_step(objective, tx)(state, batch)
+    assert state.params.is_deleted()  # donated
+    draw = jax.random.uniform(jax.random.fold_in(key, 7))
+    by = max(count, 1)
+    want = {"loss": 11 / by, "grad_norm": 5 / by, "num_tokens": 0, "skipped": 0}
+    want |= {"third": 1 / 3, "one": 5, "none": 0, "draw": float(draw)}
+    assert {k: float(x) for k, x in metrics.items()} == pytest.approx(want)
+    assert int(new.step) == 8
+    np.testing.assert_allclose(new.params, given - 0.5 * batch / by)
+
+
+def test_dropout_is_put_into_the_whole_model_with_a_key_of_its_own():
+    trained = {"m": {lora.A: jnp.ones((1, 2, 2))}}
+    frozen = {"m": {"kernel": jnp.full((2, 2), 3.0)}}
+    one, key = jnp.float32(1), jax.random.key(5)
+
+    def told(params, key):
+        leaves = jax.tree.leaves_with_path(params | {"key": jax.random.uniform(key)})
+        sums = {str(path[-1].key): jnp.sum(x) for path, x in leaves}
+        return {name: (x.astype(jnp.float32), one) for name, x in sums.items()}
+
+    def objective(params, batch, key):
+        return objectives.Loss(params["m"][lora.A].sum(), one, told(params, key))
+
+    of_step = jax.random.fold_in(key, 0)
+    want = lora.with_dropout(
+        lora.join(frozen, trained), jax.random.fold_in(of_step, 1), 0.25
+    )
+    for dropout, whole in ((0.25, want), (0.0, lora.join(frozen, trained))):
+        tx = optax.sgd(0.5)
+        state = step.init_state(jax.tree.map(jnp.copy, trained), tx, key)
+        fn = step.make_train_step(objective, tx, dropout=dropout)
+        _, metrics = fn(state, jnp.ones((2, 3)), frozen)
+        expected = {name: x for name, (x, _) in told(whole, of_step).items()}
+        rest = {"loss", "grad_norm", "num_tokens", "skipped"}
+        assert metrics.keys() == expected.keys() | rest
+        assert ("lora_rate" in expected) == bool(dropout)
+        for name, x in expected.items():
+            np.testing.assert_allclose(metrics[name], x, rtol=1e-6)
+
+
 def test_a_step_that_is_not_finite_changes_nothing():
     def objective(params, batch, key):
         del key
@@ -186,8 +274,9 @@ def test_parameters_that_lie_as_the_mesh_wants_them_are_taken_over(params):
         assert [x.data.unsafe_buffer_pointer() for x in new.addressable_shards] == [
             x.data.unsafe_buffer_pointer() for x in old.addressable_shards
         ]
-    # Others are laid out first, and stay the caller's.
-    for given in (params, jax.tree.map(np.asarray, params)):
+    # Others are laid out first, if it be one of them, and stay the caller's.
+    mixed = laid_out | {"embed": params["embed"]}
+    for given in (params, jax.tree.map(np.asarray, params), mixed):
         state = step.init_state(given, tx, key, mesh=mesh)
         for new, place in zip(
             *map(jax.tree.leaves, (state.params, wanted)), strict=True
