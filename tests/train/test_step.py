@@ -52,81 +52,27 @@ def assert_same_step(one, other, tolerance=1e-5):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
 
 
-def test_microbatches_change_nothing(params, plain_step):
-    assert_same_step(plain_step, take_step(params, tiny.token_batch(), microbatches=4))
+@pytest.mark.parametrize("count", [0.0, 1.0, 4.0])
+def test_all_is_divided_by_its_count_once_and_by_1_where_nothing_counts(count):
+    def objective(params, batch, key):
+        metrics = {"third": (jnp.float32(2), jnp.float32(6))}
+        metrics["one"] = (jnp.float32(5), jnp.float32(1))
+        metrics["none"] = (jnp.float32(0), jnp.float32(0))
+        metrics["draw"] = (jax.random.uniform(key), jnp.float32(1))
+        return objectives.Loss((params * batch).sum(), jnp.float32(count), metrics)
 
-
-def test_tokens_are_counted_without_padding(plain_step):
-    count = np.sum(tiny.token_batch().segment_ids > 0)
-    assert float(plain_step[1]["num_tokens"]) == count
-
-
-def test_mesh_changes_nothing(params, plain_step):
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    assert_same_step(plain_step, take_step(params, tiny.token_batch(), mesh=mesh))
-
-
-def test_filler_rows_change_nothing():
-    model = tiny.model(num_labels=1)
-    params = model.init(jax.random.key(0))
-    objective = objectives.make_reward_objective(model)
-    pairs = tiny.pairs(4)
-    more = [*pairs, *[data.filler(pairs[0])] * 4]
-    short, long = (data.collate_preferences(p, 16) for p in (pairs, more))
-    a = take_step(params, short, objective=objective)
-    b = take_step(params, long, objective=objective, microbatches=2)
-    assert float(a[1].pop("num_tokens")) == float(b[1]["num_tokens"])
-    assert_same_step(a, b)
-    assert float(b[1]["min_reward"]) <= float(b[1]["mean_reward"])
-
-
-def test_a_long_row_makes_no_array_of_all_scores_or_all_logits():
-    length, vocab = 4096, 4096
-
-    def largest(attention):
-        config = tiny.config(vocab_size=vocab, num_layers=1)
-        model = models.Model(config, attention=attention)
-        tx, _ = optim.make_optimizer(optim.OptimConfig(), 10)
-        state = step.abstract_state(model.param_shapes(), tx)
-        ids, mask = (jax.ShapeDtypeStruct((1, length), t) for t in (jnp.int32, bool))
-        fn = step.make_train_step(objectives.make_sft_objective(model), tx)
-        compiled = fn.lower(state, types.TokenBatch(ids, mask, ids, ids)).compile()
-        return largest_buffer(compiled.as_text())
-
-    assert largest("auto") <= DEFAULT_CHUNK_SIZE * vocab
-    assert largest("plain") >= length * length  # so the measure would have seen it
-
-
-@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo"])
-def test_packing_changes_nothing(recipe):
-    model = tiny.model(num_labels=int(recipe == "reward"))
-    params = model.init(jax.random.key(0))
-    make = getattr(objectives, f"make_{recipe}_objective")
-    if recipe == "sft":
-        items, collate = tiny.examples(8), data.collate_tokens
-        rows = [items[:3], items[3:5], items[5:], []]
-    else:
-        items, collate = tiny.pairs(8), data.collate_preferences
-        others = [*items[5:], data.filler(items[0]), data.filler(items[0])]
-        rows = [
-            data.PackedPairs(items[:5], [[9, 2, 4], [0, 1, 3], [8, 5], [6, 7]]),
-            data.PackedPairs(others, [[0, 5], [1, 2, 3], [4], []]),
-        ]
-    one, whole, in_parts = (
-        take_step(params, batch, objective=make(model), microbatches=parts)
-        for batch, parts in (
-            (collate(items, 16), 1),
-            (collate(rows, 40), 1),
-            (collate(rows, 40), 2),
-        )
-    )
-    assert_same_step(one, whole)
-    assert_same_step(one, in_parts)
-
-
-def test_rows_that_do_not_divide_raise(params):
-    with pytest.raises(ValueError, match="microbatches 3 does not divide"):
-        take_step(params, tiny.token_batch(), microbatches=3)
+    tx, key = optax.sgd(0.5), jax.random.key(5)
+    given, batch = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
+    state = step.init_state(jnp.copy(given), tx, key)._replace(step=jnp.int32(7))
+    new, metrics = step.make_train_step(objective, tx)(state, batch)
+    assert state.params.is_deleted()  # donated
+    draw = jax.random.uniform(jax.random.fold_in(key, 7))
+    by = max(count, 1)
+    want = {"loss": 11 / by, "grad_norm": 5 / by, "num_tokens": 0, "skipped": 0}
+    want |= {"third": 1 / 3, "one": 5, "none": 0, "draw": float(draw)}
+    assert {k: float(x) for k, x in metrics.items()} == pytest.approx(want)
+    assert int(new.step) == 8
+    np.testing.assert_allclose(new.params, given - 0.5 * batch / by)
 
 
 def test_parts_are_added_up_and_extremes_stay_extremes():
@@ -156,29 +102,6 @@ def test_parts_are_added_up_and_extremes_stay_extremes():
         assert told == want
     apart = step.split_microbatches(rows, 3)
     np.testing.assert_array_equal(apart, [[3, 1], [-1, -5], [4, 9]])
-
-
-@pytest.mark.parametrize("count", [0.0, 1.0, 4.0])
-def test_all_is_divided_by_its_count_once_and_by_1_where_nothing_counts(count):
-    def objective(params, batch, key):
-        metrics = {"third": (jnp.float32(2), jnp.float32(6))}
-        metrics["one"] = (jnp.float32(5), jnp.float32(1))
-        metrics["none"] = (jnp.float32(0), jnp.float32(0))
-        metrics["draw"] = (jax.random.uniform(key), jnp.float32(1))
-        return objectives.Loss((params * batch).sum(), jnp.float32(count), metrics)
-
-    tx, key = optax.sgd(0.5), jax.random.key(5)
-    given, batch = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
-    state = step.init_state(jnp.copy(given), tx, key)._replace(step=jnp.int32(7))
-    new, metrics = step.make_train_step(objective, tx)(state, batch)
-    assert state.params.is_deleted()  # donated
-    draw = jax.random.uniform(jax.random.fold_in(key, 7))
-    by = max(count, 1)
-    want = {"loss": 11 / by, "grad_norm": 5 / by, "num_tokens": 0, "skipped": 0}
-    want |= {"third": 1 / 3, "one": 5, "none": 0, "draw": float(draw)}
-    assert {k: float(x) for k, x in metrics.items()} == pytest.approx(want)
-    assert int(new.step) == 8
-    np.testing.assert_allclose(new.params, given - 0.5 * batch / by)
 
 
 def test_dropout_is_put_into_the_whole_model_with_a_key_of_its_own():
@@ -235,21 +158,6 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert float(metrics["skipped"]) == 0 and not tiny.same(before[0], state.params)
 
 
-def test_init_inside_the_jit_is_sharded(params):
-    mesh = sharding.make_mesh(fsdp=8)
-    tx = optax.adam(1e-3)
-    model = tiny.model(mesh)
-    state = step.init_state(model.init, tx, jax.random.key(0), mesh=mesh)
-    moments = state.opt_state[0].mu["embed"]["embedding"]
-    assert not moments.sharding.is_fully_replicated
-    wanted = step.abstract_state(model.param_shapes(), tx, mesh=mesh)
-    for leaf, target in zip(
-        jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True
-    ):
-        assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
-        assert (leaf.shape, leaf.dtype) == (target.shape, target.dtype)
-
-
 def test_new_parameters_that_are_not_finite_are_not_taken():
     def objective(params, batch, key):
         del key
@@ -263,6 +171,37 @@ def test_new_parameters_that_are_not_finite_are_not_taken():
         assert tiny.same(state.params, {"kernel": jnp.ones(4)})
         moments = jax.tree.leaves(state.opt_state)
         assert all(np.isfinite(x).all() for x in moments)
+
+
+def test_the_new_state_lies_where_it_is_wanted():
+    def objective(params, batch, key):
+        total = jnp.sum(params["embed"]["embedding"] * batch)
+        return objectives.Loss(total, jnp.float32(1), {})
+
+    tx, batch = optax.sgd(0.5), jnp.ones((16, 8))
+    params = {"embed": {"embedding": jnp.ones((16, 8))}}
+    state = step.init_state(params, tx, jax.random.key(0))
+    wanted = sharding.state_shardings(sharding.make_mesh(fsdp=8), state)
+    fn = step.make_train_step(objective, tx, state_shardings=wanted)
+    kernel = fn(state, batch)[0].params["embed"]["embedding"]
+    place = wanted.params["embed"]["embedding"]
+    assert kernel.sharding.is_equivalent_to(place, 2)
+    assert not kernel.sharding.is_fully_replicated
+
+
+def test_init_inside_the_jit_is_sharded(params):
+    mesh = sharding.make_mesh(fsdp=8)
+    tx = optax.adam(1e-3)
+    model = tiny.model(mesh)
+    state = step.init_state(model.init, tx, jax.random.key(0), mesh=mesh)
+    moments = state.opt_state[0].mu["embed"]["embedding"]
+    assert not moments.sharding.is_fully_replicated
+    wanted = step.abstract_state(model.param_shapes(), tx, mesh=mesh)
+    for leaf, target in zip(
+        jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
+        assert (leaf.shape, leaf.dtype) == (target.shape, target.dtype)
 
 
 def test_parameters_that_lie_as_the_mesh_wants_them_are_taken_over(params):
@@ -283,3 +222,80 @@ def test_parameters_that_lie_as_the_mesh_wants_them_are_taken_over(params):
         ):
             assert new.sharding.is_equivalent_to(place, new.ndim)
         assert tiny.same(state.params, params)
+
+
+def test_microbatches_change_nothing(params, plain_step):
+    assert_same_step(plain_step, take_step(params, tiny.token_batch(), microbatches=4))
+
+
+def test_tokens_are_counted_without_padding(plain_step):
+    count = np.sum(tiny.token_batch().segment_ids > 0)
+    assert float(plain_step[1]["num_tokens"]) == count
+
+
+def test_mesh_changes_nothing(params, plain_step):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert_same_step(plain_step, take_step(params, tiny.token_batch(), mesh=mesh))
+
+
+def test_filler_rows_change_nothing():
+    model = tiny.model(num_labels=1)
+    params = model.init(jax.random.key(0))
+    objective = objectives.make_reward_objective(model)
+    pairs = tiny.pairs(4)
+    more = [*pairs, *[data.filler(pairs[0])] * 4]
+    short, long = (data.collate_preferences(p, 16) for p in (pairs, more))
+    a = take_step(params, short, objective=objective)
+    b = take_step(params, long, objective=objective, microbatches=2)
+    assert float(a[1].pop("num_tokens")) == float(b[1]["num_tokens"])
+    assert_same_step(a, b)
+    assert float(b[1]["min_reward"]) <= float(b[1]["mean_reward"])
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo"])
+def test_packing_changes_nothing(recipe):
+    model = tiny.model(num_labels=int(recipe == "reward"))
+    params = model.init(jax.random.key(0))
+    make = getattr(objectives, f"make_{recipe}_objective")
+    if recipe == "sft":
+        items, collate = tiny.examples(8), data.collate_tokens
+        rows = [items[:3], items[3:5], items[5:], []]
+    else:
+        items, collate = tiny.pairs(8), data.collate_preferences
+        others = [*items[5:], data.filler(items[0]), data.filler(items[0])]
+        rows = [
+            data.PackedPairs(items[:5], [[9, 2, 4], [0, 1, 3], [8, 5], [6, 7]]),
+            data.PackedPairs(others, [[0, 5], [1, 2, 3], [4], []]),
+        ]
+    one, whole, in_parts = (
+        take_step(params, batch, objective=make(model), microbatches=parts)
+        for batch, parts in (
+            (collate(items, 16), 1),
+            (collate(rows, 40), 1),
+            (collate(rows, 40), 2),
+        )
+    )
+    assert_same_step(one, whole)
+    assert_same_step(one, in_parts)
+
+
+def test_rows_that_do_not_divide_raise(params):
+    with pytest.raises(ValueError, match="microbatches 3 does not divide"):
+        take_step(params, tiny.token_batch(), microbatches=3)
+
+
+def test_a_long_row_makes_no_array_of_all_scores_or_all_logits():
+    length, vocab = 4096, 4096
+
+    def largest(attention):
+        config = tiny.config(vocab_size=vocab, num_layers=1)
+        model = models.Model(config, attention=attention)
+        tx, _ = optim.make_optimizer(optim.OptimConfig(), 10)
+        state = step.abstract_state(model.param_shapes(), tx)
+        ids, mask = (jax.ShapeDtypeStruct((1, length), t) for t in (jnp.int32, bool))
+        fn = step.make_train_step(objectives.make_sft_objective(model), tx)
+        compiled = fn.lower(state, types.TokenBatch(ids, mask, ids, ids)).compile()
+        return largest_buffer(compiled.as_text())
+
+    assert largest("auto") <= DEFAULT_CHUNK_SIZE * vocab
+    assert largest("plain") >= length * length  # so the measure would have seen it
