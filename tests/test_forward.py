@@ -1,6 +1,7 @@
 """Shifting, masks and alignment, against the plain logits."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,43 @@ def test_one_pass_gives_log_probs_and_values():
     assert np.any(np.asarray(values) != 0)
     stats = forward.token_stats(model, params, batch, temperature=0.7)
     np.testing.assert_array_equal(stats.values, values)
+    # The temperature is 1 where none is given.
+    for found in (forward.token_stats, forward.policy_pass):
+        got = found(model, params, batch).logps
+        want = forward.token_logps(model, params, batch, temperature=1.0)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("experts, dtype", [(256, jnp.uint8), (257, jnp.uint16)])
+def test_the_experts_of_a_rollout_are_kept_in_few_bytes(experts, dtype):
+    mixture = models.Experts(experts, 2)
+    model = models.Model(tiny.config(experts=mixture, intermediate_size=4))
+    kept = jax.eval_shape(
+        functools.partial(forward.policy_pass, model),
+        model.param_shapes(),
+        tiny.token_batch(2),
+    )
+    assert kept.routing.dtype == dtype and kept.values is None
+
+
+def test_routes_are_noted_within_the_block_alone():
+    model = models.Model(tiny.config(experts=models.Experts(3, 2)))
+    params, batch = model.param_shapes(), tiny.token_batch(2)
+
+    def hidden(params):
+        return forward.hidden_states(model, params, batch)
+
+    with forward.noting_routes() as noted:
+        jax.eval_shape(lambda params: hidden(params), params)
+    jax.eval_shape(lambda params: hidden(params), params)
+    assert len(noted) == 1
+
+
+def test_rows_are_laid_behind_each_other_on_one_device_alone():
+    mesh, x = sharding.make_mesh(fsdp=8), np.arange(24.0).reshape(2, 3, 4)
+    rows = forward.in_one_row(tiny.model(), {"x": x})["x"]
+    np.testing.assert_array_equal(rows, x.reshape(1, 6, 4))
+    assert forward.in_one_row(tiny.model(mesh), x) is x
 
 
 def alone(pairs):

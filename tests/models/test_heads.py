@@ -29,6 +29,9 @@ def test_initial_scale(key: jax.Array):
     kernel = init_score_head(key, 4095)["kernel"]
     assert kernel.shape == (4095, 1)
     np.testing.assert_allclose(kernel.std(), 1 / 64, rtol=0.05)
+    # Variance 1 / (D + 1), not 1 / D.
+    normal = jax.random.normal(key, (3, 1))
+    np.testing.assert_allclose(init_score_head(key, 3)["kernel"], normal / 2, rtol=1e-6)
 
 
 CAPPED = dataclasses.replace(CONFIGS["llama"], final_softcap=3.0)

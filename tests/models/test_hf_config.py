@@ -33,6 +33,18 @@ def test_both_spellings_of_rope_read_alike():
     assert first.rope_theta == 5e5 and first.rope_scaling.factor == 8.0
 
 
+@pytest.mark.parametrize("kind", ["default", "linear"])
+def test_the_base_is_that_of_the_scaling_then_the_files_then_10_000(kind):
+    bare = {k: v for k, v in RAW.items() if not k.startswith("rope")}
+    for name in ("rope_parameters", "rope_scaling"):
+        raw = bare | {name: {"rope_type": kind, "factor": 2.0}}
+        assert config_from_hf(raw).rope_theta == 10_000
+        assert config_from_hf(raw | {"rope_theta": 5e5}).rope_theta == 5e5
+        raw[name]["rope_theta"] = 7e4
+        assert config_from_hf(raw | {"rope_theta": 5e5}).rope_theta == 7e4
+    assert config_from_hf(bare).rope_theta == 10_000
+
+
 def test_end_tokens_of_both_files_are_joined():
     config = config_from_hf(RAW | {"eos_token_id": 7}, {"eos_token_id": [7, 9]})
     assert config.eos_token_ids == (7, 9) and config.eos_token_id == 7

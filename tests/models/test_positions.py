@@ -68,6 +68,35 @@ def test_scaled_frequencies_keep_fast_and_divide_slow_ones():
     assert rope_frequencies(CONFIGS["yarn"])[1] == pytest.approx(1 + 0.1 * np.log(4))
 
 
+# Dimension 5 log10(5 / pi) of 10 turns 1,000 times in 10,000 tokens, at a base of 10.
+EARLY = 5 * math.log10(5 / math.pi)
+LONG = dict(theta=10.0, original_max_position=10_000, beta_fast=1000.0)
+
+
+@pytest.mark.parametrize(
+    "given, first, last",
+    [
+        # From -1.4 to 0.5, rounded outwards and held at 0; from 1.009 to 16, held at 9.
+        (dict(theta=1e4, original_max_position=16), 0, 1),
+        (LONG, 1, 9),
+        (LONG | dict(truncate=False), EARLY, 9),
+        (LONG | dict(truncate=False, beta_slow=1000.0), EARLY, EARLY + 1e-3),
+    ],
+    ids=["before", "behind", "untruncated", "no width"],
+)
+def test_yarns_ramp_is_held_to_the_head(given, first, last):
+    """YaRN (arXiv:2309.00071), section 3.2, with the bounds of its authors' code."""
+    theta, pair = given["theta"], np.arange(5)
+    scaling = {name: x for name, x in given.items() if name != "theta"}
+    scaled = RopeScaling("yarn", factor=4.0, **scaling)
+    config = dataclasses.replace(
+        CONFIGS["llama"], rope_theta=theta, rope_scaling=scaled
+    )
+    divided = np.clip((pair - first) / (last - first), 0, 1)
+    want = theta ** (-pair / 5) * (1 - divided + divided / 4)
+    np.testing.assert_allclose(rope_frequencies(config)[0], want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 def test_a_part_of_a_head_is_rotated(pairs):
     """The first 4 of 10 dimensions, by frequencies of 4; neighbours, or halves."""

@@ -1,15 +1,21 @@
 """Tests for jalign/train/rollout.py."""
 
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
 
 from jalign.train.algorithms import estimate_advantages, make_rollout, rollout_metrics
 from jalign.train.online_config import PPOOptions, ScoreOptions
 from jalign.train.rollout import (
+    GOLD,
     RolloutFunctions,
     Scored,
     ended,
+    evaluate_prompts,
     join,
+    reference_kl,
     sample_and_score,
     shape_scores,
 )
@@ -168,6 +174,18 @@ def test_metrics_are_per_completion():
     assert gap == pytest.approx(0.25)  # not the 7 outside the mask
 
 
+def test_without_the_policys_pass_the_kl_is_of_the_samplers_numbers():
+    scored = scored_case()
+    np.testing.assert_allclose(
+        reference_kl(scored), (scored.logps - scored.ref_logps).sum(1), rtol=1e-5
+    )
+    # The sampler says 0.25 nats less of each token, and something else outside.
+    less = reference_kl(scored) - 0.25 * MASK.sum(1)
+    np.testing.assert_allclose(
+        reference_kl(scored._replace(logps=None)), less, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_make_rollout_carries_what_the_objectives_read():
     scored = scored_case()
     values = np.where(MASK, random_case()[3], 0)
@@ -247,3 +265,56 @@ def test_the_completions_of_a_prompt_lie_behind_each_other(key):
     np.testing.assert_array_equal(scored.rewards, [-4, -8, -12, -16])
     np.testing.assert_array_equal(scored.reward_parts["b"], [10, 20, 30, 40])
     assert scored.ref_logps is None
+
+
+def test_the_figures_of_held_out_prompts_are_means_over_all_of_them():
+    """Three prompts in rollouts of two: every figure by hand."""
+    prompts, seen = make_prompts(3), []
+    made = [completion([[4, 5], [6, 2]], 2), completion([[7]], 2)]
+    # Of the completions of the first, second and third prompt.
+    judged = np.float32([[1, 10, 5], [2, np.nan, 6], [4, 40, 9]])
+
+    def sample(params, prompts, key):
+        assert params == "params"
+        seen.append((len(prompts), key))
+        return made[len(seen) - 1]
+
+    def reward(texts_in, texts, rows):
+        return judged[:2] if len(texts) == 2 else judged[2:]
+
+    def score(params, batch, with_logps):
+        assert with_logps
+        logps = np.full(batch.tokens.shape, -1.0, np.float32)
+        return {"policy": (logps, None, None), "reference": 1.25 * logps}
+
+    functions = RolloutFunctions(
+        sample=sample,
+        score=score,
+        reward=reward,
+        tokenizer=WordTokenizer(),
+        stop_tokens=(2,),
+        row_lengths=(8, 16),
+        reward_weights={"a": 1.0, "b": 0.1, GOLD: 0.0},
+    )
+    config = SimpleNamespace(seed=4, completions=2, has_reference=True)
+    figures, texts = evaluate_prompts(functions, "params", prompts, config)
+    assert [n for n, _ in seen] == [2, 1] and seen[0][1] != seen[1][1]
+    key = jax.random.fold_in(jax.random.key(4), 2**31 - 1)
+    assert [k for _, k in seen] == [jax.random.fold_in(key, i) for i in range(2)]
+    assert texts == [" 4 5", " 6"]
+    want = {
+        "reward": (2 + 2 + 8) / 3,
+        "gold_reward": 20 / 3,
+        "rewards/a": 7 / 3,
+        "rewards/b": 25,
+        "kl": 0.25 * 5 / 3,
+        "completion_length": 5 / 3,
+        "stopped": 1 / 3,
+    }
+    assert figures == pytest.approx(want)
+    alone = functions._replace(reward_weights={"a": 1.0, GOLD: 0.0})
+    seen.clear()
+    judged = judged[:, ::2]
+    few, _ = evaluate_prompts(alone, "params", prompts, config)
+    assert few.keys() == want.keys() - {"rewards/a", "rewards/b"}
+    assert few["gold_reward"] == pytest.approx(20 / 3)
