@@ -10,11 +10,13 @@ import itertools
 import math
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jalign import sharding
 from jalign.models import ModelConfig
 from jalign.plan.estimate import Plan, estimate
+from jalign.plan.published import PUBLISHED
 from jalign.plan.recipes import RECIPES, name_of, update_rows
 from jalign.plan.text import GIB
 from jalign.settings import as_text, check, required
@@ -153,11 +155,14 @@ def _changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def command_of(plan: Plan) -> str:
-    """The command line of a plan's run; DATA and OUT are left to fill in."""
+    """The command line of a plan's run; DATA and OUT are left to fill in, and MODEL
+    where it was a name of plan.published."""
     recipe = name_of(plan.config)
     own = RECIPES[recipe].config
-    words = ["jalign", recipe]
-    for name, value in _told(own, plan.config).items():
+    words, told = ["jalign", recipe], _told(own, plan.config)
+    if told["model"] in (*PUBLISHED, "config") and not Path(told["model"]).exists():
+        told["model"] = "MODEL"
+    for name, value in told.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))

@@ -52,8 +52,8 @@ def speed_of_module(text: str, work: Work, machine: Machine) -> Speed | None:
         f"attention kernels reach {KERNELS:.0%} of {chip.flops / 1e12:g} TFLOP/s, "
         f"heads padded to {LANES}; half of all pairs of tokens count",
         "collectives go one after another over the links that their devices have, "
-        f"{chip.link / 1e9:g} GB/s each way, without latency; what runs meanwhile hides "
-        "them",
+        f"{chip.link / 1e9:g} GB/s each way, without latency; what runs meanwhile "
+        "hides them",
     ]
     there = [part for part in parts if part.amount]
     meanwhile = [Part("collectives", hidden)]

@@ -82,7 +82,7 @@ def test_the_command_starts_what_was_found(recipe):
     config, _ = parse(recipe, words, type(found.config).__mro__[2], cli.Launch)
     for part in ("mesh", "compute", "optim", "lora", "seed", "split", "resume"):
         assert getattr(config, part) == getattr(found.config, part)
-    assert (config.data, config.out) == ("DATA", "OUT")
+    assert (config.model, config.data, config.out) == ("MODEL", "DATA", "OUT")
     if recipe == "ppo":
         assert config.reward == "REWARD_MODEL"
         assert config.options == found.config.options
