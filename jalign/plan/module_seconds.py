@@ -44,7 +44,7 @@ def speed_of_module(text: str, work: Work, machine: Machine) -> Speed | None:
         return None
     module, entry = read(text)
     found = _Schedule(module, machine).seconds(entry)
-    hidden = found.pop("sent") - found["collectives"]
+    hidden = found["sent"] - found["collectives"]
     parts = [Part(name, found[name], note) for name, note in _NOTES.items()]
     words = [
         f"fusions take the compiler's cycles at {chip.clock / 1e9:g} GHz, as often as "
@@ -56,7 +56,7 @@ def speed_of_module(text: str, work: Work, machine: Machine) -> Speed | None:
         "hides them",
     ]
     there = [part for part in parts if part.amount]
-    meanwhile = [Part("collectives", hidden)]
+    meanwhile = [Part("collectives", hidden)] if found["sent"] else []
     return speed_of(work, machine, there, meanwhile, words, compiled=True)
 
 

@@ -176,6 +176,14 @@ def test_a_module_takes_what_its_schedule_says():
     assert result.mfu == total(found.work.flops) / result.seconds / 197e12
 
 
+def test_a_module_of_one_device_sends_nothing():
+    found = plan.plan("sft", LARGE, topology="v5e:1x1", batch_size=1)
+    text = MODULE.replace("all-gather(", "copy(").replace("all-reduce(", "copy(")
+    result = speed_of_module(text, found.work, found.machine)
+    assert {part.name for part in result.parts} == {"fusions", "attention"}
+    assert result.hidden == ()
+
+
 def test_a_module_without_cycles_tells_no_time():
     found = plan.plan("sft", LARGE, **ON_16)
     assert speed_of_module("ENTRY %m {\n}", found.work, found.machine) is None
