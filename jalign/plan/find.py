@@ -54,6 +54,7 @@ def find(
     for name in allowed:
         known = " and ".join(ALLOWED)
         check(name in ALLOWED, f"allow {name!r}: --find may be allowed {known}")
+    check(goal in GOALS, f"find {goal!r} is not one of {', '.join(GOALS)}")
     whole = topology is not None and ":" not in topology
     wanted = (
         "a kind of chip alone, as v5e" if goal == GOALS[0] else "a slice, as v5e:4x4"
@@ -126,7 +127,8 @@ def _settings(config: RunConfig, allowed: Any) -> Iterator[dict[str, Any]]:
     compute, optim = config.compute, config.optim
     had = {"optimizer": optim.optimizer, "dtype": compute.dtype}
     choices = [
-        {had[name], ALLOWED[name]} if name in allowed else {had[name]} for name in had
+        dict.fromkeys((now, ALLOWED[name]) if name in allowed else (now,))
+        for name, now in had.items()
     ]
     remats = (True,) if compute.remat else (False, True)
     for optimizer, dtype, remat in itertools.product(*choices, remats):
