@@ -37,9 +37,9 @@ for _name in RECIPES:
     COMMANDS[f"plan {_name}"] = ("jalign.plan", _plan, "run_plan", "")
 PLAN_USAGE = (
     f"usage: jalign plan {{{','.join(RECIPES)}}} [OPTIONS]\n\n"
-    "Will it fit, and how fast, before you launch? As in `jalign plan sft --model\n"
-    "MODEL`: options of that run, of which --model alone has to be given, and\n"
-    "--topology, --compile, --find and others of the plan's own."
+    "Will it fit, and how fast, before you launch? As in\n"
+    "`jalign plan sft --model MODEL`: options of that run, of which --model alone\n"
+    "has to be given, and --topology, --compile, --find and others of the plan's own."
 )
 RESUMABLE = ("demo", "sft", "reward", "dpo", "ppo", "grpo")
 EXIT_OK, EXIT_BUG, EXIT_USER, EXIT_PREEMPTED = 0, 1, 2, 75

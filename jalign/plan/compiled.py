@@ -65,13 +65,23 @@ def _rollout(plan: Plan, model_config: ModelConfig, mesh) -> tuple[Row, ...]:
 
 
 def memory_of(compiled: Any) -> tuple[Row, ...]:
-    """Bytes on each device, as the compiler lays them out."""
+    """Bytes on each device, as the compiler lays them out.
+
+    Of temporaries what is alive at once: temp_size_in_bytes counts buffers that take
+    turns, and is larger than the memory of a chip that the step compiles for.
+    """
     memory = compiled.memory_analysis()
+    given, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    alive = getattr(memory, "peak_memory_in_bytes", 0) - given - outputs
     return (
-        Row("arguments", memory.argument_size_in_bytes, "parameters, moments, batch"),
+        Row("arguments", given, "parameters, moments, batch"),
         Row("outputs", outputs, "not in place of arguments"),
-        Row("temporaries", memory.temp_size_in_bytes, "gradients, activations, ..."),
+        Row(
+            "temporaries",
+            alive if 0 < alive < temporaries else temporaries,
+            "gradients, activations, ...",
+        ),
         Row("program", memory.generated_code_size_in_bytes, ""),
     )
 

@@ -10,11 +10,13 @@ import itertools
 import math
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jalign import sharding
 from jalign.models import ModelConfig
 from jalign.plan.estimate import Plan, estimate
+from jalign.plan.published import PUBLISHED
 from jalign.plan.recipes import RECIPES, name_of, update_rows
 from jalign.plan.text import GIB
 from jalign.settings import as_text, check, required
@@ -52,6 +54,7 @@ def find(
     for name in allowed:
         known = " and ".join(ALLOWED)
         check(name in ALLOWED, f"allow {name!r}: --find may be allowed {known}")
+    check(goal in GOALS, f"find {goal!r} is not one of {', '.join(GOALS)}")
     whole = topology is not None and ":" not in topology
     wanted = (
         "a kind of chip alone, as v5e" if goal == GOALS[0] else "a slice, as v5e:4x4"
@@ -127,7 +130,8 @@ def _settings(config: RunConfig, allowed: Any) -> Iterator[dict[str, Any]]:
     compute, optim = config.compute, config.optim
     had = {"optimizer": optim.optimizer, "dtype": compute.dtype}
     choices = [
-        {had[name], ALLOWED[name]} if name in allowed else {had[name]} for name in had
+        dict.fromkeys((now, ALLOWED[name]) if name in allowed else (now,))
+        for name, now in had.items()
     ]
     remats = (True,) if compute.remat else (False, True)
     for optimizer, dtype, remat in itertools.product(*choices, remats):
@@ -156,11 +160,14 @@ def _changed(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def command_of(plan: Plan) -> str:
-    """The command line of a plan's run; DATA and OUT are left to fill in."""
+    """The command line of a plan's run; DATA and OUT are left to fill in, and MODEL
+    where it was a name of plan.published."""
     recipe = name_of(plan.config)
     own = RECIPES[recipe].config
-    words = ["jalign", recipe]
-    for name, value in _told(own, plan.config).items():
+    words, told = ["jalign", recipe], _told(own, plan.config)
+    if told["model"] in (*PUBLISHED, "config") and not Path(told["model"]).exists():
+        told["model"] = "MODEL"
+    for name, value in told.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))

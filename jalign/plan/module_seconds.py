@@ -44,7 +44,7 @@ def speed_of_module(text: str, work: Work, machine: Machine) -> Speed | None:
         return None
     module, entry = read(text)
     found = _Schedule(module, machine).seconds(entry)
-    hidden = found.pop("sent") - found["collectives"]
+    hidden = found["sent"] - found["collectives"]
     parts = [Part(name, found[name], note) for name, note in _NOTES.items()]
     words = [
         f"fusions take the compiler's cycles at {chip.clock / 1e9:g} GHz, as often as "
@@ -52,10 +52,11 @@ def speed_of_module(text: str, work: Work, machine: Machine) -> Speed | None:
         f"attention kernels reach {KERNELS:.0%} of {chip.flops / 1e12:g} TFLOP/s, "
         f"heads padded to {LANES}; half of all pairs of tokens count",
         "collectives go one after another over the links that their devices have, "
-        f"{chip.link / 1e9:g} GB/s each way; what runs meanwhile hides them",
+        f"{chip.link / 1e9:g} GB/s each way, without latency; what runs meanwhile "
+        "hides them",
     ]
     there = [part for part in parts if part.amount]
-    meanwhile = [Part("collectives", hidden)]
+    meanwhile = [Part("collectives", hidden)] if found["sent"] else []
     return speed_of(work, machine, there, meanwhile, words, compiled=True)
 
 
@@ -75,17 +76,15 @@ class _Schedule:
         for number, line in enumerate(lines):
             found += self._inside(line)
             found += self._own(line)
-            now = math.fsum(found[part] for part in _NOTES)
             for key, one in self._begun(line, ends):
                 found["sent"] += (spent := self._wire(one))
-                ends.begin(key, "link", now, spent)
+                ends.begin(key, "link", _now(found), spent)
             if line.op in ("copy-start", "slice-start"):
                 size = bytes_of(*shapes_in(line.shape)[1:2])
-                ends.begin(line.name, "memory", now, size / self.chip.hbm)
+                ends.begin(line.name, "memory", _now(found), size / self.chip.hbm)
             part = "copies" if line.op in ("copy-done", "slice-done") else "collectives"
             for key in (*self._ended(line), *last.get(number, ())):
-                found[part] += (waited := ends.wait(key, now))
-                now += waited
+                found[part] += ends.wait(key, _now(found))
         return found
 
     def _inside(self, line: Instruction) -> Counter[str]:
@@ -186,6 +185,10 @@ class _Ends:
     def wait(self, key: str, now: float) -> float:
         """Seconds until it ends."""
         return max(0.0, self._ends.pop(key, now) - now)
+
+
+def _now(found: Any) -> float:
+    return math.fsum(found[part] for part in _NOTES)
 
 
 def _channel(line: Instruction) -> str:

@@ -105,7 +105,8 @@ def _memory(p: Any) -> Iterator[tuple[str, float | None, str]]:
     for phase, rows in p.transient.items():
         yield f"during {phase}", None, ""
         for row in rows:
-            yield row.name, row.bytes / GIB, row.note
+            if row.bytes:
+                yield row.name, row.bytes / GIB, row.note
     yield "peak (estimate)", p.total / GIB, ""
 
 

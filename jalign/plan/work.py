@@ -89,7 +89,8 @@ def work(config: RunConfig, model: Model, mesh: Any, machine: Machine) -> Work:
     again = [Part("products of layers", layers * tokens, "--remat")] if remat else []
     on_tpu = machine.chip is not None and machine.chip.torus
     kernel = (_AGAIN_ON_TPU if on_tpu else _AGAIN) + remat
-    again.append(Part(ATTENTION, kernel * scores, "scores, by its backward pass"))
+    whose = "forward, and scores for backward" if remat else "scores, for backward"
+    again.append(Part(ATTENTION, kernel * scores, whose))
     if not c.num_labels and not isinstance(config, SFTConfig):
         size = 2 * c.head_width * c.vocab_size * tokens
         again.append(Part("logits", size, "a chunk at a time"))

@@ -82,7 +82,7 @@ def test_the_command_starts_what_was_found(recipe):
     config, _ = parse(recipe, words, type(found.config).__mro__[2], cli.Launch)
     for part in ("mesh", "compute", "optim", "lora", "seed", "split", "resume"):
         assert getattr(config, part) == getattr(found.config, part)
-    assert (config.data, config.out) == ("DATA", "OUT")
+    assert (config.model, config.data, config.out) == ("MODEL", "DATA", "OUT")
     if recipe == "ppo":
         assert config.reward == "REWARD_MODEL"
         assert config.options == found.config.options
@@ -95,6 +95,7 @@ def test_the_command_starts_what_was_found(recipe):
         ("v5e", "fastest", {}, "--find fastest needs a slice, as v5e:4x4"),
         (None, "fastest", {}, "needs to know the memory of cpu: give --topology"),
         ("z80", "smallest", {}, "'z80' is not one of v2, "),
+        ("v5e", "cheapest", {}, "'cheapest' is not one of smallest, fastest"),
         ("v5e:4x4", "fastest", {"batch_size": 3}, "nothing to try.*not a multiple"),
         ("v5e:2x2", "fastest", {}, "nothing fits.*4 x v5e with .*--allow"),
     ],

@@ -8,6 +8,7 @@ import pytest
 
 from jalign import plan, sharding
 from jalign.plan import speed
+from jalign.plan.compiled import memory_of
 from jalign.plan.module_seconds import speed_of_module
 from jalign.plan.work import total
 from jalign.sharding.machines import KINDS, chip_of, slices
@@ -175,6 +176,14 @@ def test_a_module_takes_what_its_schedule_says():
     assert result.mfu == total(found.work.flops) / result.seconds / 197e12
 
 
+def test_a_module_of_one_device_sends_nothing():
+    found = plan.plan("sft", LARGE, topology="v5e:1x1", batch_size=1)
+    text = MODULE.replace("all-gather(", "copy(").replace("all-reduce(", "copy(")
+    result = speed_of_module(text, found.work, found.machine)
+    assert {part.name for part in result.parts} == {"fusions", "attention"}
+    assert result.hidden == ()
+
+
 def test_a_module_without_cycles_tells_no_time():
     found = plan.plan("sft", LARGE, **ON_16)
     assert speed_of_module("ENTRY %m {\n}", found.work, found.machine) is None
@@ -185,12 +194,15 @@ def test_a_module_without_cycles_tells_no_time():
 class Compiled:
     """Stands for a jax.stages.Compiled."""
 
+    peak = 3 * 2**29
+
     def as_text(self):
         return MODULE
 
     def memory_analysis(self):
         sizes = ["argument", "output", "alias", "temp"]
         memory = {f"{name}_size_in_bytes": 2**30 for name in sizes}
+        memory |= {"peak_memory_in_bytes": self.peak}
         return types.SimpleNamespace(**memory, generated_code_size_in_bytes=0)
 
 
@@ -199,7 +211,7 @@ def test_a_compiled_step_tells_its_memory_its_traffic_and_its_time(monkeypatch):
     monkeypatch.setattr("jalign.sharding.topology_devices", lambda _: jax.devices())
     given = ON_16 | {"topology": "v5e:2x4", "mesh": "fsdp=8"}
     found = plan.plan("sft", LARGE, **given, compile=True)
-    assert found.peak == 2 * 2**30 and found.fits
+    assert found.peak == 3 * 2**29 and found.fits
     sent = {part.name: part.amount for part in found.compiled_sent}
     sizes = {"all-gather": 960_000, "all-reduce": 2 * 3_600_000}
     assert sent == {kind: size * 15 / 16 for kind, size in sizes.items()}
@@ -208,3 +220,11 @@ def test_a_compiled_step_tells_its_memory_its_traffic_and_its_time(monkeypatch):
     assert "as compiled" in text and "of the compiled step" in text
     assert "by arithmetic it is" in text  # the module above does nearly nothing
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("peak", [0, 2**29, 3 * 2**30])
+def test_temporaries_are_all_where_the_compiler_tells_no_peak(peak):
+    compiled = Compiled()
+    compiled.peak = peak
+    rows = {row.name: row.bytes for row in memory_of(compiled)}
+    assert rows["temporaries"] == 2**30
