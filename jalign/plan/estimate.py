@@ -207,7 +207,7 @@ def _rollout(config: OnlineConfig, model: Model, mesh) -> list[Row]:
     c = model.config
     tensor = mesh.shape["tensor"]
     kv_heads = c.num_kv_heads // tensor if c.num_kv_heads % tensor == 0 else 0
-    rows = -(-config.completions * tensor // mesh.size)
+    rows = -(-config.completions // (mesh.shape["data"] * mesh.shape["fsdp"]))
     width = jnp.dtype(config.compute.dtype).itemsize
     slots = rows * config.max_length * c.num_layers
     cache = 2 * slots * (kv_heads or c.num_kv_heads) * c.head_dim * width
