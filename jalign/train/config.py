@@ -190,7 +190,8 @@ class RunConfig(DataOptions):
     seed: int = number(0, ">= 0", f"< {2**32}")
     """Of the order of the rows, fresh parameters and sampling."""
     mesh: str | None = None
-    """Such as "fsdp=8,tensor=2"; unset puts all devices on fsdp."""
+    """Such as "fsdp=8,tensor=2", or "fsdp=8,context=8" for rows of very many tokens;
+    unset puts all devices on fsdp."""
     eval_every: int | None = number(None, ">= 1")
     """Steps between held-out measurements; unset measures before and after only."""
     keep_best: str | None = None
