@@ -2,7 +2,7 @@
 
     python scripts/mutate.py losses [--sample 120] [--jobs 2]
     python scripts/mutate.py train/step forward data/batching --sample 40
-    python scripts/mutate.py models/positions --lines 82-105
+    python scripts/mutate.py models/positions --lines 62-79
 
 What is named are files of jalign/, without .py, or folders: all their files. Each
 mutant is one small change to one file's syntax tree. A process forked for it puts it in
@@ -36,9 +36,8 @@ CONCERNED = {
     " train/test_objectives",
     "losses/router": "models/test_routing",
     "models/heads": "models/test_heads models/test_model",
-    "models/hf_rope": "models/test_hf_config models/test_families"
-    " models/test_family_files",
-    "models/layers": "models/test_layers models/test_heads models/test_decoder",
+    "models/hf_rope": "models/test_hf_config models/test_families",
+    "models/layers": "models/test_layers models/test_heads",
     "train/rollout": "train/test_rollout train/test_online_eval",
     "train/step": "train/test_step",
 }
