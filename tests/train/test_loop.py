@@ -125,6 +125,17 @@ def test_continued_equals_uninterrupted(trainer, tmp_path):
     assert len(lines) == STEPS
 
 
+def test_each_step_is_a_sign_of_life_once_it_is_computed(
+    trainer, tmp_path, monkeypatch
+):
+    finished, taken = [], []
+    monkeypatch.setattr(sharding, "alive", finished.append)
+    note = lambda step, _: taken.append((step, finished[-1:]))  # noqa: E731
+    trainer(tmp_path, note, every=0)
+    assert taken[:3] == [(1, []), (2, ["step 1"]), (3, ["step 2"])]
+    assert finished == [f"step {n}" for n in range(1, STEPS)]
+
+
 def test_signals_are_put_back(trainer, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     trainer(tmp_path)

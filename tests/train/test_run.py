@@ -137,9 +137,12 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path):
 
 def hosts_body():
     import os
+    from types import SimpleNamespace
 
     from jalign.train.config import SFTConfig
+    from jalign.train.inputs import agree_before_loading, params_digest
     from jalign.train.run import identify, open_run
+    from tests.train import tiny
 
     out, index = os.environ["RUN_OUT"], jax.process_index()
     told = []
@@ -152,6 +155,17 @@ def hosts_body():
             told.append(str(error))
     with open_run(SFTConfig(out=out, model="m", data="d"), "sft") as run:
         told.append(run.meta["clock"])
+    # Before the weights: their shapes differ, and with them the programs.
+    opened = SimpleNamespace(config=tiny.config(num_layers=2 + index))
+    shapes = {"kernel": jax.ShapeDtypeStruct((2, 3 + index), "float32")}
+    for compare in (
+        lambda: agree_before_loading(opened, {"the training rows": "1"}, "2"),
+        lambda: params_digest(shapes),
+    ):
+        try:
+            compare()
+        except ValueError as error:
+            told.append(str(error))
     return told
 
 
@@ -164,6 +178,11 @@ def test_hosts_with_other_settings_or_rows_are_named(tmp_path, monkeypatch):
         assert "the training rows is 0 on process 0 (" in rows and ", 1 on" in rows
         assert "held-out" not in rows
     assert one[2] == two[2], "one clock for all"
+    for told in (one, two):
+        assert "num_layers is 2 on process 0 (" in told[3] and ", 3 on" in told[3]
+        assert "rows" not in told[3].partition("num_layers")[0]
+        assert "kernel is float32[2,3] on process 0 (" in told[4]
+        assert "), float32[2,4] on process 1 (" in told[4]
 
 
 def test_mesh_of_a_flag():
