@@ -36,7 +36,8 @@ CONCERNED = {
     " train/test_objectives",
     "losses/router": "models/test_routing",
     "models/heads": "models/test_heads models/test_model",
-    "models/hf_rope": "models/test_hf_config models/test_families",
+    "models/hf_rope": "models/test_hf_config models/test_families"
+    " models/test_family_files",
     "models/layers": "models/test_layers models/test_heads",
     "train/rollout": "train/test_rollout train/test_online_eval",
     "train/step": "train/test_step",
