@@ -65,6 +65,11 @@ def kind_of(line: Instruction) -> str | None:
     return kind if kind in KINDS else None
 
 
+def between_slices(line: Instruction) -> bool:
+    """Whether a line sends to another slice: XLA writes it as a send to the host."""
+    return line.op == "send" and "megascale" in line.rest
+
+
 def _walk(
     module: Module,
     name: str,
@@ -78,7 +83,7 @@ def _walk(
         inside = line.where or around
         if kind_of(line):
             yield collective(line, runs=runs)._replace(where=inside)
-        elif line.op == "send" and "megascale" in line.rest:
+        elif between_slices(line):
             shapes = tuple(shapes_in(line.shape)[:1])
             size = bytes_of(*shapes) * runs
             yield Collective(BETWEEN, size, runs, shapes, inside, 2)

@@ -10,11 +10,18 @@ import re
 from collections import Counter
 from typing import Any
 
-from jalign.plan.collectives import Collective, collective, in_fusion, kind_of
+from jalign.plan.collectives import (
+    Collective,
+    between_slices,
+    collective,
+    in_fusion,
+    kind_of,
+)
 from jalign.plan.hlo import Instruction, Module, bytes_of, read, shapes_in, trips
 from jalign.plan.speed import KERNELS, Speed, speed_of
 from jalign.plan.work import Part, Work
 from jalign.sharding import Machine
+from jalign.sharding.machines import BETWEEN_SLICES
 
 # Of an attention kernel, by its name: products of [T, T, H]; a backward pass has two
 # kernels, and both compute the scores again.
@@ -28,6 +35,7 @@ _NOTES = {
     "no estimate": "sorts, gathers: by their bytes",
     "copies": "not hidden",
     "collectives": "not hidden",
+    "between slices": f"at {BETWEEN_SLICES / 1e9:g} GB/s a chip, not hidden",
 }
 
 
@@ -103,6 +111,9 @@ class _Schedule:
     def _own(self, line: Instruction) -> Counter[str]:
         if cycles := _CYCLES.search(line.rest):
             return Counter({"fusions": int(cycles[1]) / self.chip.clock})
+        if between_slices(line):
+            size = bytes_of(*shapes_in(line.shape)[:1])
+            return Counter({"between slices": size / BETWEEN_SLICES})
         if "tpu_custom_call" in line.rest:
             return Counter({"attention": self._kernel(line)})
         moved = line.op in ("sort", "reduce-window", "gather", "scatter")
