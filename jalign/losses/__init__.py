@@ -73,6 +73,7 @@ from jalign.losses.preference import (
     apo_zero_loss as apo_zero_loss,
     bco_pair_loss as bco_pair_loss,
     discopop_loss as discopop_loss,
+    dpop_loss as dpop_loss,
     exo_pair_loss as exo_pair_loss,
     hinge_loss as hinge_loss,
     ipo_loss as ipo_loss,

@@ -101,6 +101,7 @@ _PREFERENCE = {
     "nca_pair": _with_reference(preference.nca_pair_loss),
     "bco_pair": _with_reference(preference.bco_pair_loss),
     "sppo_hard": _with_reference(preference.sppo_hard_loss),
+    "dpop": _with_reference(preference.dpop_loss),
     "apo_zero": _with_reference(preference.apo_zero_loss),
     "apo_down": _with_reference(preference.apo_down_loss),
     "aot": _of_whole_batch(aot.aot_loss),
@@ -174,7 +175,11 @@ REGISTRY: Mapping[str, Mapping[str, Entry]] = {
 BOUNDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sft": {"label_smoothing": (">= 0", "< 1"), "z_loss": (">= 0",)},
     "reward": {},
-    "dpo": {"beta": ("> 0",), "label_smoothing": (">= 0", "< 0.5")},
+    "dpo": {
+        "beta": ("> 0",),
+        "label_smoothing": (">= 0", "< 0.5"),
+        "penalty": (">= 0",),
+    },
     "grpo": {"clip_eps": ("> 0",), "clip_eps_high": ("> 0",)},
 }
 """Command -> option of its losses -> bounds, as `settings.number` takes them."""

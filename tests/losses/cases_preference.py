@@ -52,6 +52,7 @@ PREFERENCE_CASES = {
     ),
     "cpo_loss": _free(_SMOOTHED),
     "discopop_loss": _pair({**_BETA, "tau": 0.05}),
+    "dpop_loss": _pair({**_BETA, "penalty": 0.7}),
     "exo_pair_loss": _pair(_SMOOTHED),
     "forward_kl_score": _SCORE,
     "hinge_loss": _pair(_BETA),

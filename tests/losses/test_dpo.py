@@ -66,7 +66,7 @@ def test_rejects_anything_but_four_equal_float32_vectors(bad):
 @pytest.mark.parametrize(
     "name",
     "dpo hinge ipo robust_dpo exo_pair discopop nca_pair bco_pair sppo_hard apo_zero "
-    "apo_down".split(),
+    "apo_down dpop".split(),
 )
 def test_the_help_of_a_loss_of_pairs_is_complete(name):
     """`paired` writes what all of them share, and keeps what is the formula's own."""

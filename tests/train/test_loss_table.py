@@ -58,6 +58,7 @@ PREFERENCE = {
     "nca_pair": logistic(0.1 * W) + (logistic(-0.1 * W) + logistic(-0.1 * L)) / 2,
     "bco_pair": logistic(0.1 * W) + logistic(-0.1 * L),
     "sppo_hard": (W - 5) ** 2 + (L + 5) ** 2,
+    "dpop": logistic(Z - 0.1 * 50 * np.maximum(-W, 0)),
     "apo_zero": sigmoid(-0.1 * W) + sigmoid(0.1 * L),
     "apo_down": sigmoid(0.1 * W) + sigmoid(-Z),
     "aot": logistic(0.1 * against_its_rank(C - R, REF_C - REF_R)),
