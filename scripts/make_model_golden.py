@@ -61,6 +61,8 @@ GEMMA3 |= dict(
         "sliding_attention": dict(rope_type="default", rope_theta=1e4),
     },
 )
+GLM4 = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.67)
+GLM4 = dict(head_dim=6, rope_parameters=GLM4)
 GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2)
 GRANITE |= dict(residual_multiplier=0.22, logits_scaling=4.0)
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12)
@@ -113,6 +115,7 @@ CASES |= {
     "gemma": ("Gemma", dict(tie_word_embeddings=True)),
     "gemma2": ("Gemma2", GEMMA2),
     "gemma2_reward": ("Gemma2", GEMMA2 | dict(num_labels=1)),
+    "vaultgemma": ("VaultGemma", GEMMA2),
     "gemma3": ("Gemma3", GEMMA3),
     "phi3": ("Phi3", PHI3 | dict(head_dim=6, sliding_window=5)),
     "phi3_long": ("Phi3", PHI3 | dict(head_dim=6, rope_parameters=LONG)),
@@ -122,6 +125,9 @@ CASES |= {
         | dict(head_dim=6, tie_word_embeddings=True)
         | dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.67)),
     ),
+    "glm4": ("Glm4", GLM4),
+    "glm4_no_bias": ("Glm4", GLM4 | dict(attention_bias=False)),
+    "glm4_reward": ("Glm4", GLM4 | dict(num_labels=1)),
     "olmo2": ("Olmo2", dict(head_dim=6)),
     "smollm3": ("SmolLM3", dict(head_dim=6, no_rope_layers=[1, 0])),
     "granite": ("Granite", GRANITE | dict(head_dim=6)),
@@ -141,7 +147,8 @@ GOLDEN = ("llama", "llama_tied", "llama3_rope", "llama_linear", "llama_yarn")
 GOLDEN += ("llama_reward", "mistral_window", "qwen2", "qwen2_window", "qwen3")
 GOLDEN += ("qwen3_reward", "opt_350m", "bloom", "mpt_clip", "falcon_40b", "falcon_rw")
 GOLDEN += ("gpt_neox", "gptj", "gpt2", "gemma2", "gemma3", "phi4_mini", "olmo2")
-GOLDEN += ("smollm3", "granite", "qwen2_moe", "mixtral", "opt_reward")
+GOLDEN += ("smollm3", "granite", "qwen2_moe", "mixtral", "opt_reward", "glm4")
+GOLDEN += ("vaultgemma",)
 IDS = dict(bos_token_id=1, eos_token_id=2)
 SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SHARED += ("max_position_embeddings", "pad_token_id")

@@ -57,7 +57,7 @@ def test_logits_are_those_of_transformers(path, tmp_path):
 
 
 def test_golden_files_are_there():
-    assert len(GOLDEN) == 28
+    assert len(GOLDEN) == 30
 
 
 def test_all_problems_are_in_one_error(tmp_path):

@@ -85,6 +85,9 @@ _FAMILIES = {
     "gemma2": _GEMMA
     | dict(layer_kinds=(LayerKind(4), LayerKind()))
     | dict(attention_softcap=5.0, final_softcap=6.0),
+    "vaultgemma": _GEMMA
+    | dict(norm_place="pre", layer_kinds=(LayerKind(4), LayerKind()))
+    | dict(attention_softcap=5.0, final_softcap=6.0),
     "gemma3_text": _GEMMA
     | dict(num_layers=3, qk_norm=True, final_softcap=6.0, rope_scaling=LINEAR)
     | dict(layer_kinds=(LayerKind(4, "local"), LayerKind(), LayerKind(4, "local")))
@@ -92,6 +95,9 @@ _FAMILIES = {
     "phi3": SIZES
     | dict(head_dim=6, qkv_layout="joined", gate_up_joined=True, sliding_window=5)
     | dict(rope_scaling=LONGROPE, max_position=64),
+    "glm4": SIZES
+    | dict(head_dim=6, rotary_dim=4, rotary_pairs=True, qkv_bias=True)
+    | dict(gate_up_joined=True, norm_place="both", norm_eps=1.5625e-7),
     "olmo2": SIZES | dict(norm_place="post", qk_norm="whole"),
     "smollm3": SIZES | _TIED | dict(layer_kinds=(LayerKind(), LayerKind(None, "none"))),
     "granite": SIZES
