@@ -37,6 +37,7 @@ from jalign.losses.group_advantages import (
     gdpo_advantages as gdpo_advantages,
     group_advantages as group_advantages,
     leave_one_out_advantages as leave_one_out_advantages,
+    optimal_baseline_advantages as optimal_baseline_advantages,
 )
 from jalign.losses.kto import (
     bco_loss as bco_loss,

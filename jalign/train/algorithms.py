@@ -4,9 +4,7 @@ PPO: separate models and optimizers, as in Ouyang et al. 2022 (arXiv:2203.02155)
 with shared_trunk, two heads of one model, as in Schulman et al. 2017 (arXiv:1707.06347,
 eq. 9). Details after Huang et al. 2024 (arXiv:2403.17031).
 
-GRPO: no critic; a completion's baseline are the other completions of its prompt. After
-Shao et al. 2024 (arXiv:2402.03300); the variants differ in the loss of a token, in what
-the advantages are divided by, and in how tokens are averaged (`train.loss_table`).
+GRPO (arXiv:2402.03300): no critic; a prompt's completions are each other's baseline.
 """
 
 import functools
@@ -32,7 +30,7 @@ from jalign.train.policy_objectives import (
 )
 from jalign.train.rollout import ROLLOUT_KL, Scored, common_metrics
 from jalign.train.updates import Algorithm
-from jalign.types import Rollout
+from jalign.types import Array, Rollout
 
 
 def ppo_objectives(
@@ -190,14 +188,17 @@ def grpo_objectives(
     return {"policy": (objective, optim)}
 
 
-def estimate_group_advantages(scores: np.ndarray, options: GRPOOptions) -> np.ndarray:
+def estimate_group_advantages(
+    scores: np.ndarray, mask: Array, options: GRPOOptions
+) -> np.ndarray:
     """Advantages of completions that lie behind each other by prompt.
 
     Args:
       scores: float32 [B], B a multiple of group_size.
+      mask: bool [B, T], the completions; for advantages that read their lengths.
       options: group_size, and how they are scaled, or which loss says so.
 
-    Returns: float32 [B]; statistics are over the whole groups and the whole batch.
+    Returns: float32 [B]; statistics are over whole groups and the whole batch.
     """
     scale = {
         "group": losses.group_advantages,
@@ -207,8 +208,9 @@ def estimate_group_advantages(scores: np.ndarray, options: GRPOOptions) -> np.nd
     }[options.scale_rewards]
     assert scale is not None, "the registry has them for every policy loss"
     group_ids = np.arange(len(scores), dtype=np.int32) // options.group_size
-    every = np.ones(len(scores), bool)
-    return np.asarray(scale(jnp.asarray(scores), group_ids, every))
+    own = options.scale_rewards == "auto" and options.entry.token_mask
+    counted = mask if own else np.ones(len(scores), bool)
+    return np.asarray(scale(jnp.asarray(scores), group_ids, counted))
 
 
 def _batch_scaled(rewards: jax.Array, group_ids, mask) -> jax.Array:
@@ -226,9 +228,9 @@ def make_group_rollout(
     """
     del kl_coef  # the KL is in the loss
     mask = scored.batch.completion_mask
+    advantages = estimate_group_advantages(scores, mask, options)
     if options.mask_truncated:
         mask = mask & scored.stopped[:, None]
-    advantages = estimate_group_advantages(scores, options)
     return Rollout(
         *scored.batch._replace(completion_mask=mask),
         old_logps=scored.logps,

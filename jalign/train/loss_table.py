@@ -27,6 +27,7 @@ from jalign.losses.checks import Array, Scalar
 from jalign.losses.group_advantages import (
     group_advantages,
     leave_one_out_advantages,
+    optimal_baseline_advantages,
 )
 from jalign.losses.logps import sequence_logps
 
@@ -42,6 +43,7 @@ class Entry(NamedTuple):
       whole_batch: it sorts or compares the rows of the whole batch, so that a
         micro-batch has another loss.
       advantages: of a policy loss, (rewards [B], group_ids [B], mask [B]) -> [B].
+      token_mask: their mask is of the completions' tokens, [B, T]: they read lengths.
       reduction: of a policy loss, (loss [B, T], mask) -> (sum, count), for some also
         with a `length`.
     """
@@ -52,6 +54,7 @@ class Entry(NamedTuple):
     defaults: Mapping[str, float] = {}
     whole_batch: bool = False
     advantages: Callable[..., Any] | None = None
+    token_mask: bool = False
     reduction: Callable[..., Any] | None = None
 
 
@@ -147,6 +150,9 @@ def _policy(function, inputs, reduction, advantages=_SCALED, **defaults) -> Entr
 
 _clipped = functools.partial(_policy, ppo.ppo_policy_loss, _TOKEN, **_CLIP)
 _gspo = functools.partial(_policy, sequence_policy.gspo_loss, _SEQUENCE, **_GSPO_CLIP)
+_reinforce = functools.partial(
+    _policy, policy.reinforce_loss, ("logps", "advantages"), reduce.token_mean
+)
 _GROUP = {
     "grpo": _clipped(reduce.sequence_mean),
     "dr_grpo": _clipped(reduce.fixed_length_mean, _CENTERED),
@@ -161,9 +167,8 @@ _GROUP = {
     "rloo": _policy(
         _rloo, _SEQUENCE, reduce.sequence_mean, leave_one_out_advantages, **_CLIP
     ),
-    "reinforce": _policy(
-        policy.reinforce_loss, ("logps", "advantages"), reduce.token_mean
-    ),
+    "reinforce": _reinforce(),
+    "opo": _reinforce(optimal_baseline_advantages)._replace(token_mask=True),
 }
 REGISTRY: Mapping[str, Mapping[str, Entry]] = {
     "sft": _SFT,

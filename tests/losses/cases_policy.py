@@ -67,6 +67,9 @@ POLICY_CASES = {
         scalars={"threshold": 0.1},
         reads_mask=True,
     ),
+    "optimal_baseline_advantages": Case(
+        {"rewards": "B", "group_ids": "B", "mask": "BT"}, "B", reads_mask=True
+    ),
     "reinforce_loss": Case(like("BT", "logps", "advantages"), "BT", ("logps",)),
     "reinforce_plus_plus_advantages": Case(
         _TOKEN_REWARDS, "BT", scalars={"gamma": 0.9}, reads_mask=True

@@ -72,7 +72,7 @@ PREFERENCE = {
 POLICY_DEFAULTS = {
     **dict.fromkeys(("grpo", "dr_grpo", "dapo", "bnpo", "rloo"), {"clip_eps": 0.2}),
     **dict.fromkeys(("gspo", "luspo"), {"clip_eps": 3e-4, "clip_eps_high": 4e-4}),
-    **dict.fromkeys(("gmpo", "sapo", "vespo", "reinforce"), {}),
+    **dict.fromkeys(("gmpo", "sapo", "vespo", "reinforce", "opo"), {}),
     "cispo": {"max_ratio": 5.0},
 }
 """name -> scalars: PPO's ε, GSPO's (arXiv:2507.18071, §5.1), ScaleRL's (2510.13786)."""
@@ -123,9 +123,12 @@ def test_rewards_are_scaled_but_for_dr_grpo_and_left_out_in_turn_for_rloo():
     rewards, ids = np.float32([1.0, 2.0, 6.0]), np.zeros(3, "i4")
     centered = rewards.astype("f8") - 3
     others = {"dr_grpo": centered, "rloo": rewards - np.array([4.0, 3.5, 1.5])}
+    others["opo"] = rewards - (3 * 1 + 1 * 2 + 2 * 6) / 6
+    tokens = np.arange(3) < np.array([[3], [1], [2]])
     scaled = centered / (np.std(rewards.astype("f8"), ddof=1) + 1e-4)
     for name, entry in REGISTRY["grpo"].items():
-        got = entry.advantages(rewards, ids, np.ones(3, bool))
+        mask = tokens if entry.token_mask else np.ones(3, bool)
+        got = entry.advantages(rewards, ids, mask)
         want = others.get(name, scaled)
         np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=name)
 
@@ -154,9 +157,9 @@ def test_policy_losses_alone_say_how_they_are_averaged():
         assert said == (command == "grpo",) * 2, (command, name)
 
 
-@pytest.mark.parametrize("name", sorted(set(REGISTRY["grpo"]) - {"reinforce"}))
+@pytest.mark.parametrize("name", sorted(set(REGISTRY["grpo"]) - {"reinforce", "opo"}))
 def test_a_policy_loss_with_its_reduction_is_trls(name):
-    """Value and gradient; reinforce is no loss of TRL's."""
+    """Value and gradient; reinforce and opo are no losses of TRL's."""
     inputs, golden = trl.load()
     entry, mask = REGISTRY["grpo"][name], inputs["mask"]
     per_token = np.where(mask, inputs["advantages"][:, None], np.float32(0))
