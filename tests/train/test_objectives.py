@@ -46,6 +46,9 @@ def test_dpo_starts_at_log_two(language_model):
     np.testing.assert_allclose(ratio(loss.metrics["rewards/margins"]), 3, rtol=1e-3)
     np.testing.assert_allclose(ratio(loss.metrics["logps/chosen"]), chosen.mean(), 1e-4)
     assert ratio(loss.metrics["rewards/accuracies"]) == 1
+    trained = batch.rows.completion_mask.sum(-1).mean(0)  # a row a side, chosen first
+    for side, length in zip(SIDES, trained, strict=True):
+        assert ratio(loss.metrics[f"lengths/{side}"]) == length
     np.testing.assert_allclose(loss.sum / loss.count, np.log1p(np.exp(-3.0)), rtol=1e-3)
 
 
