@@ -31,6 +31,9 @@ from jalign.losses.group_advantages import (
 )
 from jalign.losses.logps import sequence_logps
 
+OF_GROUPS = ("rewards", "group_ids", "mask")
+"""What advantages read that compare the completions of a prompt, [B] each."""
+
 
 class Entry(NamedTuple):
     """A loss with the names of the arrays that it takes.
@@ -42,8 +45,10 @@ class Entry(NamedTuple):
       defaults: scalars that the function itself leaves to the caller.
       whole_batch: it sorts or compares the rows of the whole batch, so that a
         micro-batch has another loss.
-      advantages: of a policy loss, (rewards [B], group_ids [B], mask [B]) -> [B].
-      token_mask: their mask is of the completions' tokens, [B, T]: they read lengths.
+      bounds: of an option, where they are not those of BOUNDS.
+      advantages: of a policy loss, a completion's advantage, float32 [B].
+      advantage_inputs: names of its arrays: those of OF_GROUPS, or for one that reads
+        lengths "completion_mask", bool [B, T].
       reduction: of a policy loss, (loss [B, T], mask) -> (sum, count), for some also
         with a `length`.
     """
@@ -53,8 +58,9 @@ class Entry(NamedTuple):
     keywords: tuple[str, ...] = ()
     defaults: Mapping[str, float] = {}
     whole_batch: bool = False
+    bounds: Mapping[str, tuple[str, ...]] = {}
     advantages: Callable[..., Any] | None = None
-    token_mask: bool = False
+    advantage_inputs: tuple[str, ...] = OF_GROUPS
     reduction: Callable[..., Any] | None = None
 
 
@@ -80,7 +86,11 @@ def _of_whole_batch(function) -> Entry:
 
 
 _SFT = {
-    "sft": Entry(sft.cross_entropy, ("logits", "targets")),
+    "sft": Entry(
+        sft.cross_entropy,
+        ("logits", "targets"),
+        bounds={"label_smoothing": (">= 0", "< 1")},
+    ),
     "dft": Entry(sft.dft_loss, ("logps",)),
 }
 _REWARD = {
@@ -99,7 +109,9 @@ _PREFERENCE = {
     "ipo_sum": _with_reference(preference.ipo_loss),
     "hinge": _with_reference(preference.hinge_loss),
     "robust": _with_reference(preference.robust_dpo_loss, label_smoothing=0.0),
-    "exo_pair": _with_reference(preference.exo_pair_loss),
+    "exo_pair": _with_reference(preference.exo_pair_loss)._replace(
+        bounds={"label_smoothing": ("> 0", "< 0.5")}
+    ),
     "discopop": _with_reference(preference.discopop_loss),
     "nca_pair": _with_reference(preference.nca_pair_loss),
     "bco_pair": _with_reference(preference.bco_pair_loss),
@@ -160,7 +172,9 @@ _GROUP = {
     "bnpo": _clipped(reduce.token_mean),
     "gspo": _gspo(reduce.sequence_mean),
     "luspo": _gspo(reduce.sequence_sum_mean),
-    "gmpo": _policy(sequence_policy.gmpo_loss, _SEQUENCE, reduce.sequence_mean),
+    "gmpo": _policy(
+        sequence_policy.gmpo_loss, _SEQUENCE, reduce.sequence_mean
+    )._replace(bounds={"clip_eps": ("> 0",)}),  # of the logarithm
     "cispo": _policy(policy.cispo_loss, _TOKEN, reduce.token_mean, max_ratio=5.0),
     "sapo": _policy(policy.sapo_loss, _TOKEN, reduce.sequence_mean),
     "vespo": _policy(sequence_policy.vespo_loss, _SEQUENCE, reduce.token_mean),
@@ -168,7 +182,9 @@ _GROUP = {
         _rloo, _SEQUENCE, reduce.sequence_mean, leave_one_out_advantages, **_CLIP
     ),
     "reinforce": _reinforce(),
-    "opo": _reinforce(optimal_baseline_advantages)._replace(token_mask=True),
+    "opo": _reinforce(optimal_baseline_advantages)._replace(
+        advantage_inputs=("rewards", "group_ids", "completion_mask")
+    ),
 }
 REGISTRY: Mapping[str, Mapping[str, Entry]] = {
     "sft": _SFT,
@@ -177,14 +193,25 @@ REGISTRY: Mapping[str, Mapping[str, Entry]] = {
     "grpo": _GROUP,
 }
 """Command -> name -> Entry."""
-BOUNDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "sft": {"label_smoothing": (">= 0", "< 1"), "z_loss": (">= 0",)},
-    "reward": {},
-    "dpo": {
-        "beta": ("> 0",),
-        "label_smoothing": (">= 0", "< 0.5"),
-        "penalty": (">= 0",),
-    },
-    "grpo": {"clip_eps": ("> 0",), "clip_eps_high": ("> 0",)},
+BOUNDS: Mapping[str, tuple[str, ...]] = {
+    "alpha": (),  # any number
+    "beta": ("> 0",),
+    "clip_eps": ("> 0", "< 1"),  # ratios are positive
+    "clip_eps_high": ("> 0",),
+    "dual_clip": ("> 1",),
+    "gamma": (">= 0",),
+    "k_neg": ("> 0",),
+    "k_pos": ("> 0",),
+    "label_smoothing": (">= 0", "< 0.5"),
+    "lambda_neg": ("> 0",),
+    "lambda_pos": ("> 0",),
+    "max_ratio": (">= 1",),
+    "min_ratio": (">= 0", "<= 1"),
+    "penalty": (">= 0",),
+    "shift": (),
+    "tau": ("> 0", "< 1"),
+    "temperature_neg": ("> 0",),
+    "temperature_pos": ("> 0",),
+    "z_loss": (">= 0",),
 }
-"""Command -> option of its losses -> bounds, as `settings.number` takes them."""
+"""Option of a loss -> its bounds, as `settings.number` takes them."""

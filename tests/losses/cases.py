@@ -15,7 +15,6 @@ def _row_logps(logits, targets, consts):
 
 
 _PAIR = like("B", "chosen", "rejected")
-_DPO = like("B", "chosen", "rejected", "ref_chosen", "ref_rejected")
 _PPO = like("BT", "logps", "old_logps", "advantages")
 _KL = like("BT", "logps", "ref_logps")
 _X = like("BT", "x", "mask")
@@ -45,12 +44,6 @@ CASES = {
         ("logits",),
         scalars={"label_smoothing": 0.1, "z_loss": 1e-3},
         pad=7.0,
-    ),
-    "dpo_loss": Case(
-        _DPO,
-        "B",
-        ("chosen", "rejected"),
-        scalars={"beta": 0.1, "label_smoothing": 0.1},
     ),
     "entropy_from_logits": Case({"logits": "BTV"}, "BT", ("logits",), pad=7.0),
     "fixed_length_mean": Case(_X, "", ("x",), scalars={"length": 4.0}, reads_mask=True),

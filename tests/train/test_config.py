@@ -36,7 +36,6 @@ def test_contradictions_name_the_fields(wrong, words):
         (DPOOptions, dict(loss="sft + dpo:beta=-1"), "beta must be > 0, got -1.0"),
         (DPOOptions, dict(label_smoothing=0.5), r"must be in \[0, 0.5\), got 0.5"),
         (DPOOptions, dict(loss="robust:label_smoothing=0.6"), "got 0.6 .*'robust'"),
-        (DPOOptions, dict(loss="dpop:penalty=-1"), "penalty must be >= 0, got -1.0"),
         (SFTOptions, dict(label_smoothing=1.0), r"must be in \[0, 1\), got 1.0"),
         (SFTOptions, dict(z_loss=-1.0), "z_loss must be >= 0, got -1.0"),
         (SFTOptions, dict(loss="sft:z_loss=-1e-4"), "z_loss must be >= 0"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jalign.train.algorithms import (
+from jalign.train.grpo import (
     estimate_group_advantages,
     group_metrics,
     make_group_rollout,
