@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from jalign.models import Model, ModelConfig, RopeScaling
 from jalign.models.config import Experts, LayerKind
+from jalign.models.hf_config import config_from_hf
 
 SIZES = dict(
     vocab_size=48,
@@ -85,9 +89,6 @@ _FAMILIES = {
     "gemma2": _GEMMA
     | dict(layer_kinds=(LayerKind(4), LayerKind()))
     | dict(attention_softcap=5.0, final_softcap=6.0),
-    "vaultgemma": _GEMMA
-    | dict(norm_place="pre", layer_kinds=(LayerKind(4), LayerKind()))
-    | dict(attention_softcap=5.0, final_softcap=6.0),
     "gemma3_text": _GEMMA
     | dict(num_layers=3, qk_norm=True, final_softcap=6.0, rope_scaling=LINEAR)
     | dict(layer_kinds=(LayerKind(4, "local"), LayerKind(), LayerKind(4, "local")))
@@ -95,9 +96,6 @@ _FAMILIES = {
     "phi3": SIZES
     | dict(head_dim=6, qkv_layout="joined", gate_up_joined=True, sliding_window=5)
     | dict(rope_scaling=LONGROPE, max_position=64),
-    "glm4": SIZES
-    | dict(head_dim=6, rotary_dim=4, rotary_pairs=True, qkv_bias=True)
-    | dict(gate_up_joined=True, norm_place="both", norm_eps=1.5625e-7),
     "olmo2": SIZES | dict(norm_place="post", qk_norm="whole"),
     "smollm3": SIZES | _TIED | dict(layer_kinds=(LayerKind(), LayerKind(None, "none"))),
     "granite": SIZES
@@ -111,6 +109,21 @@ FAMILY_CONFIGS = {
     name: ModelConfig(**{"family": name.removesuffix("_rw")} | fields)
     for name, fields in _FAMILIES.items()
 }
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+def golden_file(path: Path) -> dict[str, Any]:
+    """The config.json of a file of scripts/make_model_golden.py."""
+    return json.loads(str(np.load(path)["config"]))
+
+
+# Of a family without a row above, what its golden file says.
+_READ = [config_from_hf(golden_file(path)) for path in GOLDEN]
+FAMILY_CONFIGS = {
+    config.family: config
+    for config in _READ
+    if config.family not in {known.family for known in CONFIGS.values()}
+} | FAMILY_CONFIGS
 
 
 @functools.cache
