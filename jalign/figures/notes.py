@@ -119,6 +119,8 @@ _GROUPS = {
         r"tokens_per_second": "Tokens a second, padding not counted.",
         r"mfu": "Share of the device's peak arithmetic that the model's products use.",
         r"num_tokens": "Tokens seen so far, padding not counted.",
+        r"critic/num_tokens": "Tokens of an update of the critic, mean over an "
+        "iteration, padding not counted.",
         r"eps": "Completions sampled and learned from in a second.",
         r"time/.*": "Seconds of an iteration that went into this part of it.",
         r"eval_num_.*": "How much was measured.",

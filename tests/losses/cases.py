@@ -69,12 +69,6 @@ CASES = {
     "masked_mean": Case(_X, "", ("x",), reads_mask=True),
     "masked_var": Case(_X, "", ("x",), reads_mask=True),
     "masked_whiten": Case(_X, "BT", ("x",), reads_mask=True),
-    "ppo_policy_loss": Case(
-        _PPO,
-        "BT",
-        ("logps",),
-        scalars={"clip_eps": 0.2, "clip_eps_high": 0.28, "dual_clip": 3.0},
-    ),
     "ppo_value_loss": Case(
         like("BT", "values", "old_values", "returns"),
         "BT",

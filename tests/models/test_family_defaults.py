@@ -1,4 +1,4 @@
-"""A family's row against transformers' configuration class, which loads without torch."""
+"""A family's row against transformers' configuration class, which needs no torch."""
 
 import pytest
 

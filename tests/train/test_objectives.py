@@ -1,8 +1,10 @@
 """Each objective is its loss function, masked and summed."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jalign import forward, losses
 from jalign.train import objectives
@@ -117,3 +119,18 @@ def test_dft_is_summed_with_cross_entropy(language_model):
     dft = np.where(batch.completion_mask, losses.dft_loss(logps), 0).sum()
     np.testing.assert_allclose(loss.sum, -np.sum(logps) + 2 * dft, rtol=1e-5)
     np.testing.assert_allclose(loss.metrics["loss/dft"][0], 2 * dft, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_filler_changes_neither_loss_nor_metrics(kind, language_model, scored_model):
+    """A row more that holds no document, and whatever lies at its places."""
+    model, params = scored_model if kind == "reward" else language_model
+    batch = tiny.token_batch(4) if kind == "sft" else tiny.pair_batch(4)
+    more = jax.tree.map(lambda x: np.concatenate([x, np.full_like(x[:1], 3)]), batch)
+    rows = more if kind == "sft" else more.rows
+    for mask in (rows.segment_ids, rows.completion_mask):
+        mask[-1] = 0
+    objective = getattr(objectives, f"make_{kind}_objective")(model)
+    want, got = (objective(params, x, KEY) for x in (batch, more))
+    assert float(got.count) == float(want.count)
+    chex.assert_trees_all_close(got, want, rtol=1e-5)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jalign import data, models, train
-from tests.train import tiny, world
+from tests.train import tiny
 
 
 def settings(real_data, rows, out):
@@ -53,18 +53,10 @@ def test_recipe_end_to_end(kind, real_data, tmp_path):
     assert [row["step"] for row in found] == [1, 2, 3]
     assert found[-1]["learning_rate"] < found[0]["learning_rate"]
     assert (out / "report.html").is_file()
+    assert not tiny.unexplained(out)
     model, params = models.load(out / "model")
     assert model.config.num_labels == (kind == "reward")
     data.load_tokenizer(out / "model")
     # The same command again has nothing left to train and ends in the same weights.
     assert run(config)["num_tokens"] == summary["num_tokens"]
     assert tiny.same(params, models.load(out / "model")[1])
-
-
-def test_the_metrics_of_dpo_tell_how_long_both_sides_are(tmp_path):
-    folder, out = world.make(tmp_path), tmp_path / "out"
-    assert world.run("dpo", folder, out) == 0
-    found = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
-    # Two words and three, and the token that ends a turn.
-    lengths = [(row["lengths/chosen"], row["lengths/rejected"]) for row in found]
-    assert lengths == [(3.0, 4.0)] * 2
