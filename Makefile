@@ -54,6 +54,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+	$(VENV)/bin/python scripts/make_api_docs.py --check
 
 # Live comparison with torch, transformers and trl.
 parity: $(PARITY_VENV)/.installed

@@ -1,6 +1,6 @@
 """Writes tests/models/golden/*.npz: logits of transformers for tiny random models.
 
-    python scripts/make_model_golden.py        # needs torch and transformers
+    python scripts/make_model_golden.py [CASE...]   # all, or those; needs torch
 
 A file holds config.json, tensor shapes, tokens, attention mask and float32 logits. The
 weights are not stored: in sorted order of their names in model.safetensors each is
@@ -8,12 +8,12 @@ default_rng(0).normal(0, 0.3, shape), which the test draws again.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "models" / "golden"
@@ -61,6 +61,8 @@ GEMMA3 |= dict(
         "sliding_attention": dict(rope_type="default", rope_theta=1e4),
     },
 )
+GLM4 = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.67)
+GLM4 = dict(head_dim=6, rope_parameters=GLM4)
 GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2)
 GRANITE |= dict(residual_multiplier=0.22, logits_scaling=4.0)
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12)
@@ -113,6 +115,7 @@ CASES |= {
     "gemma": ("Gemma", dict(tie_word_embeddings=True)),
     "gemma2": ("Gemma2", GEMMA2),
     "gemma2_reward": ("Gemma2", GEMMA2 | dict(num_labels=1)),
+    "vaultgemma": ("VaultGemma", GEMMA2),
     "gemma3": ("Gemma3", GEMMA3),
     "phi3": ("Phi3", PHI3 | dict(head_dim=6, sliding_window=5)),
     "phi3_long": ("Phi3", PHI3 | dict(head_dim=6, rope_parameters=LONG)),
@@ -122,6 +125,9 @@ CASES |= {
         | dict(head_dim=6, tie_word_embeddings=True)
         | dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.67)),
     ),
+    "glm4": ("Glm4", GLM4),
+    "glm4_no_bias": ("Glm4", GLM4 | dict(attention_bias=False)),
+    "glm4_reward": ("Glm4", GLM4 | dict(num_labels=1)),
     "olmo2": ("Olmo2", dict(head_dim=6)),
     "smollm3": ("SmolLM3", dict(head_dim=6, no_rope_layers=[1, 0])),
     "granite": ("Granite", GRANITE | dict(head_dim=6)),
@@ -137,11 +143,12 @@ CASES |= {
     ),
 }
 # Every switch at least once; `make parity` compares all cases.
-GOLDEN = ("llama", "llama_tied", "llama3_rope", "llama_linear", "llama_yarn")
-GOLDEN += ("llama_reward", "mistral_window", "qwen2", "qwen2_window", "qwen3")
-GOLDEN += ("qwen3_reward", "opt_350m", "bloom", "mpt_clip", "falcon_40b", "falcon_rw")
-GOLDEN += ("gpt_neox", "gptj", "gpt2", "gemma2", "gemma3", "phi4_mini", "olmo2")
-GOLDEN += ("smollm3", "granite", "qwen2_moe", "mixtral", "opt_reward")
+GOLDEN = """
+llama llama_tied llama3_rope llama_linear llama_yarn llama_reward mistral_window
+qwen2 qwen2_window qwen3 qwen3_reward opt_350m bloom mpt_clip falcon_40b falcon_rw
+gpt_neox gptj gpt2 gemma2 gemma3 phi4_mini olmo2 smollm3 granite qwen2_moe mixtral
+opt_reward glm4 vaultgemma
+""".split()
 IDS = dict(bos_token_id=1, eos_token_id=2)
 SHARED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 SHARED += ("max_position_embeddings", "pad_token_id")
@@ -150,8 +157,10 @@ TEXT_CONFIGS = {"Gemma3": "Gemma3Text"}
 OTHER_KEYS = ("Mpt", "Falcon", "Bloom", "GPT2", "GPTJ", "OPT")
 
 
-def build(prefix: str, changes: dict) -> torch.nn.Module:
+def build(prefix: str, changes: dict) -> Any:
     """A transformers model with this script's weights."""
+    import transformers  # here, so that the tests read GOLDEN without torch
+
     name = TEXT_CONFIGS.get(prefix, prefix)
     sizes = {k: v for k, v in SIZES.items() if prefix not in OTHER_KEYS or k in SHARED}
     config = getattr(transformers, f"{name}Config")(**IDS | sizes | changes)
@@ -186,9 +195,14 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
+    import torch
+
+    unknown = set(sys.argv[1:]) - set(GOLDEN)
+    if unknown:
+        sys.exit(f"{', '.join(sorted(unknown))}: not in GOLDEN, {', '.join(GOLDEN)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     tokens, mask = inputs()
-    for name in GOLDEN:
+    for name in sys.argv[1:] or GOLDEN:
         model = build(*CASES[name])
         with torch.no_grad():
             out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask))

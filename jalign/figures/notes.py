@@ -80,6 +80,8 @@ _GROUPS = {
         r"kl": "KL to the reference (k3), nats a token: how far the policy has gone.",
         r"(eval_)?logps": "Log-probability of the chosen and the rejected side, nats a "
         "completion. DPO often lowers both; what counts is the gap.",
+        r"lengths": "Trained tokens of the chosen and the rejected side, mean over the "
+        "pairs of a step. Where one side is longer, the loss may be won by length.",
         r"policy/approxkl_avg|approx_kl": "How far the updates moved the policy from "
         "the one that sampled, nats a token. Jumps mean too large updates.",
         r"policy/clipfrac_avg|clip_ratio/.*": "Share of the tokens that clipping keeps "
@@ -117,6 +119,8 @@ _GROUPS = {
         r"tokens_per_second": "Tokens a second, padding not counted.",
         r"mfu": "Share of the device's peak arithmetic that the model's products use.",
         r"num_tokens": "Tokens seen so far, padding not counted.",
+        r"critic/num_tokens": "Tokens of an update of the critic, mean over an "
+        "iteration, padding not counted.",
         r"eps": "Completions sampled and learned from in a second.",
         r"time/.*": "Seconds of an iteration that went into this part of it.",
         r"eval_num_.*": "How much was measured.",

@@ -37,6 +37,7 @@ from jalign.losses.group_advantages import (
     gdpo_advantages as gdpo_advantages,
     group_advantages as group_advantages,
     leave_one_out_advantages as leave_one_out_advantages,
+    optimal_baseline_advantages as optimal_baseline_advantages,
 )
 from jalign.losses.kto import (
     bco_loss as bco_loss,
@@ -73,6 +74,7 @@ from jalign.losses.preference import (
     apo_zero_loss as apo_zero_loss,
     bco_pair_loss as bco_pair_loss,
     discopop_loss as discopop_loss,
+    dpop_loss as dpop_loss,
     exo_pair_loss as exo_pair_loss,
     hinge_loss as hinge_loss,
     ipo_loss as ipo_loss,

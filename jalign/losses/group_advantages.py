@@ -56,6 +56,33 @@ def leave_one_out_advantages(
     return centered * size / jnp.maximum(size - 1.0, 1.0)
 
 
+def optimal_baseline_advantages(
+    rewards: Array, group_ids: Array, mask: Array
+) -> jax.Array:
+    """r less its group's mean weighted by length, Σ l r / Σ l (OPO).
+
+    The baseline of least variance where the square of a completion's gradient grows as
+    its length. A group of one, or whose rewards agree up to rounding, gets 0.
+
+    Args:
+      rewards, group_ids: as in group_advantages.
+      mask: bool [B, T], True on the policy's own tokens; a row without any is filler
+        and may hold anything.
+
+    Returns: float32 [B], 0 where not counted. No gradient flows.
+    Raises: AssertionError at trace time on wrong rank, shape or dtype.
+    Source: Hao et al. 2025, "OPO" (arXiv:2505.23585).
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_type(mask, jnp.bool_)
+    lengths = jnp.sum(jnp.asarray(mask), axis=1, dtype=jnp.float32)
+    rows = lengths > 0
+    centered, _, _ = _group_statistics(rewards, group_ids, rows)
+    over_group = _over_group(group_ids, rows)
+    shift = over_group(lengths * centered) / jnp.maximum(over_group(lengths), 1.0)
+    return jnp.where(rows, centered - shift, 0.0)
+
+
 def gdpo_advantages(
     rewards: Array, weights: Array, group_ids: Array, mask: Array
 ) -> jax.Array:
@@ -98,15 +125,8 @@ def _group_statistics(rewards, group_ids, mask):
     check_mask(mask, rewards)
     chex.assert_type(group_ids, int)
     chex.assert_equal_shape([group_ids, rewards])
-    group_ids, mask = jnp.asarray(group_ids), jnp.asarray(mask)
+    over_group = _over_group(group_ids, mask)
     rewards = jax.lax.stop_gradient(jnp.where(mask, rewards, 0.0))
-    same = group_ids[:, None] == everywhere(group_ids)[None, :]
-    same &= everywhere(mask.astype(jnp.int32))[None, :] > 0
-
-    # A sum, not a product of matrices, which accelerators would take in bfloat16.
-    def over_group(x, reduce=jnp.sum):
-        return reduce(jnp.where(same, everywhere(x)[None, :], 0.0), axis=1)
-
     size = over_group(jnp.ones_like(rewards))
     mean = over_group(rewards) / jnp.maximum(size, 1.0)
     centered = rewards - mean
@@ -114,6 +134,19 @@ def _group_statistics(rewards, group_ids, mask):
     noise = jnp.square(1e-6 * over_group(jnp.abs(rewards), jnp.max))
     signal = mask & (var > noise)
     return jnp.where(signal, centered, 0.0), jnp.sqrt(var), size
+
+
+def _over_group(group_ids, mask):
+    """A function: x [B] -> its sum over the counted rows of each row's group, [B]."""
+    group_ids, mask = jnp.asarray(group_ids), jnp.asarray(mask)
+    same = group_ids[:, None] == everywhere(group_ids)[None, :]
+    same &= everywhere(mask.astype(jnp.int32))[None, :] > 0
+
+    # A sum, not a product of matrices, which accelerators would take in bfloat16.
+    def over_group(x, reduce=jnp.sum):
+        return reduce(jnp.where(same, everywhere(x)[None, :], 0.0), axis=1)
+
+    return over_group
 
 
 def everywhere(x: jax.Array) -> jax.Array:

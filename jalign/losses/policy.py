@@ -44,7 +44,7 @@ def cispo_loss(
       logps: float32 [B, T], nats.
       old_logps: float32 [B, T], the same at rollout time; no gradient flows.
       advantages: float32 [B, T]; no gradient flows.
-      max_ratio: > 0; ScaleRL (arXiv:2510.13786) uses 5.
+      max_ratio: >= 1; ScaleRL (arXiv:2510.13786) uses 5.
       min_ratio: in [0, 1]; 0 is no bound, as in the paper's experiments.
 
     Returns: float32 [B, T]. Not reduced. log ρ is held to ±20.

@@ -153,6 +153,25 @@ def sppo_hard_loss(chosen: Array, rejected: Array, *, beta: Scalar) -> jax.Array
 
 
 @paired
+def dpop_loss(
+    chosen: Array, rejected: Array, *, beta: Scalar, penalty: Scalar = 50.0
+) -> jax.Array:
+    """-log σ(β [Δ - λ max(0, -ρ_w)]), one per pair: DPO-positive.
+
+    DPO, but a chosen completion that became less likely than under π_ref is paid for.
+
+    Args:
+      beta: β > 0.
+      penalty: λ >= 0, of each nat that the chosen completion lost; 0 is DPO.
+
+    Returns: float32 [B], nats; log 2 where π = π_ref. Not reduced.
+    Source: Pal et al. 2024, Smaug (arXiv:2402.13228); λ = 50 is theirs.
+    """
+    lost = jax.nn.relu(-chosen)
+    return smoothed_logistic(beta * (chosen - rejected - penalty * lost), 0.0)
+
+
+@paired
 def apo_zero_loss(chosen: Array, rejected: Array, *, beta: Scalar) -> jax.Array:
     """[1 - σ(βρ_w)] + σ(βρ_l), one per pair: chosen up, rejected down.
 

@@ -51,6 +51,10 @@ _CAPS = {
     "attention_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
+_GEMMA2_FILE = _GEMMA_FILE | {"num_key_value_heads": 4, "max_position_embeddings": 8192}
+_GEMMA2_FILE |= {"query_pre_attn_scalar": 256, "sliding_window": 4096}
+_GEMMA2_FILE |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA2_TRAITS = (traits.embed_sqrt, traits.query_scalar, rope(), traits.alternating(2))
 
 LLAMA_FAMILIES = {
     "llama": Family(
@@ -109,17 +113,20 @@ LLAMA_FAMILIES = {
         modules=_with(_GEMMA2),
         switches=_GEMMA | {"norm_place": "both"},
         keys=_CAPS,
-        defaults=_GEMMA_FILE
-        | {"num_key_value_heads": 4, "max_position_embeddings": 8192}
-        | {"query_pre_attn_scalar": 256, "sliding_window": 4096}
-        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        traits=(
-            traits.embed_sqrt,
-            traits.query_scalar,
-            rope(),
-            traits.alternating(2),
-        ),
+        defaults=_GEMMA2_FILE,
+        traits=_GEMMA2_TRAITS,
         fixed=_NO_BIAS | {"use_bidirectional_attention": False},
+    ),
+    # Google 2025 (arXiv:2510.15001).
+    "vaultgemma": Family(
+        "VaultGemma",
+        modules=_with({"mlp_norm": "pre_feedforward_layernorm"}),
+        switches=_GEMMA,
+        keys=_CAPS,
+        defaults=_GEMMA2_FILE,
+        traits=_GEMMA2_TRAITS,
+        fixed=_NO_BIAS,
+        score_prefix=None,
     ),
     # Gemma Team 2025 (arXiv:2503.19786).
     "gemma3_text": Family(
@@ -163,6 +170,26 @@ LLAMA_FAMILIES = {
         | {"original_max_position_embeddings": 4096},
         traits=(rope(part="partial_rotary_factor", kinds=("longrope",)), traits.window),
         fixed=_PLAIN | {"lm_head_bias": False},
+    ),
+    # Zhipu AI 2025, https://huggingface.co/zai-org/GLM-4-9B-0414.
+    "glm4": Family(
+        "Glm4",
+        modules=_with(
+            {"mlp/gate_up": "mlp.gate_up_proj"}
+            | {"attention_post_norm": "post_self_attn_layernorm"}
+            | {"mlp_post_norm": "post_mlp_layernorm"}
+        ),
+        switches={"norm_place": "both", "rotary_pairs": True, "gate_up_joined": True},
+        defaults=COMMON
+        | {"rms_norm_eps": 1.5625e-7, "num_key_value_heads": 2, "head_dim": 128}
+        | {"max_position_embeddings": 131072, "partial_rotary_factor": 0.5}
+        | {"attention_bias": True, "pad_token_id": 151329}
+        | {"eos_token_id": [151329, 151336, 151338]},
+        traits=(
+            rope(part="partial_rotary_factor"),
+            traits.switch("attention_bias", "qkv_bias"),
+        ),
+        fixed=_SILU,
     ),
     # OLMo Team 2024 (arXiv:2501.00656).
     "olmo2": Family(

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from jalign.data.columns import parse_columns
 from jalign.data.sources import Source
 from jalign.models.lora import LoraConfig
-from jalign.settings import Checked, check, check_bounds, nearest, number
+from jalign.settings import Checked, check, nearest, number
 from jalign.train.loss_spec import Term, parse_losses
-from jalign.train.loss_table import BOUNDS, REGISTRY
+from jalign.train.loss_table import REGISTRY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,13 +378,8 @@ class DPOConfig(OfflineConfig):
 
 
 def parse_terms(command: str, text: str, **flags: float | None) -> dict[str, Term]:
-    """The terms of a --loss, with options from flags or from the text in their BOUNDS.
+    """The terms of a command's --loss, with options from flags or from the text.
 
-    Raises: ValueError as parse_losses; for an option out of its bounds.
+    Raises: ValueError as parse_losses.
     """
-    terms = parse_losses(text, REGISTRY[command], flags)
-    for name, term in terms.items():
-        for option, bounds in BOUNDS[command].items():
-            value = term.settings.get(option)
-            check_bounds(option, value, bounds, f" (loss {name!r})")
-    return terms
+    return parse_losses(text, REGISTRY[command], flags)

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from jalign.settings import nearest
+from jalign.settings import check_bounds, nearest
 from jalign.terms import NUMBER, WEIGHT, parse_sum, weight_of
-from jalign.train.loss_table import Entry
+from jalign.train.loss_table import BOUNDS, Entry
 
 _PLUS = re.compile(r"\+")
 _VALUE = r"(?:[^,+\s]|(?<=[eE])\+)+"  # a plus ends it, but not the one in 1e+3
@@ -64,7 +64,8 @@ def parse_losses(
 
     Returns: name -> term, in their order.
 
-    Raises: ValueError that names the part it cannot use.
+    Raises: ValueError that names the part it cannot use, or the option that is out of
+      its bounds.
     """
     given = {k: v for k, v in (flags or {}).items() if v is not None}
 
@@ -109,7 +110,11 @@ def _term(match: re.Match, table: Mapping[str, Entry], given) -> Term:
     for key in sorted(known - options.keys() - entry.defaults.keys()):
         if parameters[key].default is inspect.Parameter.empty:
             raise ValueError(f"loss {name!r} needs {key}: {name}:{key}=NUMBER")
-    return Term(weight_of(match), name, entry, options)
+    term = Term(weight_of(match), name, entry, options)
+    for key, value in term.settings.items():
+        bounds = entry.bounds.get(key, BOUNDS.get(key, ()))
+        check_bounds(key, value, bounds, f" (loss {name!r})")
+    return term
 
 
 def option_names(function: Callable[..., Any]) -> set[str]:

@@ -27,8 +27,12 @@ from jalign.losses.checks import Array, Scalar
 from jalign.losses.group_advantages import (
     group_advantages,
     leave_one_out_advantages,
+    optimal_baseline_advantages,
 )
 from jalign.losses.logps import sequence_logps
+
+OF_GROUPS = ("rewards", "group_ids", "mask")
+"""What advantages read that compare the completions of a prompt, [B] each."""
 
 
 class Entry(NamedTuple):
@@ -41,7 +45,10 @@ class Entry(NamedTuple):
       defaults: scalars that the function itself leaves to the caller.
       whole_batch: it sorts or compares the rows of the whole batch, so that a
         micro-batch has another loss.
-      advantages: of a policy loss, (rewards [B], group_ids [B], mask [B]) -> [B].
+      bounds: of an option, where they are not those of BOUNDS.
+      advantages: of a policy loss, a completion's advantage, float32 [B].
+      advantage_inputs: names of its arrays: those of OF_GROUPS, or for one that reads
+        lengths "completion_mask", bool [B, T].
       reduction: of a policy loss, (loss [B, T], mask) -> (sum, count), for some also
         with a `length`.
     """
@@ -51,7 +58,9 @@ class Entry(NamedTuple):
     keywords: tuple[str, ...] = ()
     defaults: Mapping[str, float] = {}
     whole_batch: bool = False
+    bounds: Mapping[str, tuple[str, ...]] = {}
     advantages: Callable[..., Any] | None = None
+    advantage_inputs: tuple[str, ...] = OF_GROUPS
     reduction: Callable[..., Any] | None = None
 
 
@@ -77,7 +86,11 @@ def _of_whole_batch(function) -> Entry:
 
 
 _SFT = {
-    "sft": Entry(sft.cross_entropy, ("logits", "targets")),
+    "sft": Entry(
+        sft.cross_entropy,
+        ("logits", "targets"),
+        bounds={"label_smoothing": (">= 0", "< 1")},
+    ),
     "dft": Entry(sft.dft_loss, ("logps",)),
 }
 _REWARD = {
@@ -96,11 +109,14 @@ _PREFERENCE = {
     "ipo_sum": _with_reference(preference.ipo_loss),
     "hinge": _with_reference(preference.hinge_loss),
     "robust": _with_reference(preference.robust_dpo_loss, label_smoothing=0.0),
-    "exo_pair": _with_reference(preference.exo_pair_loss),
+    "exo_pair": _with_reference(preference.exo_pair_loss)._replace(
+        bounds={"label_smoothing": ("> 0", "< 0.5")}
+    ),
     "discopop": _with_reference(preference.discopop_loss),
     "nca_pair": _with_reference(preference.nca_pair_loss),
     "bco_pair": _with_reference(preference.bco_pair_loss),
     "sppo_hard": _with_reference(preference.sppo_hard_loss),
+    "dpop": _with_reference(preference.dpop_loss),
     "apo_zero": _with_reference(preference.apo_zero_loss),
     "apo_down": _with_reference(preference.apo_down_loss),
     "aot": _of_whole_batch(aot.aot_loss),
@@ -146,6 +162,9 @@ def _policy(function, inputs, reduction, advantages=_SCALED, **defaults) -> Entr
 
 _clipped = functools.partial(_policy, ppo.ppo_policy_loss, _TOKEN, **_CLIP)
 _gspo = functools.partial(_policy, sequence_policy.gspo_loss, _SEQUENCE, **_GSPO_CLIP)
+_reinforce = functools.partial(
+    _policy, policy.reinforce_loss, ("logps", "advantages"), reduce.token_mean
+)
 _GROUP = {
     "grpo": _clipped(reduce.sequence_mean),
     "dr_grpo": _clipped(reduce.fixed_length_mean, _CENTERED),
@@ -153,15 +172,18 @@ _GROUP = {
     "bnpo": _clipped(reduce.token_mean),
     "gspo": _gspo(reduce.sequence_mean),
     "luspo": _gspo(reduce.sequence_sum_mean),
-    "gmpo": _policy(sequence_policy.gmpo_loss, _SEQUENCE, reduce.sequence_mean),
+    "gmpo": _policy(
+        sequence_policy.gmpo_loss, _SEQUENCE, reduce.sequence_mean
+    )._replace(bounds={"clip_eps": ("> 0",)}),  # of the logarithm
     "cispo": _policy(policy.cispo_loss, _TOKEN, reduce.token_mean, max_ratio=5.0),
     "sapo": _policy(policy.sapo_loss, _TOKEN, reduce.sequence_mean),
     "vespo": _policy(sequence_policy.vespo_loss, _SEQUENCE, reduce.token_mean),
     "rloo": _policy(
         _rloo, _SEQUENCE, reduce.sequence_mean, leave_one_out_advantages, **_CLIP
     ),
-    "reinforce": _policy(
-        policy.reinforce_loss, ("logps", "advantages"), reduce.token_mean
+    "reinforce": _reinforce(),
+    "opo": _reinforce(optimal_baseline_advantages)._replace(
+        advantage_inputs=("rewards", "group_ids", "completion_mask")
     ),
 }
 REGISTRY: Mapping[str, Mapping[str, Entry]] = {
@@ -171,10 +193,25 @@ REGISTRY: Mapping[str, Mapping[str, Entry]] = {
     "grpo": _GROUP,
 }
 """Command -> name -> Entry."""
-BOUNDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "sft": {"label_smoothing": (">= 0", "< 1"), "z_loss": (">= 0",)},
-    "reward": {},
-    "dpo": {"beta": ("> 0",), "label_smoothing": (">= 0", "< 0.5")},
-    "grpo": {"clip_eps": ("> 0",), "clip_eps_high": ("> 0",)},
+BOUNDS: Mapping[str, tuple[str, ...]] = {
+    "alpha": (),  # any number
+    "beta": ("> 0",),
+    "clip_eps": ("> 0", "< 1"),  # ratios are positive
+    "clip_eps_high": ("> 0",),
+    "dual_clip": ("> 1",),
+    "gamma": (">= 0",),
+    "k_neg": ("> 0",),
+    "k_pos": ("> 0",),
+    "label_smoothing": (">= 0", "< 0.5"),
+    "lambda_neg": ("> 0",),
+    "lambda_pos": ("> 0",),
+    "max_ratio": (">= 1",),
+    "min_ratio": (">= 0", "<= 1"),
+    "penalty": (">= 0",),
+    "shift": (),
+    "tau": ("> 0", "< 1"),
+    "temperature_neg": ("> 0",),
+    "temperature_pos": ("> 0",),
+    "z_loss": (">= 0",),
 }
-"""Command -> option of its losses -> bounds, as `settings.number` takes them."""
+"""Option of a loss -> its bounds, as `settings.number` takes them."""

@@ -191,6 +191,8 @@ def make_dpo_objective(
             "rewards/margins": _mean(reward_chosen - reward_rejected, valid),
             "logps/chosen": _mean(inputs["chosen_logps"], valid),
             "logps/rejected": _mean(inputs["rejected_logps"], valid),
+            "lengths/chosen": _mean(inputs["chosen_lengths"], valid),
+            "lengths/rejected": _mean(inputs["rejected_lengths"], valid),
         }
         metrics |= {name: _mean(x, valid) for name, x in parts.items()}
         return Loss(*_mean(loss, valid), metrics)
@@ -205,7 +207,8 @@ def pair_inputs(
 
     Returns: {chosen,rejected}_logps, summed over the completion, and the same with
       ref_, average_ (over its tokens) and average_ref_ in front, float32, in nats;
-      `mask`, bool, False on filler.
+      {chosen,rejected}_lengths, float32, the completion's trained tokens; `mask`, bool,
+      False on filler.
     """
     trained = jnp.asarray(rows_of(batch).completion_mask, jnp.float32)
     inputs = {"mask": valid_pairs(batch)}
@@ -216,6 +219,7 @@ def pair_inputs(
         (batch.ref_chosen_logps, batch.ref_rejected_logps),
         strict=True,
     ):
+        inputs[f"{side}_lengths"] = length
         length = jnp.maximum(length, 1.0)
         inputs |= {
             f"{side}_logps": total,

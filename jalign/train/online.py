@@ -9,8 +9,8 @@ from jalign import data, models
 from jalign.pretrained import open_pretrained
 from jalign.settings import settings_or
 from jalign.sharding.context import length_multiple
-from jalign.train.algorithms import GRPO, PPO
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks
+from jalign.train.grpo import GRPO
 from jalign.train.inputs import (
     WEIGHTS,
     agree_before_loading,
@@ -22,6 +22,7 @@ from jalign.train.inputs import (
 from jalign.train.loop import row_namer
 from jalign.train.online_config import GRPOConfig, OnlineConfig, PPOConfig
 from jalign.train.online_models import OnlineModels, load_models, make_functions
+from jalign.train.ppo import PPO
 from jalign.train.recipe import measure_start, resumed, train_and_report
 from jalign.train.rollout import ROLLOUT_KL, evaluate_prompts
 from jalign.train.rows import load_run_rows

@@ -274,11 +274,6 @@ class GRPOOptions(OnlineOptions):
         super().__post_init__()
         terms, updates = self.terms(), self.updates_per_rollout
         for name, term in terms.items():
-            low = term.settings.get("clip_eps")
-            check(
-                name == "gmpo" or low is None or low < 1,  # gmpo's are of the logarithm
-                f"clip_eps must be < 1, got {low} (loss {name!r}): ratios are positive",
-            )
             check(
                 "old_logps" in term.entry.inputs or updates == 1,
                 f"loss {name!r} takes no notice of how far the policy has moved since "

@@ -155,7 +155,7 @@ def sampler_gaps(
       mask: bool [B, T].
 
     Returns: name -> (sum, count); of the two signed extremes (extreme, 1), inf where
-      no token is trained. `algorithms.update_extremes` gives them TRL's names.
+      no token is trained. `grpo.update_extremes` gives them TRL's names.
     """
     gaps = logps - sampler_logps
     one = jnp.float32(1.0)

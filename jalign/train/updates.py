@@ -1,6 +1,6 @@
 """One iteration of an online run: a rollout, then a few epochs of updates.
 
-PPO and GRPO are two `Algorithm`s (algorithms.py): what is learned, and how scored
+PPO and GRPO are two `Algorithm`s (ppo.py, grpo.py): what is learned, and how scored
 completions become a Rollout. All else is shared, and here.
 """
 

@@ -15,7 +15,6 @@ def _row_logps(logits, targets, consts):
 
 
 _PAIR = like("B", "chosen", "rejected")
-_DPO = like("B", "chosen", "rejected", "ref_chosen", "ref_rejected")
 _PPO = like("BT", "logps", "old_logps", "advantages")
 _KL = like("BT", "logps", "ref_logps")
 _X = like("BT", "x", "mask")
@@ -46,12 +45,6 @@ CASES = {
         scalars={"label_smoothing": 0.1, "z_loss": 1e-3},
         pad=7.0,
     ),
-    "dpo_loss": Case(
-        _DPO,
-        "B",
-        ("chosen", "rejected"),
-        scalars={"beta": 0.1, "label_smoothing": 0.1},
-    ),
     "entropy_from_logits": Case({"logits": "BTV"}, "BT", ("logits",), pad=7.0),
     "fixed_length_mean": Case(_X, "", ("x",), scalars={"length": 4.0}, reads_mask=True),
     "gae": Case(
@@ -76,12 +69,6 @@ CASES = {
     "masked_mean": Case(_X, "", ("x",), reads_mask=True),
     "masked_var": Case(_X, "", ("x",), reads_mask=True),
     "masked_whiten": Case(_X, "BT", ("x",), reads_mask=True),
-    "ppo_policy_loss": Case(
-        _PPO,
-        "BT",
-        ("logps",),
-        scalars={"clip_eps": 0.2, "clip_eps_high": 0.28, "dual_clip": 3.0},
-    ),
     "ppo_value_loss": Case(
         like("BT", "values", "old_values", "returns"),
         "BT",

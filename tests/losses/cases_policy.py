@@ -1,13 +1,14 @@
 """Cases of SFT, policy gradients, advantages, divergences and distillation."""
 
+import inspect
 from typing import Any
 
+from jalign import losses
+from jalign.train.loss_table import REGISTRY, Entry
 from tests.losses.case import Case, like
 
-_PPO = like("BT", "logps", "old_logps", "advantages")
 _SEQUENCE = like("BT", "logps", "old_logps", "advantages", "mask")
 _SAMPLER = like("BT", "old_logps", "sampler_logps")
-_GROUP = like("B", "rewards", "group_ids", "mask")
 _TOKEN_REWARDS = like("BT", "token_rewards", "mask")
 _BOTH_LOGITS = like("BTV", "logits", "ref_logits")
 _LOGITS_OPTIONS: dict[str, Any] = {"grads": ("logits",), "pad": 7.0}
@@ -20,8 +21,35 @@ _HEAD_OPTIONS: dict[str, Any] = {
 }
 _CLIP = {"clip_eps": 0.2, "clip_eps_high": 0.28}
 _BOUNDS = {"min_ratio": 0.5, "max_ratio": 2.0}
+_AXES = {"rewards": "B", "group_ids": "B", "mask": "B", "completion_mask": "BT"}
 
+
+def _policy(entry: Entry) -> Case:
+    parameters = inspect.signature(entry.function).parameters.values()
+    scalars = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    shared = {**_CLIP, **_BOUNDS, "dual_clip": 3.0}
+    given = {name: shared.get(name, value) for name, value in scalars.items()}
+    arrays = like("BT", *entry.inputs)
+    return Case(arrays, "BT", ("logps",), given, reads_mask="mask" in arrays)
+
+
+def _advantages(entry: Entry) -> Case:
+    axes = [(name, _AXES[name]) for name in entry.advantage_inputs]
+    args = {name.removeprefix("completion_"): axis for name, axis in axes}
+    return Case(args, "B", reads_mask=True)
+
+
+_OF_COMMAND = [
+    (function, case(entry))
+    for entry in REGISTRY["grpo"].values()
+    for function, case in ((entry.function, _policy), (entry.advantages, _advantages))
+]
 POLICY_CASES = {
+    function.__name__: case
+    for function, case in _OF_COMMAND
+    if getattr(losses, getattr(function, "__name__", ""), None) is function
+}
+POLICY_CASES |= {
     "accuracy_from_logits": Case({"logits": "BTV", "targets": "BT"}, "BT", pad=7.0),
     "apa_loss": Case(
         like("BT", "logps", "ref_logps", "advantages"),
@@ -29,7 +57,6 @@ POLICY_CASES = {
         ("logps",),
         scalars={"beta": 0.5},
     ),
-    "cispo_loss": Case(_PPO, "BT", ("logps",), scalars=_BOUNDS),
     "dft_loss": Case(like("BT", "logps"), "BT", ("logps",)),
     "forward_kl_from_logits": Case(
         _BOTH_LOGITS, "BT", scalars={"temperature": 0.9}, **_LOGITS_OPTIONS
@@ -39,11 +66,6 @@ POLICY_CASES = {
         "B",
         reads_mask=True,
     ),
-    "gmpo_loss": Case(
-        _SEQUENCE, "BT", ("logps",), scalars={"clip_eps": 0.4}, reads_mask=True
-    ),
-    "group_advantages": Case(_GROUP, "B", reads_mask=True),
-    "gspo_loss": Case(_SEQUENCE, "BT", ("logps",), scalars=_CLIP, reads_mask=True),
     "gspo_token_loss": Case(
         _SEQUENCE, "BT", ("logps",), scalars=_CLIP, reads_mask=True
     ),
@@ -56,7 +78,6 @@ POLICY_CASES = {
     "kl_from_logits": Case(
         _BOTH_LOGITS, "BT", scalars={"temperature": 0.9}, **_LOGITS_OPTIONS
     ),
-    "leave_one_out_advantages": Case(_GROUP, "B", reads_mask=True),
     "masked_importance_weights": Case(_SAMPLER, "BT", scalars=_BOUNDS),
     "mean_returns_to_go": Case(
         _TOKEN_REWARDS, "BT", scalars={"gamma": 0.9}, reads_mask=True
@@ -67,7 +88,6 @@ POLICY_CASES = {
         scalars={"threshold": 0.1},
         reads_mask=True,
     ),
-    "reinforce_loss": Case(like("BT", "logps", "advantages"), "BT", ("logps",)),
     "reinforce_plus_plus_advantages": Case(
         _TOKEN_REWARDS, "BT", scalars={"gamma": 0.9}, reads_mask=True
     ),
@@ -84,12 +104,6 @@ POLICY_CASES = {
         "B",
         ("logps",),
         scalars=_CLIP,
-    ),
-    "sapo_loss": Case(
-        _PPO,
-        "BT",
-        ("logps",),
-        scalars={"temperature_pos": 1.0, "temperature_neg": 1.05},
     ),
     "sequence_masked_importance_weights": Case(
         {**_SAMPLER, "mask": "BT"}, "BT", scalars=_BOUNDS, reads_mask=True
@@ -114,5 +128,4 @@ POLICY_CASES = {
     ),
     "token_kl": Case(_BOTH_HEADS, "BT", scalars={"chunk_size": 16}, **_HEAD_OPTIONS),
     "truncated_importance_weights": Case(_SAMPLER, "BT", scalars=_BOUNDS),
-    "vespo_loss": Case(_SEQUENCE, "BT", ("logps",), reads_mask=True),
 }

@@ -1,11 +1,11 @@
 """Cases of the property tests: reward models and preference losses."""
 
-from typing import Any
+import inspect
 
+from jalign.train.loss_table import REGISTRY, Entry
 from tests.losses.case import Case, like
 
 _SIDES = ("chosen", "rejected")
-_PAIR = like("B", *_SIDES)
 _REFERENCED = like("B", *_SIDES, "ref_chosen", "ref_rejected")
 _BETA = {"beta": 0.3}
 _SMOOTHED = {**_BETA, "label_smoothing": 0.1}
@@ -14,25 +14,29 @@ _SCORE = Case(like("B", "logps", "ref_logps"), "B", ("logps",))
 _RANKING = Case(like("BT", "rewards", "mask"), "B", ("rewards",), reads_mask=True)
 
 
-def _pair(scalars: dict[str, Any]) -> Case:
-    return Case(_REFERENCED, "B", _SIDES, scalars)
-
-
-def _free(scalars: dict[str, Any]) -> Case:
-    return Case(_PAIR, "B", _SIDES, scalars)
+def _of_pairs(entry: Entry) -> Case:
+    """With the function's own scalars, the shared ones as above."""
+    parameters = inspect.signature(entry.function).parameters.values()
+    scalars = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    shared = {**_SMOOTHED, "shift": 0.2, "alpha": 0.25}
+    given = {name: shared.get(name, value) for name, value in scalars.items()}
+    arrays = like("B", *list(_REFERENCED)[: len(entry.inputs)])
+    return Case(arrays, "B", _SIDES, given)
 
 
 PREFERENCE_CASES = {
+    entry.function.__name__: _of_pairs(entry)
+    for entry in REGISTRY["dpo"].values()
+    if len(entry.inputs) in (2, 4)  # without or with a reference
+}
+PREFERENCE_CASES |= {
     "alpha_score": _SCORE._replace(scalars={"alpha": 0.3}),
-    "alphapo_loss": _free({**_SMOOTHED, "alpha": 0.25, "gamma": 0.5}),
     "aot_loss": Case(
         _REFERENCED | like("B", "mask"), "B", _SIDES, _SMOOTHED, reads_mask=True
     ),
     "aot_unpaired_loss": Case(
         _REFERENCED | like("B", "mask"), "B", _SIDES, _SMOOTHED, reads_mask=True
     ),
-    "apo_down_loss": _pair(_BETA),
-    "apo_zero_loss": _pair(_BETA),
     "attribute_regression_loss": Case(
         like("BT", "scores", "ratings"), "BT", ("scores",)
     ),
@@ -40,7 +44,6 @@ PREFERENCE_CASES = {
         like("BT", "logps", "mask"), "B", ("logps",), reads_mask=True
     ),
     "bco_loss": Case(_UNPAIRED, "B", ("logps",), {**_BETA, "shift": 0.2}),
-    "bco_pair_loss": _pair({**_BETA, "shift": 0.2}),
     "bco_shift_update": Case(
         {"shift": "", "count": "", "rewards": "B", "mask": "B"},
         "",
@@ -50,12 +53,7 @@ PREFERENCE_CASES = {
     "collision_entropy_from_logits": Case(
         {"logits": "BTV"}, "BT", ("logits",), pad=7.0
     ),
-    "cpo_loss": _free(_SMOOTHED),
-    "discopop_loss": _pair({**_BETA, "tau": 0.05}),
-    "exo_pair_loss": _pair(_SMOOTHED),
     "forward_kl_score": _SCORE,
-    "hinge_loss": _pair(_BETA),
-    "ipo_loss": _pair(_BETA),
     "js_score": _SCORE,
     "kto_kl": Case(like("B", "logps", "ref_logps", "mask"), "", reads_mask=True),
     "kto_loss": Case(
@@ -76,15 +74,10 @@ PREFERENCE_CASES = {
     "nash_md_loss": Case(
         like("B", "logps", "ref_logps", "win_probs"), "B", ("logps",), _BETA
     ),
-    "nca_pair_loss": _pair(_BETA),
-    "orpo_loss": _free({}),
     "pairwise_ranking_loss": _RANKING,
     "plackett_luce_loss": _RANKING,
     "process_reward_loss": Case(like("BT", "logits", "labels"), "BT", ("logits",)),
     "reverse_kl_score": _SCORE,
-    "robust_dpo_loss": _pair(_SMOOTHED),
-    "simpo_loss": _free({**_SMOOTHED, "gamma": 0.5}),
-    "sppo_hard_loss": _pair(_BETA),
     "tpo_loss": Case(
         like("B", *_SIDES, "gold"),
         "B",

@@ -46,6 +46,11 @@ def apo_down(w, l):
     return sigmoid(BETA * w) + 1 - sigmoid(BETA * (w - l))
 
 
+@with_ratios
+def dpop(w, l):
+    return -log_sigmoid(BETA * (w - l - 0.7 * np.maximum(0, -w)))
+
+
 CASES = [
     (partial(losses.nca_pair_loss, beta=BETA), nca),
     (partial(losses.bco_pair_loss, beta=BETA), bco),
@@ -58,6 +63,25 @@ CASES = [
 
 def test_losses_of_each_side_match_float64_closed_forms():
     assert_all_match(CASES, LOGPS)
+
+
+def test_dpop_matches_its_float64_closed_form_where_it_is_smooth():
+    """Its kink is at log π/π_ref = 0, where the first pair lies."""
+    loss = partial(losses.dpop_loss, beta=BETA, penalty=0.7)
+    assert_all_match([(loss, dpop)], LOGPS[:, 1:])
+
+
+def test_dpop_is_dpo_at_and_above_the_reference():
+    """Value and gradient: at the start of a run all pairs lie at the kink."""
+    c, r, ref_c, ref_r = np.float32([[-9, -4], [-7, -6], [-9, -5], [-7, -6]])
+
+    def loss(function):
+        return jax.vjp(lambda *x: function(*x, ref_c, ref_r, beta=BETA), c, r)
+
+    (got, got_vjp), (want, want_vjp) = map(loss, (losses.dpop_loss, losses.dpo_loss))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    ones = np.ones(2, np.float32)
+    np.testing.assert_allclose(got_vjp(ones), want_vjp(ones), rtol=1e-6)
 
 
 def test_without_a_reference_any_scores_may_be_taken():

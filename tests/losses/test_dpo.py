@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from jalign import losses
 from jalign.losses import dpo_loss, implicit_rewards
+from jalign.train.loss_table import REGISTRY
 from tests.losses.oracle import assert_matches
 
 # One column a pair: π = π_ref, an ordinary one, one whose naive exp overflows.
@@ -63,14 +63,16 @@ def test_rejects_anything_but_four_equal_float32_vectors(bad):
         dpo_loss(*bad, beta=0.1)
 
 
-@pytest.mark.parametrize(
-    "name",
-    "dpo hinge ipo robust_dpo exo_pair discopop nca_pair bco_pair sppo_hard apo_zero "
-    "apo_down".split(),
-)
-def test_the_help_of_a_loss_of_pairs_is_complete(name):
+OF_PAIRS = {
+    e.function.__name__: e.function
+    for e in REGISTRY["dpo"].values()
+    if len(e.inputs) == 4
+}
+
+
+@pytest.mark.parametrize("loss", OF_PAIRS.values(), ids=OF_PAIRS)
+def test_the_help_of_a_loss_of_pairs_is_complete(loss):
     """`paired` writes what all of them share, and keeps what is the formula's own."""
-    loss = getattr(losses, f"{name}_loss")
     parameters = list(inspect.signature(loss).parameters)
     assert parameters[:5] == [
         "chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps",

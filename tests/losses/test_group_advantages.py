@@ -7,6 +7,7 @@ from jalign.losses import (
     gdpo_advantages,
     group_advantages,
     leave_one_out_advantages,
+    optimal_baseline_advantages,
 )
 
 # Three rows of group 7, one filler of it; two of group -1; a group of one; filler.
@@ -46,12 +47,34 @@ def test_leave_one_out_is_the_reward_less_the_mean_of_the_others():
     np.testing.assert_allclose(got, by_group(others), rtol=1e-5, atol=1e-6)
 
 
+LENGTHS = np.array([2, 3, 1, 0, 2, 1, 4, 0])  # 0 where MASK is False
+TOKENS = np.arange(4) < LENGTHS[:, None]
+TOKENS[0] = [0, 1, 0, 1]  # lengths count tokens, wherever they stand
+
+
+def test_the_optimal_baseline_is_the_mean_weighted_by_length():
+    want = np.zeros(8)
+    for group in (7, -1):
+        rows = np.flatnonzero((IDS == group) & MASK)
+        r, l = REWARDS[rows].astype("f8"), LENGTHS[rows]
+        want[rows] = r - (l * r).sum() / l.sum()
+    got = optimal_baseline_advantages(REWARDS, IDS, TOKENS)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert np.count_nonzero(want) == 5
+    alike = np.ones((8, 3), bool) & MASK[:, None]
+    got = optimal_baseline_advantages(REWARDS, IDS, alike)
+    want = group_advantages(REWARDS, IDS, MASK, scale_by_std=False)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-25, 0.1, 1.0, 1e4 / 3])
 def test_equal_rewards_give_exactly_zero(value):
     rewards = np.full(21, value, "f4")
     ids, mask = np.zeros(21, "i4"), np.ones(21, bool)
     for function in (group_advantages, leave_one_out_advantages):
         assert not np.any(function(rewards, ids, mask))
+    tokens = np.arange(21) <= np.arange(21)[:, None]
+    assert not np.any(optimal_baseline_advantages(rewards, ids, tokens))
 
 
 def test_rewards_that_differ_beside_a_large_mean_still_count():
@@ -64,6 +87,7 @@ def test_nothing_counted_is_zero():
     mask = np.zeros(8, bool)
     assert not np.any(group_advantages(REWARDS, IDS, mask))
     assert not np.any(leave_one_out_advantages(REWARDS, IDS, mask))
+    assert not np.any(optimal_baseline_advantages(REWARDS, IDS, TOKENS & False))
     both = np.stack([REWARDS] * 2, 1), np.float32([1, 1])
     assert not np.any(gdpo_advantages(*both, IDS, np.zeros((8, 2), bool)))
 

@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from jalign.models import Model, ModelConfig, RopeScaling
 from jalign.models.config import Experts, LayerKind
+from jalign.models.hf_config import config_from_hf
 
 SIZES = dict(
     vocab_size=48,
@@ -105,6 +109,21 @@ FAMILY_CONFIGS = {
     name: ModelConfig(**{"family": name.removesuffix("_rw")} | fields)
     for name, fields in _FAMILIES.items()
 }
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+
+def golden_file(path: Path) -> dict[str, Any]:
+    """The config.json of a file of scripts/make_model_golden.py."""
+    return json.loads(str(np.load(path)["config"]))
+
+
+# Of a family without a row above, what its golden file says.
+_READ = [config_from_hf(golden_file(path)) for path in GOLDEN]
+FAMILY_CONFIGS = {
+    config.family: config
+    for config in _READ
+    if config.family not in {known.family for known in CONFIGS.values()}
+} | FAMILY_CONFIGS
 
 
 @functools.cache

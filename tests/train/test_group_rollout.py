@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jalign.train.algorithms import (
+from jalign.train.grpo import (
     estimate_group_advantages,
     group_metrics,
     make_group_rollout,
@@ -14,6 +14,8 @@ from jalign.types import TokenBatch
 
 SCORES = np.float32([1, 0, 0, 3, 2, 2, 2, 2, -1, 5, 0.5, 0])  # three groups of four
 GROUPS = SCORES.astype(np.float64).reshape(3, 4)
+LENGTHS = np.array([[1, 2, 3, 4], [5, 1, 1, 1], [3, 1, 4, 1]])
+TOKENS = np.arange(5) < LENGTHS.reshape(-1, 1)
 
 
 def options(**changes):
@@ -42,10 +44,15 @@ def centered():
             {"loss": "rloo"},
             lambda: GROUPS - (GROUPS.sum(1, keepdims=True) - GROUPS) / 3,
         ),
+        (
+            {"loss": "opo"},
+            lambda: GROUPS - np.average(GROUPS, 1, LENGTHS, keepdims=True),
+        ),
+        ({"loss": "opo", "scale_rewards": "none"}, centered),
     ],
 )
 def test_advantages_are_those_of_numpy(changes, expected):
-    got = estimate_group_advantages(SCORES, options(**changes))
+    got = estimate_group_advantages(SCORES, TOKENS, options(**changes))
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected().reshape(-1), rtol=1e-5, atol=1e-6)
     assert not got[4:8].any()  # a group that agrees teaches nothing
@@ -73,7 +80,7 @@ def test_a_rollout_holds_the_advantage_at_each_token():
     scored = scored_case()
     rollout = make_group_rollout(scored, SCORES, 0.0, options())
     mask = scored.batch.completion_mask
-    want = estimate_group_advantages(SCORES, options())[:, None] * mask
+    want = estimate_group_advantages(SCORES, mask, options())[:, None] * mask
     np.testing.assert_array_equal(rollout.advantages, want)
     assert rollout.old_logps is scored.logps
     assert rollout.sampler_logps is scored.sampler_logps
@@ -87,8 +94,13 @@ def test_truncated_completions_are_judged_but_not_trained():
     np.testing.assert_array_equal(rollout.completion_mask, kept)
     # They are still attended to, and the others' advantages are what they were.
     np.testing.assert_array_equal(rollout.segment_ids, scored.batch.segment_ids)
-    full = make_group_rollout(scored, SCORES, 0.0, options())
-    np.testing.assert_array_equal(rollout.advantages[kept], full.advantages[kept])
+    for loss in ("dapo", "opo"):  # whose baseline counts the tokens of all
+        how = {"loss": loss}
+        full = make_group_rollout(scored, SCORES, 0.0, options(**how))
+        rollout = make_group_rollout(
+            scored, SCORES, 0.0, options(mask_truncated=True, **how)
+        )
+        np.testing.assert_array_equal(rollout.advantages[kept], full.advantages[kept])
 
 
 def test_metrics_have_trls_names():

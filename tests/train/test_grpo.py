@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jalign import sharding
-from jalign.train.algorithms import GRPO, make_group_rollout
 from jalign.train.config import ComputeOptions
+from jalign.train.grpo import GRPO, make_group_rollout
 from jalign.train.online_models import make_functions
 from jalign.train.optim import OptimConfig
 from jalign.train.rollout import sample_and_score

@@ -49,7 +49,7 @@ def test_flags_are_options_of_the_losses_that_have_them():
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
-        ("dop", {}, "'dop' is not one of .*did you mean 'dpo'"),
+        ("hing", {}, "'hing' is not one of .*did you mean 'hinge'"),
         ("kto", {}, "'kto' is not one of"),
         ("dpo:gamma=1", {}, "no option 'gamma'; it has: beta, label_smoothing"),
         ("dpo:beta=big", {}, "dpo:beta='big' is not a number"),

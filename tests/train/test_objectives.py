@@ -1,8 +1,10 @@
 """Each objective is its loss function, masked and summed."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jalign import forward, losses
 from jalign.train import objectives
@@ -46,6 +48,9 @@ def test_dpo_starts_at_log_two(language_model):
     np.testing.assert_allclose(ratio(loss.metrics["rewards/margins"]), 3, rtol=1e-3)
     np.testing.assert_allclose(ratio(loss.metrics["logps/chosen"]), chosen.mean(), 1e-4)
     assert ratio(loss.metrics["rewards/accuracies"]) == 1
+    trained = batch.rows.completion_mask.sum(-1).mean(0)  # a row a side, chosen first
+    for side, length in zip(SIDES, trained, strict=True):
+        assert ratio(loss.metrics[f"lengths/{side}"]) == length
     np.testing.assert_allclose(loss.sum / loss.count, np.log1p(np.exp(-3.0)), rtol=1e-3)
 
 
@@ -114,3 +119,18 @@ def test_dft_is_summed_with_cross_entropy(language_model):
     dft = np.where(batch.completion_mask, losses.dft_loss(logps), 0).sum()
     np.testing.assert_allclose(loss.sum, -np.sum(logps) + 2 * dft, rtol=1e-5)
     np.testing.assert_allclose(loss.metrics["loss/dft"][0], 2 * dft, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_filler_changes_neither_loss_nor_metrics(kind, language_model, scored_model):
+    """A row more that holds no document, and whatever lies at its places."""
+    model, params = scored_model if kind == "reward" else language_model
+    batch = tiny.token_batch(4) if kind == "sft" else tiny.pair_batch(4)
+    more = jax.tree.map(lambda x: np.concatenate([x, np.full_like(x[:1], 3)]), batch)
+    rows = more if kind == "sft" else more.rows
+    for mask in (rows.segment_ids, rows.completion_mask):
+        mask[-1] = 0
+    objective = getattr(objectives, f"make_{kind}_objective")(model)
+    want, got = (objective(params, x, KEY) for x in (batch, more))
+    assert float(got.count) == float(want.count)
+    chex.assert_trees_all_close(got, want, rtol=1e-5)

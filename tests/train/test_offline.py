@@ -53,6 +53,7 @@ def test_recipe_end_to_end(kind, real_data, tmp_path):
     assert [row["step"] for row in found] == [1, 2, 3]
     assert found[-1]["learning_rate"] < found[0]["learning_rate"]
     assert (out / "report.html").is_file()
+    assert not tiny.unexplained(out)
     model, params = models.load(out / "model")
     assert model.config.num_labels == (kind == "reward")
     data.load_tokenizer(out / "model")

@@ -15,6 +15,7 @@ from jalign.train import online, recipe, updates
 from jalign.train.online_config import CriticConfig, KLConfig
 from jalign.train.stop import Preempted
 from tests.sharding import processes
+from tests.train import tiny
 from tests.train.grpo_world import make_grpo_config
 from tests.train.ppo_world import make_config, share_of_a, write_world
 from tests.train.test_stop import stop_in
@@ -67,6 +68,7 @@ def test_a_run_leaves_models_metrics_and_a_report(finished):
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
     assert rows(out)[0]["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
     assert "PPO" in (out / "report.html").read_text(encoding="utf-8")
+    assert not tiny.unexplained(out)
     policy, critic = models.load(out / "model")[0], models.load(out / "critic")[0]
     assert (policy.config.num_labels, critic.config.num_labels) == (0, 1)
 
@@ -267,6 +269,7 @@ def finished_groups(world, tmp_path_factory):
 def test_a_grpo_run_leaves_a_model_metrics_and_a_report(finished_groups):
     out, summary = finished_groups
     assert {"eval_reward", "iterations", "eval_rewards/words"} <= summary.keys()
+    assert not tiny.unexplained(out)
     assert {"eval_rewards/mean", "eval_rewards/mean/member_std"} <= summary.keys()
     assert not {"eval_kl", "kl_coef"} & summary.keys()
     found = rows(out)

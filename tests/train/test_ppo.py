@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jalign import sharding
-from jalign.train.algorithms import PPO
 from jalign.train.online_config import CriticConfig, KLConfig
 from jalign.train.online_models import make_functions
 from jalign.train.optim import OptimConfig
+from jalign.train.ppo import PPO
 from jalign.train.updates import iterate, make_trainers, next_kl_coef, start_state
 from tests.train.ppo_world import SHARED, make_config, make_models, make_prompts
 

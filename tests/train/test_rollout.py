@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jalign.train.algorithms import estimate_advantages, make_rollout, rollout_metrics
 from jalign.train.online_config import PPOOptions, ScoreOptions
+from jalign.train.ppo import estimate_advantages, make_rollout, rollout_metrics
 from jalign.train.rollout import (
     GOLD,
     RolloutFunctions,

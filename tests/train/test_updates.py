@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from jalign.train.algorithms import PPO
+from jalign.train.ppo import PPO
 from jalign.train.updates import (
     loop_metrics,
     minibatches,

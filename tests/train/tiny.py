@@ -1,11 +1,14 @@
 """A tiny model, tokenizer-free batches and hand-made optimizers for these tests."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from jalign import data
+from jalign import data, figures
+from jalign.figures.notes import note_of
 from jalign.models import Model, ModelConfig
 
 VOCAB = 40
@@ -73,3 +76,11 @@ def same(a, b) -> bool:
 def ratio(pair):
     """A metric's (sum, count) as the number a reader sees."""
     return float(pair[0] / pair[1])
+
+
+def unexplained(out: Path) -> list[str]:
+    """The figures of a run's metrics on which figures/notes.py has no word."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    curves = figures.curves_of([json.loads(line) for line in lines])
+    names = [figure.name for figure in figures.merge_related(curves)]
+    return [name for name in names if not note_of(name).sentence]
