@@ -25,6 +25,18 @@ def test_minus_one_takes_what_is_left(free):
     assert dict(sharding.make_mesh(**sizes).shape)[free] == 2
 
 
+def test_axes_of_a_torus_are_split_where_they_have_to_be(monkeypatch):
+    """As 8 x 8 of 4 x 4 x 4 chips; jax.make_mesh refuses those."""
+
+    def refuse(*_, **__):
+        raise NotImplementedError
+
+    want = sharding.make_mesh(fsdp=2, context=4)
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    got = sharding.make_mesh(fsdp=2, context=4)
+    assert got.shape == want.shape and got.axis_types == want.axis_types
+
+
 def test_devices_can_be_chosen():
     assert sharding.make_mesh(devices=jax.devices()[:2]).size == 2
 
