@@ -118,7 +118,7 @@ def roofline(
         *busy,
         Part("optimizer", 2 * written / chip.hbm, "reads and writes its state"),
         Part("collectives, not hidden", left, "of fsdp and data"),
-        Part("collectives of tensor, context", seen, "nothing hides them"),
+        Part("collectives of tensor", seen, "and context: nothing hides them"),
     ]
     words = [
         f"products at {share:.0%} and attention at {KERNELS:.0%} of "
