@@ -105,9 +105,9 @@ def test_routes_are_noted_within_the_block_alone():
 
 def test_rows_are_laid_behind_each_other_on_one_device_alone():
     mesh, x = sharding.make_mesh(fsdp=8), np.arange(24.0).reshape(2, 3, 4)
-    rows = forward.in_one_row(tiny.model(), {"x": x})["x"]
+    rows = forward.rows_apart(tiny.model(), {"x": x})["x"]
     np.testing.assert_array_equal(rows, x.reshape(1, 6, 4))
-    assert forward.in_one_row(tiny.model(mesh), x) is x
+    np.testing.assert_array_equal(forward.rows_apart(tiny.model(mesh), x), x)
 
 
 def alone(pairs):
