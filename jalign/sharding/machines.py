@@ -123,7 +123,7 @@ def machine(topology: str | None = None) -> Machine:
     Raises: ValueError listing the known kinds.
     """
     if topology is None:
-        device, count = jax.devices()[0], len(jax.devices())
+        device, count = jax.local_devices()[0], len(jax.devices())
         stats = device.memory_stats() or {}
         at = [getattr(d, "coords", (n,)) for n, d in enumerate(jax.devices())]
         sides = tuple(1 + max(side) - min(side) for side in zip(*at, strict=True))
