@@ -33,7 +33,7 @@ CONCERNED = {
     "data/batching": "data/test_batching data/test_packing data/test_layout"
     " data/test_loader",
     "forward": "test_forward models/test_heads models/test_routing"
-    " train/test_objectives",
+    " train/test_router_loss train/test_objectives",
     "losses/router": "models/test_routing",
     "models/heads": "models/test_heads models/test_model",
     "models/hf_rope": "models/test_hf_config models/test_families"

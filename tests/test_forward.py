@@ -69,6 +69,7 @@ def test_one_pass_gives_log_probs_and_values():
     np.testing.assert_array_equal(logps, expected)
     np.testing.assert_array_equal(values, forward.token_values(model, params, batch))
     assert np.any(np.asarray(values) != 0)
+    assert not np.any(np.asarray(values)[~np.asarray(batch.completion_mask)])
     stats = forward.token_stats(model, params, batch, temperature=0.7)
     np.testing.assert_array_equal(stats.values, values)
     # The temperature is 1 where none is given.

@@ -122,3 +122,9 @@ def test_gdpo_refuses_a_mask_of_other_rewards():
     for mask in (np.ones((8, 3), bool), np.ones((8, 2), "f4"), MASK):
         with pytest.raises(AssertionError):
             gdpo_advantages(both, weights, IDS, mask)
+
+
+def test_an_optimal_baseline_refuses_a_mask_that_has_no_tokens():
+    for mask in (MASK, np.ones((8, 2), "f4")):
+        with pytest.raises(AssertionError):
+            optimal_baseline_advantages(REWARDS, IDS, mask)

@@ -113,3 +113,14 @@ def test_bfloat16_hidden_states_keep_a_float32_gradient_of_the_unembedding():
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
     want = sum(np.vdot(np.float32(g), v) for g, v in zip(grads, ALONG, strict=True))
     np.testing.assert_allclose(moved, want, rtol=0.03)
+
+
+def test_a_part_of_the_inputs_may_move_alone():
+    def f(a, b):
+        apart = lambda s, x: s * (x[0] + 2 * x[1])  # noqa: E731
+        back = lambda s, y: (s * y, 2 * s * y)  # noqa: E731
+        return with_transpose(apart, back, 3.0, (a, b))
+
+    assert jax.jvp(lambda a: f(a, 5.0), (1.0,), (1.0,)) == (33.0, 3.0)
+    assert jax.jvp(lambda b: f(1.0, b), (5.0,), (1.0,)) == (33.0, 6.0)
+    assert jax.grad(f, 1)(1.0, 5.0) == 6.0
