@@ -73,30 +73,17 @@ def generate(
       ValueError: an argument out of range, naming it, or a bad prompt, naming its row.
       FloatingPointError: the model's logits were NaN or infinite, naming the rows.
     """
-    check_settings(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        group_size=group_size,
-    )
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_settings(max_new_tokens=max_new_tokens, group_size=group_size, **sampling)
     check_tokens("stop_tokens", stop_tokens, model.config.vocab_size)
     check_prompts(prompts, model.config, max_new_tokens)
     rows = max(len(prompts), pad_to[0]) * group_size
     longest = max(pad_to[1], *map(len, prompts))
     model, laid_out = model.on_decoding_mesh(params, rows, longest + max_new_tokens)
+    size = {"max_new_tokens": max_new_tokens, "group_size": group_size}
+    more = {"pad_to": pad_to, "stop_tokens": stop_tokens}
     return _generate(
-        model,
-        laid_out(params),
-        prompts,
-        key=key,
-        max_new_tokens=max_new_tokens,
-        group_size=group_size,
-        pad_to=pad_to,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=stop_tokens,
+        model, laid_out(params), prompts, key=key, **size, **more, **sampling
     )
 
 
@@ -107,12 +94,10 @@ def _generate(
     *,
     key: jax.Array,
     max_new_tokens: int,
+    pad_to: tuple[int, int],
+    stop_tokens: Sequence[int],
     group_size: int = 1,
-    pad_to: tuple[int, int] = (1, 1),
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_tokens: Sequence[int] = (),
+    **sampling: Any,
 ) -> Completion:
     """`generate` with the model on its decoding mesh, and parameters laid out on it."""
     asked, padded = len(prompts) * group_size, max(len(prompts), pad_to[0])
@@ -121,7 +106,7 @@ def _generate(
     tokens, lengths = pad_prompts(prompts, total, pad_to[1])
     keys = row_keys(key, asked, total * group_size)
     stops = np.asarray(stop_tokens, np.int32).reshape(-1)
-    draw, scalars = sampler_for(temperature, top_k, top_p)
+    draw, scalars = sampler_for(**sampling)
     completion, bad = complete(
         params,
         place((tokens, lengths, keys), model.mesh),

@@ -123,7 +123,7 @@ def sample_filtered(
 
 
 def sampler_for(
-    temperature: float, top_k: int, top_p: float
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Callable, dict[str, Any]]:
     """(sampler of logits and random numbers, the scalars that it takes, as arrays).
 
