@@ -146,6 +146,8 @@ class Block(nn.Module):
         x, memory = carry
         if self.kind is not None:
             layer = layer._replace(kind=self.kind)
+        elif memory is None:
+            how = how.of_layer(layer.number)
 
         def attention(y):
             nonlocal memory

@@ -24,6 +24,7 @@ class How(NamedTuple):
       dtype: of activations and matmul inputs.
       attention: an implementation of attention.attend.
       platform: what is best where it runs.
+      one: float32 [], 1, in a loop over layers; see `of_layer`.
     """
 
     config: ModelConfig
@@ -31,9 +32,24 @@ class How(NamedTuple):
     dtype: DTypeLike = jnp.float32
     attention: str = "plain"
     platform: Platform = PLAIN
+    one: jax.Array | None = None
 
     def constrain(self, x: jax.Array, *logical_axes: str | None) -> jax.Array:
         return sharding.constrain(x, self.mesh, *logical_axes)
+
+    def of_layer(self, number: Any) -> "How":
+        """In a loop over layers, where the platform casts kernels layer by layer.
+
+        The compiler moves out of a loop what depends on all layers' kernels and not on
+        the layer. Times a 1 that follows from the layer's number, it stays.
+        """
+        if not self.platform.casts_in_loop:
+            return self
+        return self._replace(one=(jnp.asarray(number) >= 0).astype(jnp.float32))
+
+    def own(self, kernel: jax.Array) -> jax.Array:
+        """The same kernel, of this layer alone."""
+        return kernel if self.one is None else kernel * self.one
 
     def norm(self, name: str) -> RMSNorm | LayerNorm:
         c = self.config
@@ -54,7 +70,7 @@ class How(NamedTuple):
         shape: tuple[int, ...],
         bias_shape: tuple[int, ...] | None = None,
     ) -> Projection:
-        how = self.dtype, self.platform, self.mesh
+        how = self.dtype, self.platform, self.mesh, self.own
         return Projection(equation, shape, bias_shape, *how, name=name)
 
 

@@ -6,7 +6,7 @@ compute in float32.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -40,6 +40,7 @@ class Projection(nn.Module):
     dtype: DTypeLike = jnp.float32
     platform: Platform = PLAIN
     mesh: Mesh | None = None
+    own: Callable[[jax.Array], jax.Array] = lambda kernel: kernel  # of How
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,7 +61,7 @@ class Projection(nn.Module):
         kernel = self.param("kernel", kernel_init, self.shape, jnp.float32)
         most = self.platform.reduced_in_one
         einsum = sharding.staged(self.platform.einsum, self.mesh, most)
-        return einsum(self.equation, x, kernel.astype(self.dtype))
+        return einsum(self.equation, x, self.own(kernel).astype(self.dtype))
 
     def _adapted(self, x: jax.Array) -> jax.Array:
         """With s (x A) B added in float32; x there with dropout where asked for."""

@@ -65,6 +65,7 @@ class MixtureMLP(nn.Module):
         act = _ACTIVATIONS[c.activation]
         router = experts.Weight((D, e.count), name="router")()
         kernels = experts.Kernels(e.count, D, c.intermediate_size, name="experts")()
+        kernels = tuple(map(how.own, kernels))
         ids, weights, p = experts.route(e, x, router, layer.routing)
         real = jnp.ones(x.shape[:2], bool)
         if where.segment_ids is not None:

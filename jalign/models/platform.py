@@ -30,6 +30,8 @@ class Platform(NamedTuple):
       einsum: jnp.einsum, or what gives the same and differentiates faster.
       reduced_in_one: parts of rows over which a gradient is reduced and cut in one
         step, see sharding.staged; None is any number.
+      casts_in_loop: kernels are cast layer by layer, where XLA would cast those of all
+        layers before the loop over them, and hold the casts to the loop's end.
       merge_adapters: x (W + s A B) rather than x W + s (x A) B, see models.adapted.
       keep: of an array that every layer reads: computed once and written to memory.
       scanned, unrolled: what scanned and unrolled layers store for the backward pass,
@@ -47,6 +49,7 @@ class Platform(NamedTuple):
     scores_bytes: int | None = None
     einsum: Callable[..., Any] = jnp.einsum
     reduced_in_one: int | None = None
+    casts_in_loop: bool = False
     merge_adapters: bool = False
     keep: Callable[[jax.Array], jax.Array] = lambda x: x
     scanned: Policy | None = None
@@ -146,7 +149,7 @@ GPU = Platform(
     unroll_training=32,
     unroll_decoding=32,
 )
-TPU = Platform(attention="splash", interpret=False, reduced_in_one=32)
+TPU = Platform(attention="splash", interpret=False, reduced_in_one=32, casts_in_loop=True)
 _ROWS = {"cpu": CPU, "gpu": GPU, "cuda": GPU, "tpu": TPU}
 
 

@@ -27,6 +27,36 @@ def test_every_row_computes_what_plain_does(row):
     np.testing.assert_allclose(last[:, 0], want[:, 8], atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_kernels_cast_in_the_loop_are_tied_to_their_layer(name):
+    model = Model(CONFIGS[name], platform=PLAIN, dtype=jnp.bfloat16)
+    params, tokens = random_params(model), random_tokens((2, 9))
+
+    def casts_and_gradients(platform):
+        def total(params):
+            return jnp.sum(model.replace(platform=platform).apply(params, tokens)[0])
+
+        [loop] = [
+            equation.params["jaxpr"].jaxpr
+            for equation in jax.make_jaxpr(total)(params).jaxpr.eqns
+            if equation.primitive.name == "scan"
+        ]
+        of_all = [
+            equation.invars[0]
+            for equation in loop.eqns
+            if equation.primitive.name == "convert_element_type"
+            and equation.invars[0] in loop.invars
+            and equation.outvars[0].aval.ndim > 1
+        ]
+        return len(of_all), jax.jit(jax.grad(total))(params)
+
+    before, want = casts_and_gradients(PLAIN)
+    after, got = casts_and_gradients(PLAIN._replace(casts_in_loop=True))
+    # The router's kernel is not worth it.
+    assert before >= 7 and after == (name == "mixtral")
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_plain_has_forward_mode():
     model = Model(CONFIGS["llama"], platform=PLAIN)
     params, along = random_params(model), random_params(model, seed=1)
