@@ -28,7 +28,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 BEGIN, END = "<!-- tpu_compiled: begin -->", "<!-- tpu_compiled: end -->"
 GIB = 2**30
 PARTS = ("layers", "unembedding", "embedding", "rest")
-HEADER = ["step", "rows x tokens, mesh", "arguments, GiB", "temporaries", "together"]
+HEADER = ["step", "rows x tokens, mesh", "arguments, GiB", "temporaries", "at once"]
 HEADER += [f"{KINDS[0]}, GB", *KINDS[1:], *PARTS, "sent", "bound", "sent / bound"]
 
 MODELS = {
@@ -69,6 +69,7 @@ CASES = (
     Case("sft", "1b", "v5e:2x2", "fsdp=4", 8, 2048),
     Case("sft", "8b", "v5e:4x4", "fsdp=16", 16, 4096),
     Case("dpo", "8b", "v5e:4x4", "fsdp=16", 16, 2048),
+    Case("sft", "8b", "v5e:8x8", "fsdp=64", 64, 4096),
     Case("sft", "8b", "v5e:16x16", "fsdp=256", 256, 4096),
     Case("dpo", "70b", "v5e:16x16", "fsdp=256", 256, 2048),
     Case("dpo", "405b", "v5p:4x4x8", "fsdp=64,tensor=2", 256, 2048, 4),
@@ -80,7 +81,9 @@ class Found(NamedTuple):
 
     Attributes:
       case: of what.
-      arguments, temporaries: bytes of a chip.
+      arguments, temporaries: bytes of a chip; of temporaries all, though some of them
+        take turns and some only fill what the chip has left.
+      peak: bytes that live at once, arguments among them.
       sent: all collectives.
       bound: bytes that a chip must send: every weight in bf16 gathered for the forward
         pass and for the backward pass, and its gradient reduced, once each.
@@ -90,6 +93,7 @@ class Found(NamedTuple):
     case: Case
     arguments: int
     temporaries: int
+    peak: int
     sent: list[Collective]
     bound: float
     seconds: float
@@ -120,6 +124,7 @@ def measure(case: Case) -> Found:
         case,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes,
         collectives(text),
         bound(num_parameters(model) // mesh.shape["tensor"], mesh.shape["fsdp"]),
         time.perf_counter() - start,
@@ -141,12 +146,12 @@ def row(found: Found) -> list[str]:
         by_kind[one.kind] += one.bytes
         by_part[one.part] += one.bytes
     total = sum(by_kind.values())
-    memory = found.arguments, found.temporaries
+    memory = found.arguments, found.temporaries, found.peak
     parts = f", {case.microbatches} micro-batches" if case.microbatches > 1 else ""
     return [
         case.name,
         f"{case.batch_size} x {case.max_length}, {case.mesh}{parts}",
-        *(f"{x / GIB:.2f}" for x in (*memory, sum(memory))),
+        *(f"{x / GIB:.2f}" for x in memory),
         *(f"{x / 1e9:.2f}" for x in (*by_kind.values(), *by_part.values(), total)),
         f"{found.bound / 1e9:.2f}",
         f"{total / found.bound:.2f}",

@@ -49,7 +49,7 @@ def test_what_is_no_module_is_refused():
 
 def found_of(case, **changes):
     sent = collectives.collectives(TEXT)
-    return tpu_compiled.Found(case, 2**30, 2**31, sent, 1e6, 1.0)._replace(**changes)
+    return tpu_compiled.Found(case, 2**30, 2**31, 3 * 2**30, sent, 1e6, 1.0)._replace(**changes)
 
 
 def test_rows_take_the_place_of_those_of_the_same_name():

@@ -64,7 +64,9 @@ class Groups(NamedTuple):
         join = functools.partial(jax.tree.map, self._join)
         each = jax.vmap(local, in_axes=(0, None), spmd_axis_name=("data", "groups"))
         rows, sums = each(split(by_rows), jax.tree.map(self._gather, weights))
-        return join(rows), jax.tree.map(self._add_up, sums)
+        both = join(rows), jax.tree.map(self._add_up, sums)
+        # Else the sums of a group, whole, may wait behind the layers' backward pass.
+        return jax.lax.optimization_barrier(both)
 
     def _split(self, x: jax.Array) -> jax.Array:
         x = x.reshape(self.groups, -1, *x.shape[1:])
