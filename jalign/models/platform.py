@@ -149,7 +149,9 @@ GPU = Platform(
     unroll_training=32,
     unroll_decoding=32,
 )
-TPU = Platform(attention="splash", interpret=False, reduced_in_one=32, casts_in_loop=True)
+TPU = Platform(
+    attention="splash", interpret=False, reduced_in_one=32, casts_in_loop=True
+)
 _ROWS = {"cpu": CPU, "gpu": GPU, "cuda": GPU, "tpu": TPU}
 
 

@@ -166,7 +166,7 @@ def test_a_few_tensors_are_in_memory_and_not_the_model(tmp_path, monkeypatch):
     average(folders, lambda name, xs, base: averaging.linear(xs), out._replace(
         folder=tmp_path / "mean"
     ))  # fmt: skip
-    # Those of one name; jax lets go of the last name's a moment after its result is there.
+    # Of one name, and of the last one's, which jax lets go of a moment too late.
     assert 2 <= most[0] <= 4, most
     assert len(held) == 2 * len(tensors_of(tmp_path / "base")) > 8 * most[0]
 
