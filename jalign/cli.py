@@ -62,6 +62,9 @@ class Launch(Checked):
     """A process that is stuck ends itself (exit code 76, with its stacks) after so many
     seconds without a step, a batch or another sign of life; loading and compiling do
     not count. 0 never does; unset is 1800 with several processes, and 0 in one."""
+    auto_remat: bool = True
+    """Recompute activations (--remat) where an accelerator's memory is too small for
+    the run without, as `jalign plan` has it."""
     cpu_devices: int | None = None
     """Run on this many virtual CPU devices: to try a mesh without an accelerator."""
     compilation_cache: bool = True
@@ -176,6 +179,8 @@ def run(name: str, args: list[str], **given: Any) -> int:
     module_name, _, function_name, _ = COMMANDS[name]
     function = getattr(importlib.import_module(module_name), function_name)
     with watched(launch.watchdog_timeout):
+        if launch.auto_remat and name.removeprefix("plan ") in RECIPES:
+            config = importlib.import_module("jalign.plan").recomputed(config)
         result = function(config, **given)
     if result is not None and is_main_process():
         print(result if isinstance(result, str) else summary_lines(result))

@@ -51,7 +51,7 @@ FLAGS = {
         weights=() density=None scale=None t=None seed=None dtype=None""",
 }
 LAUNCH = """coordinator=None num_processes=None process_id=None heartbeat_timeout=60
-watchdog_timeout=None cpu_devices=None
+watchdog_timeout=None auto_remat=True cpu_devices=None
 compilation_cache=True traceback=False"""
 
 

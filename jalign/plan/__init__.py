@@ -8,6 +8,7 @@ for a TPU slice even on a laptop (libtpu). `find` searches.
 
 import dataclasses
 import json as json_format
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,10 +28,13 @@ from jalign.plan.published import PUBLISHED
 from jalign.plan.recipes import RECIPES, update_rows
 from jalign.plan.text import as_data, write_page
 from jalign.settings import check, flags_of, nearest, required, settings_or
+from jalign.sharding.agreement import gather_objects
 from jalign.train.config import LoraOptions, RunConfig
 from jalign.train.trained import adapters_of
 
-__all__ = ["Plan", "PlanOptions", "Row", "plan", "run_plan"]
+__all__ = ["Plan", "PlanOptions", "Row", "plan", "recomputed", "run_plan"]
+
+_log = logging.getLogger("jalign")
 
 # Of what a run must be given: a plan takes it, so that it can be asked in the words of
 # the run, and does not need it.
@@ -126,6 +130,36 @@ def plan(
         advice = _advice(model_config, result)
         result = dataclasses.replace(result, advice=advice)
     return result
+
+
+def recomputed(config: RunConfig) -> RunConfig:
+    """The run, with `remat` where an accelerator has no room for it without.
+
+    The command asks it before it starts (`--no-auto-remat` does not). The machine is
+    the one here, or of a plan its topology's; where its memory is not known (a CPU),
+    and for `find`, which searches, the run stays as it is. Collective: one process
+    that lacks the room decides for all.
+
+    Raises: ValueError, FileNotFoundError: as `plan`.
+    """
+    topology = getattr(config, "topology", None)
+    searches = getattr(config, "find", None) is not None
+    if config.compute.remat or searches:
+        return config
+    short = None
+    if sharding.machine(topology).device_bytes is not None:
+        found = plan(config, topology=topology)
+        short = None if found.fits else (found.peak, found.usable)
+    found = next(filter(None, gather_objects(short)), None)
+    if found is None:
+        return config
+    needs, usable = (f"{size / 2**30:.1f}" for size in found)
+    _log.info(
+        "without --remat this run would take %s GiB of a device's %s: activations are "
+        "recomputed in the backward pass (--no-auto-remat keeps them)", needs, usable
+    )  # fmt: skip
+    compute = dataclasses.replace(config.compute, remat=True)
+    return dataclasses.replace(config, compute=compute)
 
 
 def run_plan(config: Any) -> str:
