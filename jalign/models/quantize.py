@@ -27,6 +27,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 METHODS = ("nf4", "int8")
+CODES_PER_BYTE = {"nf4": 2, "int8": 1}  # by the leaf that holds them
 BLOCK, GROUP = 64, 256  # weights to an absmax, absmaxes to a nested one
 Leaves = Mapping[str, jax.Array]
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jalign import sharding
+from jalign.models.quantize import CODES_PER_BYTE
 from jalign.models.tensors import is_matrix
 
 _log = logging.getLogger("jalign.train")
@@ -35,17 +36,21 @@ def training_flops_per_token(
 ) -> float:
     """6 times the parameters of the matrix products: forward 2, backward 4; and 4 times
     those of a frozen base beside adapters, which have no gradient of their own; of
-    experts only `experts`, the share of them that a token goes to.
+    experts only `experts`, the share of them that a token goes to. Codes of a quantized
+    kernel count as its weights.
 
     Attention scores and rematerialization are not counted, the input embedding only
     where it is also the output matrix.
     """
 
     def sizes(tree: Any) -> dict[str, int]:
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.size
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
+        found = {}
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            kernel, _, codes = path.rpartition("/")
+            per_byte = CODES_PER_BYTE.get(codes)
+            found[kernel if per_byte else path] = leaf.size * (per_byte or 1)
+        return found
 
     flops = {path: 4.0 * size for path, size in sizes(frozen).items()}
     flops |= {path: 6.0 * size for path, size in sizes(params).items()}

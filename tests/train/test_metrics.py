@@ -4,9 +4,12 @@ import errno
 import json
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jalign.models import Model, quantize, quantized
 from jalign.train import metrics
 from jalign.train.metrics import MetricsWriter, truncate_rows
 from tests.train import tiny
@@ -81,6 +84,16 @@ def test_flops_count_matrices_once():
     per_layer = 32 * (4 + 2 + 2 + 4) * 8 + 3 * 32 * 48
     tied = tiny.VOCAB * 32
     assert metrics.training_flops_per_token(shapes) == 6 * (2 * per_layer + tied)
+
+
+@pytest.mark.parametrize("method", quantize.METHODS)
+def test_flops_of_quantized_kernels_are_those_of_their_weights(method):
+    wide = tiny.config(hidden_size=64, intermediate_size=128, num_heads=8)
+    params = Model(wide).param_shapes()
+    small = jax.eval_shape(lambda p: quantized.quantize_params(p, method), params)
+    assert jax.tree.structure(small) != jax.tree.structure(params)
+    per_token = metrics.training_flops_per_token
+    assert per_token({}, small) == per_token({}, params) > 0
 
 
 def test_a_disk_that_has_space_again_gets_every_row(tmp_path, monkeypatch, caplog):
