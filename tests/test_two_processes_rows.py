@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from jalign import data
-from jalign.data import templates
 from jalign.train.inputs import examples_digest
 from tests.data.conftest import CHATML, assistant, make_tokenizer, user
 from tests.sharding import processes
@@ -20,7 +19,6 @@ from tests.train import world
 
 COUNT = 13  # not a multiple of the processes, nor of the rows of a block
 SHARE = 2  # rows that a process has of a block
-SECONDS = 1.0  # that a template may take
 
 
 def turns(i: int) -> list[dict[str, Any]]:
@@ -36,6 +34,9 @@ def sft_rows() -> list[dict[str, Any]]:
         rows.append({"prompt": "xa" * (i % 4), "completion": "bc" * 9 * i + "."})
         rows.append({"text": f"text {i}" if i % 5 else None})
     rows[3] = {"messages": [user("a"), assistant("b<|im_end|>")]}
+    # The template writes no tools, which is found of the first of these conversations
+    # only, and holds for both: the other one is in the other process's share.
+    rows[12]["tools"], rows[15]["tools"] = [{"x": 1}], [{"name": "f"}]
     return rows
 
 
@@ -88,8 +89,9 @@ def found(examples_of) -> dict[str, Any]:
 def refusals(examples_of, read_rows, index: int) -> dict[str, str]:
     """What is said on this process where only one of them fails."""
     _, rows, how = CASES["sft"]
-    loops = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
-    slow = "{% if messages[0].content == 'b' %}" + loops + "{% endif %}" + CHATML
+    large = (
+        "{% if messages[0].content == 'b' %}{{ 'x' * 10 ** 12 }}{% endif %}" + CHATML
+    )
     chats = [{"messages": [user(text), assistant("c")]} for text in "abab"]
     folder = Path(os.environ["JALIGN_TEST_ROWS"])
 
@@ -100,13 +102,8 @@ def refusals(examples_of, read_rows, index: int) -> dict[str, str]:
         tokenizer = make_tokenizer(chat_template=template)
         return examples_of(data.sft_examples, rows, tokenizer, bad_rows="skip", **how)
 
-    def time_out():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(templates, "SECONDS", SECONDS)
-            make(chats, slow)
-
     doing = {
-        "slow template": time_out,
+        "broken template": lambda: make(chats, large),
         "other rows": lambda: make(rows[index:]),
         "other template": lambda: make(rows, CHATML + "!" * index),
         "missing file": read,
@@ -120,10 +117,10 @@ def refusals(examples_of, read_rows, index: int) -> dict[str, str]:
 
 
 WHERE_ONE_FAILS = {
-    "slow template": (
-        "ValueError: the tokenizer's chat template did not finish within 1 s",
+    "broken template": (
+        "ValueError: the tokenizer's chat template needs more than 1024 MiB",
         "OSError: tokenizing the rows: process 1 failed: ValueError: the tokenizer's "
-        "chat template did not finish within 1 s",
+        "chat template needs more than 1024 MiB",
     ),
     "other rows": ("ValueError: the processes differ in .* the rows is",) * 2,
     "other template": ("ValueError: the processes differ in .* chat template is",) * 2,
