@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jalign import data
+from jalign.data import examples
 from jalign.train.inputs import examples_digest
 from tests.data.conftest import CHATML, assistant, make_tokenizer, user
 from tests.sharding import processes
@@ -77,8 +78,8 @@ def found(examples_of) -> dict[str, Any]:
         tokenizer = make_tokenizer(
             bos=False, eos="<|im_end|>", merges=merges, chat_template=CHATML
         )
-        examples, counts = examples_of(make, rows, tokenizer, bad_rows="skip", **how)
-        result[name] = [len(examples), examples_digest(examples), counts]
+        made, counts = examples_of(make, rows, tokenizer, bad_rows="skip", **how)
+        result[name] = [len(made), examples_digest(made), counts]
         with pytest.raises(ValueError) as error:
             examples_of(make, rows, tokenizer, bad_rows="error", **how)
         result[f"{name} refused"] = str(error.value)
@@ -102,7 +103,18 @@ def refusals(examples_of, read_rows, index: int) -> dict[str, str]:
         tokenizer = make_tokenizer(chat_template=template)
         return examples_of(data.sft_examples, rows, tokenizer, bad_rows="skip", **how)
 
+    def broken(name):
+        def fail(*args):
+            raise ValueError(f"{name} fails")
+
+        with pytest.MonkeyPatch.context() as patch:
+            if index:
+                patch.setattr(examples, name, fail)
+            make(rows)
+
     doing = {
+        "before": lambda: broken("parse_by_columns"),
+        "behind": lambda: broken("_finish"),
         "broken template": lambda: make(chats, large),
         "other rows": lambda: make(rows[index:]),
         "other template": lambda: make(rows, CHATML + "!" * index),
@@ -117,6 +129,14 @@ def refusals(examples_of, read_rows, index: int) -> dict[str, str]:
 
 
 WHERE_ONE_FAILS = {
+    "before": (
+        "ValueError: parse_by_columns fails",
+        "OSError: tokenizing the rows: process 1 failed: ValueError: parse_by_columns",
+    ),
+    "behind": (
+        "ValueError: _finish fails",
+        "OSError: tokenizing the rows: process 1 failed: ValueError: _finish fails",
+    ),
     "broken template": (
         "ValueError: the tokenizer's chat template needs more than 1024 MiB",
         "OSError: tokenizing the rows: process 1 failed: ValueError: the tokenizer's "

@@ -119,6 +119,7 @@ def gather_bytes(data: bytes | memoryview) -> list[np.ndarray]:
     return found
 
 
+_TOLD = "_on_every_process"  # attribute of an error that all have, or one like it
 _HALF = 2**30
 _SMALL = 2**10  # bytes
 
@@ -136,7 +137,8 @@ def _pieces(largest: int) -> Iterator[int]:
 def together(what: str) -> Iterator[None]:
     """A block that ends on every process, or fails on every process. Collective.
 
-    Inside, nothing is collective that comes after what may fail.
+    Inside, what comes after something that may fail is no collective, or first of all
+    another such block: it then ends with the error of whoever has left this one.
 
     Args:
       what: is done, for the message.
@@ -149,9 +151,11 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as fault:  # told to the others, whatever it is, and raised here
         error = fault
-    said = gather_objects(error and f"{type(error).__name__}: {error}")
+    if not getattr(error, _TOLD, False):  # by a block inside this one
+        said = gather_objects(error and f"{type(error).__name__}: {error}")
+        for process, text in enumerate(said):
+            if text is not None and error is None:
+                error = OSError(f"{what}: process {process} failed: {text}")
     if error is not None:
+        setattr(error, _TOLD, True)
         raise error
-    for process, text in enumerate(said):
-        if text is not None:
-            raise OSError(f"{what}: process {process} failed: {text}")

@@ -19,7 +19,8 @@ _log = logging.getLogger("jalign.train")
 T = TypeVar("T")
 # Rows of which one process has its share at a time: what a call of the tokenizer takes,
 # and of all processes what is exchanged at once.
-_SHARE, _BLOCK = 1024, 1 << 16
+_SHARE, _BLOCK = 1024, 1 << 14
+_WHAT = "tokenizing the rows"
 
 
 def read_rows(source: Source, **how: Any) -> data.Rows:
@@ -48,13 +49,14 @@ def examples_of(
     Raises: as `make`, on every process; ValueError where processes have other rows or
       another tokenizer; OSError where encoding fails on another process only.
     """
-    if jax.process_count() > 1:
-        # What each makes of its share would else look like one data set.
-        inputs = {"the rows": examples_digest([rows, getattr(rows, "bad", ())])}
-        inputs |= tokenizer_inputs(tokenizer)
-        sharding.agree("the rows or the tokenizer", inputs)
-        how["share"] = _by_share
-    return make(rows, tokenizer, **how)
+    if jax.process_count() == 1:
+        return make(rows, tokenizer, **how)
+    # What each makes of its share would else look like one data set.
+    inputs = {"the rows": examples_digest([rows, getattr(rows, "bad", ())])}
+    inputs |= tokenizer_inputs(tokenizer)
+    sharding.agree("the rows or the tokenizer", inputs)
+    with agreement.together(_WHAT):
+        return make(rows, tokenizer, share=_by_share, **how)
 
 
 def _by_share(
@@ -62,11 +64,10 @@ def _by_share(
 ) -> list[Any]:
     """The `data.rows.Share` of several processes."""
     index, count = jax.process_index(), jax.process_count()
-    sharding.agree("the number of rows to tokenize", len(items))  # else one would hang
     size, found = min(_SHARE * count, _BLOCK), []
     for start in range(0, len(items), size):
         block = list(items[start : start + size])
-        with agreement.together("tokenizing the rows"):
+        with agreement.together(_WHAT):
             own = wire.to_bytes(list(encode(block[index::count])))
         for first, part in enumerate(agreement.gather_bytes(own)):
             block[first::count] = wire.from_bytes(part)
