@@ -22,6 +22,7 @@ from jalign.rewards.terms import Rewards
 from jalign.settings import as_text
 from jalign.train.measured import measured_batches, reference_examples
 from jalign.train.online_config import check_reward_timeout
+from jalign.train.rows import examples_of, read_rows
 from jalign.train.run import make_run_mesh
 
 __all__ = ["EvalConfig", "GenerateConfig", "run_eval", "run_generate"]
@@ -156,14 +157,15 @@ def run_generate(config: GenerateConfig) -> str | None:
 
 def _prompts(config: GenerateConfig, tokenizer) -> list[data.PromptExample]:
     if config.prompts:
-        rows: list[dict] = data.load_rows(
+        rows: list[dict] = read_rows(
             config.prompts, split=config.split, bad_rows=config.bad_rows
         )
     elif config.chat:
         rows = [{"prompt": [{"role": "user", "content": p}]} for p in config.prompt]
     else:
         rows = [{"prompt": p} for p in config.prompt]
-    prompts, _ = data.prompt_examples(
+    prompts, _ = examples_of(
+        data.prompt_examples,
         rows,
         tokenizer,
         max_prompt_length=sys.maxsize,  # the sampler refuses one that is too long
@@ -198,7 +200,7 @@ def run_eval(config: EvalConfig) -> str:
     other = config.ref_model and open_pretrained(config.ref_model, head="language")
     if other:
         check_same_vocab(opened, other, "--model and --ref-model")
-    rows = data.load_rows(
+    rows = read_rows(
         config.data,
         split=config.split or data.HELD_OUT,
         limit=config.limit,
@@ -283,10 +285,12 @@ def _task_of(config: EvalConfig, rows: list[dict]) -> str:
 def _examples(task: str, config: EvalConfig, rows: data.Rows, opened: Opened):
     """(the rows as the task reads them, what became of them)."""
     how: Any = {"bad_rows": config.bad_rows, "columns": config.columns}
-    length, tokenizer = config.max_length, opened.tokenizer
+    length = config.max_length
     if task == "sft":
-        return data.sft_examples(rows, tokenizer, max_length=length, **how)
-    if task == "reward":
-        return data.prompt_examples(rows, tokenizer, max_prompt_length=length, **how)
-    how["keep_tail"] = bool(opened.config.num_labels)
-    return data.preference_examples(rows, tokenizer, max_length=length, **how)
+        make, how["max_length"] = data.sft_examples, length
+    elif task == "reward":
+        make, how["max_prompt_length"] = data.prompt_examples, length
+    else:
+        make, how["max_length"] = data.preference_examples, length
+        how["keep_tail"] = bool(opened.config.num_labels)
+    return examples_of(make, rows, opened.tokenizer, **how)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jalign.data.messages import Messages
-from jalign.data.rows import RowError, attempt, encode_some
+from jalign.data.rows import RowError, Share, alone, attempt, encode_some
 from jalign.data.special_tokens import (
     GENERATION_TAG,
     Tokenizer,
@@ -60,13 +60,14 @@ def join_turns(prompt: Messages, completion: Messages) -> tuple[Messages, int]:
 
 
 def encode_chats(
-    tokenizer: Tokenizer, chats: Sequence[Chat | RowError]
+    tokenizer: Tokenizer, chats: Sequence[Chat | RowError], share: Share = alone
 ) -> list[tuple[np.ndarray, np.ndarray] | RowError]:
     """Encodes conversations to (ids, mask), or to the reason why one cannot be.
 
     Args:
       tokenizer: gets the default template if it has none.
       chats: conversations; tokens of `Chat.prompt` are never trained.
+      share: of the templating and tokenizing.
     """
     if not chats:
         return []
@@ -74,12 +75,17 @@ def encode_chats(
     ends = end_texts(tokenizer)
     seen: Seen = {}
 
-    def written(chat: Chat) -> tuple[str, Spans]:
+    def checked(chat: Chat) -> Chat:
         check_written(tokenizer, chat.messages, chat.template_args, seen)
-        return _text_and_spans(tokenizer, chat, ends)
+        return chat
 
-    texts = encode_some(chats, lambda good: [attempt(written, chat) for chat in good])
-    return encode_some(texts, partial(encode_spans, tokenizer))
+    def encode(good: list[Chat]) -> list[tuple[np.ndarray, np.ndarray] | RowError]:
+        texts = [attempt(_text_and_spans, tokenizer, chat, ends) for chat in good]
+        return encode_some(texts, partial(encode_spans, tokenizer))
+
+    # Not shared: what is found of a conversation holds for later ones of its shape.
+    found = encode_some(chats, lambda good: [attempt(checked, chat) for chat in good])
+    return encode_some(found, partial(share, encode))
 
 
 Write = Callable[..., str]  # turns -> the templated text, as `render`

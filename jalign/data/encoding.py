@@ -9,7 +9,7 @@ import numpy as np
 from jalign.data.chat import Chat, Seen, check_written, encode_chats, join_turns
 from jalign.data.formats import Exchange, Prompt
 from jalign.data.messages import plain_turns
-from jalign.data.rows import RowError, attempt, encode_some
+from jalign.data.rows import RowError, Share, alone, attempt, encode_some
 from jalign.data.special_tokens import end_texts, ensure_chat_template, leading_ids
 from jalign.data.templates import render_prompt
 from jalign.data.tokenizer import (
@@ -40,6 +40,7 @@ def encode_exchanges(
     *,
     eos_inside: bool = False,
     keep_tail: bool = False,
+    share: Share = alone,
 ) -> list[Example | RowError]:
     """Encodes strings and conversations, each kind in one call of the tokenizer.
 
@@ -51,6 +52,7 @@ def encode_exchanges(
         Nothing learns from it, but a reward model of others may be read there.
       eos_inside: allow an EOS before the end of an answer, for one that is rejected;
         any other would train to go on behind it.
+      share: of the templating and tokenizing.
 
     Returns: in order, the example or what is wrong with the row.
     """
@@ -58,7 +60,7 @@ def encode_exchanges(
 
     def encode_strings(chosen: list[Exchange]) -> Iterator[Example | RowError]:
         pairs: Any = [(e.prompt or "", e.completion) for e in chosen]
-        encoded = encode_pairs(tokenizer, pairs)
+        encoded = encode_pairs(tokenizer, pairs, share)
         for (prompt, text, _args), (ids, start) in zip(chosen, encoded, strict=True):
             whole: Any = text if prompt is None else None
             everything = whole is not None or completion_only is False
@@ -71,7 +73,8 @@ def encode_exchanges(
             attempt(_chat, exchange, assistant_only, completion_only, ends)
             for exchange in chosen
         ]
-        for item in encode_some(chats, partial(encode_chats, tokenizer)):
+        encode = partial(encode_chats, tokenizer, share=share)
+        for item in encode_some(chats, encode):
             bad = isinstance(item, RowError)
             yield item if bad else _example(*item, keep_tail=keep_tail)
 
@@ -156,25 +159,34 @@ def check_masks_apply(
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt]
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], share: Share = alone
 ) -> list[tuple[str, np.ndarray] | RowError]:
     """Encodes prompts to (text as the model sees it, ids), or to what is wrong."""
     seen: Seen = {}
     bos = leading_ids(tokenizer)
 
+    def checked(prompt: Prompt) -> Prompt:
+        turns, args = prompt
+        if not isinstance(turns, str):
+            ensure_chat_template(tokenizer)
+            check_written(tokenizer, turns, args, seen)
+        return prompt
+
     def text_of(prompt: Prompt) -> tuple[str, bool]:
         turns, args = prompt
         if isinstance(turns, str):
             return turns, True
-        ensure_chat_template(tokenizer)
-        check_written(tokenizer, turns, args, seen)
         return render_prompt(tokenizer, turns, args), False
 
-    def encode(found: list[tuple[str, bool]]):
+    def encode_texts(found: list[tuple[str, bool]]):
         encoded = encode_plain(tokenizer, [text for text, _ in found])
         for (text, is_raw), ids in zip(found, encoded, strict=True):
             ids = with_bos(bos, ids) if is_raw else ids
             empty = RowError("prompt", "empty, and the tokenizer puts no BOS before it")
             yield (text, ids) if len(ids) else empty
 
-    return encode_some([attempt(text_of, prompt) for prompt in prompts], encode)
+    def encode(found: list[Prompt]):
+        return encode_some([attempt(text_of, prompt) for prompt in found], encode_texts)
+
+    good = [attempt(checked, prompt) for prompt in prompts]
+    return encode_some(good, partial(share, encode))

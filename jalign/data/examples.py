@@ -37,6 +37,8 @@ from jalign.data.formats import (
 from jalign.data.rows import (
     BadRow,
     RowError,
+    Share,
+    alone,
     check_bad_rows_mode,
     encode_some,
     settle,
@@ -85,8 +87,7 @@ def example_length(example: Any) -> int:
 def filler(example: Any) -> Any:
     """An example of the same kind without tokens: a row that counts nothing."""
     empty = Example(np.zeros(0, np.int32), np.zeros(0, bool))
-    is_pair = isinstance(example, PreferenceExample)
-    return PreferenceExample(empty, empty) if is_pair else empty
+    return PreferenceExample(empty, empty) if len(sides(example)) > 1 else empty
 
 
 class PromptExample(NamedTuple):
@@ -115,6 +116,7 @@ def sft_examples(
     bad_rows: str = "error",
     over_length: str = "truncate",
     columns: Columns = None,
+    share: Share = alone,
 ) -> tuple[list[Example], dict[str, int]]:
     """Makes supervised examples of conversations, prompts with answers, and texts.
 
@@ -131,6 +133,7 @@ def sft_examples(
       columns: other names, {"prompt": "question"} or "prompt=question,completion=...";
         "ignore" names columns that are not to be read. docs/data.md has the table of
         the layouts that need none.
+      share: how processes divide templating and tokenizing, see `rows.Share`.
 
     Returns:
       The examples, in the order of the rows, and counts: rows, examples, bad_rows (in
@@ -143,10 +146,9 @@ def sft_examples(
     _check_options(max_length, bad_rows, over_length)
     exchanges = parse_by_columns(rows, parse_sft, sft_layout, columns)
     masks = {"assistant_only": assistant_only, "completion_only": completion_only}
-    good = [exchange for exchange in exchanges if isinstance(exchange, Exchange)]
-    check_masks_apply(good, **masks)
+    check_masks_apply([e for e in exchanges if isinstance(e, Exchange)], **masks)
     encode = partial(encode_exchanges, tokenizer=tokenizer, **masks)
-    found = sort_out(rows, encode_some(exchanges, encode))
+    found = sort_out(rows, encode_some(exchanges, partial(encode, share=share)))
     return _finish(rows, *found, max_length, bad_rows, over_length)
 
 
@@ -159,11 +161,12 @@ def preference_examples(
     over_length: str = "truncate",
     columns: Columns = None,
     keep_tail: bool = False,
+    share: Share = alone,
 ) -> tuple[list[PreferenceExample], dict[str, int]]:
     """Makes pairs of `chosen` + `rejected` rows, for reward models and DPO alike.
 
     Args:
-      rows, tokenizer, max_length, bad_rows, columns: as in `sft_examples`.
+      rows, tokenizer, max_length, bad_rows, columns, share: as in `sft_examples`.
       over_length: "truncate" keeps the start of both sides, and drops the pair if a
         side has no completion left or both have become equal; "drop" drops any pair
         with a side that is too long (better for reward models, which read the end).
@@ -173,18 +176,14 @@ def preference_examples(
     Returns: the pairs and the counts. Raises: ValueError, as `sft_examples`.
     """
     _check_options(max_length, bad_rows, over_length)
+    how: dict[str, Any] = {"keep_tail": keep_tail, "share": share}
 
     def encode(found: list[Preference]) -> list[PreferenceExample | RowError]:
-        chosen, rejected = (
-            encode_exchanges(
-                [Exchange(p.prompt, getattr(p, side), p.template_args) for p in found],
-                tokenizer,
-                eos_inside=side == "rejected",
-                keep_tail=keep_tail,
-            )
-            for side in ("chosen", "rejected")
-        )
-        return list(map(_pair, chosen, rejected, [p.margin for p in found]))
+        chosen = [Exchange(p.prompt, p.chosen, p.template_args) for p in found]
+        rejected = [Exchange(p.prompt, p.rejected, p.template_args) for p in found]
+        better = encode_exchanges(chosen, tokenizer, **how)
+        worse = encode_exchanges(rejected, tokenizer, eos_inside=True, **how)
+        return list(map(_pair, better, worse, [p.margin for p in found]))
 
     parsed = parse_by_columns(rows, parse_preference, preference_layout, columns)
     found = sort_out(rows, encode_some(parsed, encode))
@@ -198,6 +197,7 @@ def prompt_examples(
     max_prompt_length: int,
     bad_rows: str = "error",
     columns: Columns = None,
+    share: Share = alone,
 ) -> tuple[list[PromptExample], dict[str, int]]:
     """Makes prompts for sampling of the rows that `sft_examples` and
     `preference_examples` take: the same tokens as there, without the answers.
@@ -209,7 +209,7 @@ def prompt_examples(
     Returns: the prompts and the counts. Raises: ValueError, as `sft_examples`.
     """
     _check_options(max_prompt_length, bad_rows, "drop")
-    found = encode_prompt_rows(rows, tokenizer, columns)
+    found = encode_prompt_rows(rows, tokenizer, columns, share=share)
     return _finish(rows, *found, max_prompt_length, bad_rows, "drop", "prompt_")
 
 
@@ -219,11 +219,12 @@ def encode_prompt_rows(
     columns: Columns = None,
     *,
     quiet: bool = False,
+    share: Share = alone,
 ) -> tuple[list[PromptExample], list[BadRow]]:
     """The prompts of all rows that have one, whatever their length; the other rows."""
     layout_of = None if quiet else prompt_layout
     prompts: list[Any] = parse_by_columns(rows, parse_prompt, layout_of, columns)
-    encoded = encode_some(prompts, partial(encode_prompts, tokenizer))
+    encoded = encode_some(prompts, partial(encode_prompts, tokenizer, share=share))
     for i, item in enumerate(encoded):
         if not isinstance(item, RowError):
             encoded[i] = PromptExample(item[1], item[0], dict(rows[i]), prompts[i])

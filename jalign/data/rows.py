@@ -9,6 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+Share = Callable[[Callable[[list[Any]], Iterable[Any]], Sequence[Any]], list[Any]]
+"""(encode, items) -> what `encode`, a function of a list, makes of each item: where
+several processes have the same items, each may call it with some of them. What it makes
+is in the form that `wire` describes."""
+
 BAD_ROWS_MODES = ("error", "skip")
 
 
@@ -71,6 +76,11 @@ def attempt(function: Callable[..., T], *args: Any) -> T | RowError:
         return function(*args)
     except RowError as error:
         return error
+
+
+def alone(encode: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any]) -> list:
+    """The `Share` of a single process: all of it, in one call."""
+    return list(encode(list(items)))
 
 
 def is_good(item: Any) -> bool:

@@ -2,10 +2,12 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from jalign.data.rows import Share, alone
 from jalign.data.special_tokens import (
     Tokenizer,
     leading_ids,
@@ -132,7 +134,7 @@ def encode_spans(
 
 
 def encode_pairs(
-    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], share: Share = alone
 ) -> list[tuple[np.ndarray, int]]:
     """Prompts with completions to (ids, length of the prompt's ids), ending in EOS.
 
@@ -141,20 +143,11 @@ def encode_pairs(
     tokenized apart. If even that changes the text, the one text is split behind its
     last token of the prompt, and a warning says so.
     """
-    prompts = encode_texts(tokenizer, [prompt for prompt, _ in pairs])
-    wholes = encode_texts(tokenizer, [prompt + rest for prompt, rest in pairs])
-    shared = map(common_prefix, prompts, wholes)
-    merged = [i for i, n in enumerate(shared) if n < len(prompts[i])]
-    unlike = 0
-    ways = _apart(tokenizer, [pairs[i][1] for i in merged])
-    for i, rests in zip(merged, ways, strict=True):
-        want = tokenizer.decode(wholes[i])
-        aparts = (np.append(prompts[i], rest) for rest in rests)
-        same = next((x for x in aparts if tokenizer.decode(x) == want), None)
-        unlike += same is None
-        wholes[i] = wholes[i] if same is None else same
+    found = share(partial(_encode_pairs, tokenizer), pairs)
+    merged = sum(way != _AS_ONE for *_, way in found)
+    unlike = sum(way == _SPLIT for *_, way in found)
     if merged:
-        counts = len(merged), len(pairs)
+        counts = merged, len(pairs)
         logger.info("%d of %d texts merge tokens of prompt and completion", *counts)
     if unlike:
         counts = unlike, len(pairs)
@@ -164,12 +157,35 @@ def encode_pairs(
             "the prompt to the start of the completion",
             *counts,
         )
+    return [(ids, start) for ids, start, _ in found]
+
+
+_AS_ONE, _APART, _SPLIT = range(3)
+"""The ways to tokenize a prompt with its completion, see `encode_pairs`."""
+
+
+def _encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[np.ndarray, int, int]]:
+    """As `encode_pairs`, and in which way."""
+    prompts = encode_texts(tokenizer, [prompt for prompt, _ in pairs])
+    wholes = encode_texts(tokenizer, [prompt + rest for prompt, rest in pairs])
+    shared = map(common_prefix, prompts, wholes)
+    merged = [i for i, n in enumerate(shared) if n < len(prompts[i])]
+    ways = [_AS_ONE] * len(pairs)
+    aparts = _apart(tokenizer, [pairs[i][1] for i in merged])
+    for i, rests in zip(merged, aparts, strict=True):
+        want = tokenizer.decode(wholes[i])
+        tried = (np.append(prompts[i], rest) for rest in rests)
+        same = next((x for x in tried if tokenizer.decode(x) == want), None)
+        ways[i] = _SPLIT if same is None else _APART
+        wholes[i] = wholes[i] if same is None else same
     eos = tokenizer.eos_token_id
     ended = [
         ids if ids[-1:].tolist() == [eos] else np.append(ids, np.int32(eos))
         for ids in wholes
     ]
-    return list(zip(ended, map(common_prefix, prompts, wholes), strict=True))
+    return list(zip(ended, map(common_prefix, prompts, wholes), ways, strict=True))
 
 
 def _apart(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[np.ndarray]]:

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jalign.sharding.blocks import PIECE_BYTES
+
 _MOST = 8  # differences, and processes with the same value, that a message lists
 
 
@@ -85,22 +87,58 @@ def gather_objects(value: Any) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [value]
-    text = b"" if value is None else json.dumps(value).encode()
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text))))
-    if not sizes.any():
-        return [None] * len(sizes)
-    row = np.zeros(sizes.max(), np.uint8)
-    row[: len(text)] = np.frombuffer(text, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row))
-    texts = [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-    return [json.loads(text) if text else None for text in texts]
+    texts = gather_bytes(b"" if value is None else json.dumps(value).encode())
+    return [json.loads(text.tobytes()) if len(text) else None for text in texts]
+
+
+def gather_bytes(data: bytes | memoryview) -> list[np.ndarray]:
+    """Every process's bytes, uint8 [N], in the order of the processes. Collective.
+
+    They go over the devices in pieces, of which each device holds PIECE_BYTES at most
+    (but 1 KiB of each process at least), and a host its own copy of all bytes.
+    """
+    own, count = np.frombuffer(data, np.uint8), jax.process_count()
+    if count == 1:
+        return [own]
+    size = np.array(divmod(own.size, _HALF), np.int32)  # jax has no int64 by default
+    halves = np.asarray(multihost_utils.process_allgather(size), np.int64)
+    sizes = halves @ (_HALF, 1)
+    found = [np.empty(size, np.uint8) for size in sizes]
+    start, largest = 0, max(_SMALL, PIECE_BYTES // count)
+    while (left := int(sizes.max()) - start) > 0:
+        # Of few different sizes, since each one is compiled.
+        piece = next(n for n in _pieces(largest) if n >= min(left, largest))
+        row = np.zeros(piece, np.uint8)
+        part = own[start : start + piece]
+        row[: len(part)] = part
+        rows = np.asarray(multihost_utils.process_allgather(row))
+        for whole, part in zip(found, rows, strict=True):
+            place = whole[start : start + piece]
+            place[:] = part[: len(place)]
+        start += piece
+    return found
+
+
+_TOLD = "_on_every_process"  # attribute of an error that all have, or one like it
+_HALF = 2**30
+_SMALL = 2**10  # bytes
+
+
+def _pieces(largest: int) -> Iterator[int]:
+    """Sizes of pieces, up to the largest."""
+    piece = _SMALL
+    while piece < largest:
+        yield piece
+        piece *= 8
+    yield largest
 
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
     """A block that ends on every process, or fails on every process. Collective.
 
-    Inside, nothing is collective that comes after what may fail.
+    Inside, what comes after something that may fail is no collective, or first of all
+    another such block: it then ends with the error of whoever has left this one.
 
     Args:
       what: is done, for the message.
@@ -113,9 +151,11 @@ def together(what: str) -> Iterator[None]:
         yield
     except Exception as fault:  # told to the others, whatever it is, and raised here
         error = fault
-    said = gather_objects(error and f"{type(error).__name__}: {error}")
+    if not getattr(error, _TOLD, False):  # by a block inside this one
+        said = gather_objects(error and f"{type(error).__name__}: {error}")
+        for process, text in enumerate(said):
+            if text is not None and error is None:
+                error = OSError(f"{what}: process {process} failed: {text}")
     if error is not None:
+        setattr(error, _TOLD, True)
         raise error
-    for process, text in enumerate(said):
-        if text is not None:
-            raise OSError(f"{what}: process {process} failed: {text}")

@@ -33,7 +33,7 @@ from jalign.train.measured import (
 )
 from jalign.train.metrics import training_flops_per_token
 from jalign.train.recipe import measure_start, resumed, train_and_report
-from jalign.train.rows import load_run_rows
+from jalign.train.rows import examples_of, load_run_rows
 from jalign.train.run import identify, open_run
 from jalign.train.step import init_state
 from jalign.train.trained import loading, make_trainer, part, save
@@ -182,7 +182,8 @@ def run_sft(
     options = config.sft
 
     def examples(rows, tokenizer):
-        found, _ = data.sft_examples(
+        found, _ = examples_of(
+            data.sft_examples,
             rows,
             tokenizer,
             assistant_only=options.assistant_only,
@@ -219,7 +220,7 @@ def run_reward(
         return model, params
 
     def examples(rows, tokenizer):
-        found, counts = data.preference_examples(rows, tokenizer, **_how(config))
+        found, counts = _pairs(rows, tokenizer, config)
         if cut := counts["truncated"]:
             _log.warning("%d pairs are scored where --max-length cuts them", cut)
         return found
@@ -248,13 +249,18 @@ def run_dpo(
     terms, beta = config.dpo.terms(), config.dpo.reward_beta
     recipe = Recipe(
         "dpo",
-        lambda *given: data.preference_examples(*given, **_how(config))[0],
+        lambda rows, tokenizer: _pairs(rows, tokenizer, config)[0],
         data.collate_preferences,
         partial(objectives.make_dpo_objective, terms=terms, beta=beta),
         partial(evaluate.preference_accuracy, beta=beta),
         reference=True,
     )
     return run_recipe(config, recipe, callbacks)
+
+
+def _pairs(rows: Any, tokenizer: Any, config: RunConfig):
+    """The pairs of the rows, and the counts."""
+    return examples_of(data.preference_examples, rows, tokenizer, **_how(config))
 
 
 def _how(config: RunConfig) -> dict[str, Any]:

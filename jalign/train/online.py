@@ -25,7 +25,7 @@ from jalign.train.online_models import OnlineModels, load_models, make_functions
 from jalign.train.ppo import PPO
 from jalign.train.recipe import measure_start, resumed, train_and_report
 from jalign.train.rollout import ROLLOUT_KL, evaluate_prompts
-from jalign.train.rows import load_run_rows
+from jalign.train.rows import examples_of, load_run_rows
 from jalign.train.run import identify, open_run
 from jalign.train.shapes import choose_shapes
 from jalign.train.trained import save, save_whole
@@ -160,7 +160,8 @@ def make_prompts(
 
     Raises: as data.prompt_examples.
     """
-    return data.prompt_examples(
+    return examples_of(
+        data.prompt_examples,
         rows,
         tokenizer,
         max_prompt_length=config.max_length - config.options.sampling.max_new_tokens,

@@ -87,5 +87,6 @@ def test_no_device_holds_more_than_its_share_of_a_layer_while_it_is_joined():
 def test_one_process_agrees_with_itself():
     """Two: tests/test_two_processes_files.py."""
     assert agreement.gather_objects({"a": 1}) == [{"a": 1}]
+    assert [x.tobytes() for x in agreement.gather_bytes(b"ab")] == [b"ab"]
     with pytest.raises(KeyError, match="here"), agreement.together("reading"):
         raise KeyError("here")
