@@ -72,6 +72,7 @@ CASES = (
     Case("sft", "8b", "v5e:8x8", "fsdp=64", 64, 4096),
     Case("sft", "8b", "v5e:16x16", "fsdp=256", 256, 4096),
     Case("dpo", "70b", "v5e:16x16", "fsdp=256", 256, 2048),
+    Case("sft", "8b", "v5p:4x4x4", "fsdp=8,context=8", 8, 131072),
     Case("dpo", "405b", "v5p:4x4x8", "fsdp=64,tensor=2", 256, 2048, 4),
 )
 
@@ -126,7 +127,10 @@ def measure(case: Case) -> Found:
         memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes,
         collectives(text),
-        bound(num_parameters(model) // mesh.shape["tensor"], mesh.shape["fsdp"]),
+        bound(
+            num_parameters(model) // mesh.shape["tensor"],
+            mesh.shape["fsdp"] * mesh.shape["context"],
+        ),
         time.perf_counter() - start,
     )
 

@@ -7,11 +7,13 @@ import pytest
 
 from jalign import sharding
 
-SHAPES = {"b": 8, "t": 3, "d": 16, "n": 4, "h": 6}
+SHAPES = {"b": 8, "t": 4, "d": 16, "n": 4, "h": 6}
+SIZES = [dict(fsdp=8), dict(data=2, fsdp=4), dict(tensor=2)]
+SIZES += [dict(context=4, fsdp=2), dict(context=8)]
 
 
 @pytest.mark.parametrize("equation", ["btd,dnh->btnh", "btnh,nhd->btd"])
-@pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(data=2, fsdp=4), dict(tensor=2)])
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("rows", [8, 16, 3])
 def test_gradients_are_those_of_einsum(equation, sizes, rows):
     mesh = sharding.make_mesh(**sizes)
