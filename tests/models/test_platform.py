@@ -7,7 +7,12 @@ import pytest
 
 from jalign.models import Model
 from jalign.models.platform import CPU, GPU, PLAIN, TPU, platform_of
-from tests.models.tiny import CONFIGS, random_params, random_tokens
+from tests.models.tiny import (
+    CONFIGS,
+    FAMILY_CONFIGS,
+    random_params,
+    random_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +34,8 @@ def test_every_row_computes_what_plain_does(row):
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_kernels_cast_in_the_loop_are_tied_to_their_layer(name):
-    model = Model(CONFIGS[name], platform=PLAIN, dtype=jnp.bfloat16)
+    config = (CONFIGS | FAMILY_CONFIGS)[name]
+    model = Model(config, platform=PLAIN, dtype=jnp.bfloat16)
     params, tokens = random_params(model), random_tokens((2, 9))
 
     def casts_and_gradients(platform):
@@ -46,6 +52,7 @@ def test_kernels_cast_in_the_loop_are_tied_to_their_layer(name):
             for equation in loop.eqns
             if equation.primitive.name == "convert_element_type"
             and equation.invars[0] in loop.invars
+            and equation.outvars[0].aval.dtype == jnp.bfloat16
             and equation.outvars[0].aval.ndim > 1
         ]
         return len(of_all), jax.jit(jax.grad(total))(params)
