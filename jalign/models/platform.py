@@ -28,8 +28,8 @@ class Platform(NamedTuple):
       scores_bytes: of attention scores, float32, that stay in a core's cache; None
         goes through all heads at once.
       einsum: jnp.einsum, or what gives the same and differentiates faster.
-      reduced_in_one: parts of rows over which a gradient is reduced and cut in one
-        step, see sharding.staged; None is any number.
+      reduced_in_one: devices over which a gradient is reduced and cut in one step,
+        see sharding.staged; None is any number.
       casts_in_loop: kernels are cast layer by layer, where XLA would cast those of all
         layers before the loop over them, and hold the casts to the loop's end.
       merge_adapters: x (W + s A B) rather than x W + s (x A) B, see models.adapted.

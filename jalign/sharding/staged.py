@@ -1,10 +1,10 @@
-"""Products whose kernels' gradients are reduced in two steps.
+"""Products whose kernels are gathered, and their gradients reduced, in two steps.
 
 A gradient is a sum over all tokens of which a device keeps its part: a reduce-scatter
-over fsdp x context.
-libtpu makes one of it up to 32 members, seen on slices of v5e and v5p; for more it adds
-up all of the gradient on every device and drops the rest, twice the bytes. In two
-steps, over part of the members each, it stays a reduce-scatter.
+over fsdp x context. libtpu makes one of it over up to 32 devices, and over more if they
+are not all that there are, seen on slices of v5e and v5p; over all of more than 32 it
+adds up the whole gradient on every device and drops the rest, twice the bytes, and if
+time is cut gathers the kernels so, too. In two steps it does neither.
 """
 
 import functools
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 EMBED = "d"  # in all equations of jalign
@@ -27,15 +26,15 @@ def staged(
     Args:
       einsum: as jnp.einsum.
       mesh: of the arrays. Of the kernel, the axis called d is cut over fsdp and
-        context, of x rows over data and fsdp and time over context.
-      most: members over which one step is enough; None: any number.
+        context, of x rows over fsdp and time over context.
+      most: devices over which one step is enough; None: any number.
 
     Returns: einsum itself where one step is enough. Else it has no forward mode.
     """
-    if mesh is None or most is None:
+    if mesh is None or most is None or mesh.size <= most:
         return einsum
-    one_step = mesh.shape["fsdp"] * mesh.shape["context"] <= most
-    return einsum if one_step else _staged(einsum, mesh)
+    whole = mesh.shape["fsdp"] * mesh.shape["context"] == mesh.size
+    return _staged(einsum, mesh) if whole else einsum
 
 
 def _near_root(number: int) -> int:
@@ -45,44 +44,47 @@ def _near_root(number: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _staged(einsum: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    data, fsdp, context, tensor = mesh.devices.shape
-    members = fsdp * context
+    fsdp, context, members = mesh.shape["fsdp"], mesh.shape["context"], mesh.size
     inner = context if min(fsdp, context) > 1 else _near_root(members)
-    shape, names = (data, members // inner, inner, tensor), ("data", "outer", "inner")
-    types = (mesh.axis_types[0],) * len(shape)
-    cut = Mesh(mesh.devices.reshape(shape), (*names, "tensor"), axis_types=types)
+    shape, types = (members // inner, inner), (mesh.axis_types[0],) * 2
+    cut = Mesh(mesh.devices.reshape(shape), ("outer", "inner"), axis_types=types)
 
     def place(x: jax.Array, *axes: Any) -> jax.Array:
         spec = PartitionSpec(*axes, *(_ANY,) * (x.ndim - len(axes)))
         return jax.lax.with_sharding_constraint(x, NamedSharding(cut, spec))
 
     def by_device(x: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [data, outer, inner, b, t, ...], as devices have them."""
-        sides = data, fsdp, x.shape[0] // (data * fsdp), context, x.shape[1] // context
-        x = jnp.moveaxis(x.reshape(*sides, *x.shape[2:]), 3, 2)
-        return place(x.reshape(*shape[:3], *sides[2::2], *x.shape[5:]), *names, None)
+        """[B, T, ...] -> [outer, inner, b, t, ...], as devices have them."""
+        b, t, rest = x.shape[0] // fsdp, x.shape[1] // context, x.shape[2:]
+        x = x.reshape(fsdp, b, context, t, *rest).swapaxes(1, 2)
+        return place(x.reshape(*shape, b, t, *rest), "outer", "inner", None)
+
+    def at(equation: str) -> tuple[Any, ...]:
+        """A spec of the kernel's axes before d."""
+        return (_ANY,) * equation.split("->")[0].split(",")[1].index(EMBED)
+
+    def gathered(equation, kernel):
+        return place(kernel, *at(equation), "outer") if context > 1 else kernel
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def product(equation, x, kernel):
-        return einsum(equation, x, kernel)
+        return einsum(equation, x, gathered(equation, kernel))
 
     def forward(equation, x, kernel):
-        return einsum(equation, x, kernel), (x, kernel)
+        return product(equation, x, kernel), (x, kernel)
 
     def backward(equation, saved, d_y):
         x, kernel = saved
         operands, y_axes = equation.split("->")
         x_axes, kernel_axes = operands.split(",")
-        d_x = einsum(f"{y_axes},{kernel_axes}->{x_axes}", d_y, kernel)
-        at = kernel_axes.index(EMBED)
-        uneven = x.shape[0] % (data * fsdp) or x.shape[1] % context
-        if uneven or kernel.shape[at] % members:
+        kernel_now, free = gathered(equation, kernel), at(equation)
+        d_x = einsum(f"{y_axes},{kernel_axes}->{x_axes}", d_y, kernel_now)
+        uneven = x.shape[0] % fsdp or x.shape[1] % context
+        if uneven or kernel.shape[len(free)] % members:
             return d_x, einsum(f"{x_axes},{y_axes}->{kernel_axes}", x, d_y)
-        free = (_ANY,) * at
-        sums = f"XYZ{x_axes},XYZ{y_axes}->Z{kernel_axes}"
-        parts = place(
-            einsum(sums, by_device(x), by_device(d_y)), "inner", *free, "outer"
-        )
+        sums = f"YZ{x_axes},YZ{y_axes}->Z{kernel_axes}"
+        parts = einsum(sums, by_device(x), by_device(d_y))
+        parts = place(parts, "inner", *free, "outer")
         return d_x, place(parts.sum(0), *free, ("outer", "inner"))
 
     product.defvjp(forward, backward)
