@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jalign import sharding
+from jalign.paths import open_to_read
 from jalign.types import PyTree
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
@@ -107,7 +108,10 @@ def with_keys(tree: PyTree, abstract: PyTree) -> PyTree:
 
 # Of tensorstore's messages.
 _OS_ERROR = re.compile(r"OS error (\d+)")
-_NO_DAMAGE = re.compile(r"PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|CANCELLED")
+_NO_DAMAGE = re.compile(
+    r"PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|CANCELLED"
+    r"|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED"
+)
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -159,7 +163,7 @@ def check_readable(
         cause = cause.__cause__ or cause.__context__
     for file in files:
         if file.is_file():
-            with open(file, "rb") as data:
+            with open_to_read(file) as data:
                 while data.read(1 << 24):
                     pass
 

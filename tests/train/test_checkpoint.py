@@ -155,7 +155,7 @@ def test_an_error_that_hides_its_cause_is_looked_into(saved, monkeypatch):
     checkpointer = Checkpointer(saved)
     monkeypatch.setattr(checkpointer._orbax, "restore", fails(ValueError("no luck")))
     monkeypatch.setattr(
-        integrity, "open", fails(OSError(errno.EIO, "I/O error")), raising=False
+        integrity, "open_to_read", fails(OSError(errno.EIO, "I/O error"))
     )
     with pytest.raises(OSError, match="I/O error"):
         checkpointer.restore(jax.eval_shape(tree))
