@@ -157,7 +157,8 @@ def check_readable(
         if found := _OS_ERROR.search(text):
             number = int(found[1])
         if number is not None and number not in _MISSING:
-            raise OSError(number, os.strerror(number), str(path)) from error
+            said = getattr(cause, "strerror", None) or os.strerror(number)
+            raise OSError(number, said, str(path)) from error
         if number is None and _NO_DAMAGE.search(text):
             raise OSError(f"{path} cannot be read: {first_line(cause)}") from error
         cause = cause.__cause__ or cause.__context__
