@@ -10,7 +10,7 @@ import numpy as np
 
 from jalign import data, evaluate, rewards, sharding
 from jalign.data.sources import Source
-from jalign.paths import located, make_folder
+from jalign.paths import located, make_folder, write_text
 from jalign.pretrained import (
     Opened,
     Pretrained,
@@ -187,7 +187,7 @@ def _write(path: str, text: str) -> None:
     if sharding.is_main_process():
         file = located(path)
         make_folder(file.parent)
-        file.write_text(text + "\n", encoding="utf-8")
+        write_text(file, text + "\n")
 
 
 def run_eval(config: EvalConfig) -> str:

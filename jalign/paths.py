@@ -97,13 +97,14 @@ def reaching(path: Path) -> Iterator[None]:
     """Makes an OSError that names the path of what a store's library raises."""
     try:
         yield
-    except (FileNotFoundError, ValueError):
-        raise
     except Exception as error:
         if not is_remote(path):
             raise
         said = f"cannot be reached: {type(error).__name__}: {error}"
-        raise OSError(errno.EIO, said, str(path)) from error
+        number = errno.EIO
+        if isinstance(error, FileNotFoundError):
+            said, number = f"is not there ({error})", errno.ENOENT
+        raise OSError(number, said, str(path)) from error
 
 
 def make_folder(path: Path) -> None:
@@ -134,7 +135,15 @@ def files_below(folder: Path) -> list[Path]:
     with reaching(folder):
         found = _fs(folder).find(root.path)
     start = root.path.rstrip("/") + "/"
-    return [folder / name.removeprefix(start) for name in sorted(found)]
+    names = (name.removeprefix(start) for name in sorted(found))
+    # Some tools keep an empty object for a folder.
+    return [folder / name for name in names if name and not name.endswith("/")]
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text in UTF-8; where the folder is not there, FileNotFoundError."""
+    with reaching(file):
+        file.write_text(text, encoding="utf-8")
 
 
 def remove_tree(path: Path) -> None:
@@ -153,7 +162,10 @@ def move(path: Path, target: Path) -> None:
         return
     one, two = path.path, target.path  # pyright: ignore[reportAttributeAccessIssue]
     with reaching(path):
-        _fs(path).mv(one, two, recursive=True)
+        found = _fs(path).find(one)
+        names = [two + name.removeprefix(one) for name in found]
+        _fs(path).copy(found, names, on_error="raise")
+    remove_tree(path)
 
 
 def upload(file: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jalign.figures import OVER_KL, Figures, figures_of
-from jalign.paths import located, make_folder
+from jalign.paths import located, make_folder, write_text
 
 __all__ = ["environment", "read_metrics", "write_report"]
 
@@ -95,7 +95,7 @@ def write_report(
         environment=environment(),
     )
     path = out / "report.html"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

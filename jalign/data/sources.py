@@ -74,9 +74,10 @@ def load_rows(
 
     Args:
       source: a .jsonl, .json, .csv, .tsv (also .gz, .bz2, .xz, .zst) or .parquet file;
-        a directory of such files, or one that `datasets.save_to_disk` wrote; a hub id
-        ("owner/name", "owner/name:config"); or several of these with commas between
-        them. A split may stand behind each: "owner/name:config[test]", "folder[test]".
+        a directory of such files, or one that `datasets.save_to_disk` wrote; the URL of
+        one of these (gs://, s3://: docs/remote.md); a hub id ("owner/name",
+        "owner/name:config"); or several of these with commas between them. A split may
+        stand behind each: "owner/name:config[test]", "folder[test]".
         Also rows in memory: a list of dicts, a `datasets.Dataset`, or a mapping from
         the names of splits to these.
       split: which split of a hub data set, or of a directory whose file or folder names

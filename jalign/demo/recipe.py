@@ -17,7 +17,7 @@ import jax
 
 from jalign import data, evaluate, report, train
 from jalign.demo import task
-from jalign.paths import located
+from jalign.paths import located, write_text
 from jalign.pretrained import Pretrained, load_pretrained
 from jalign.texts import sample_completions
 from jalign.train.online_config import CriticConfig, ScoreOptions
@@ -108,7 +108,7 @@ def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
         row["reward accuracy"] = summaries.get(name, {}).get("eval_accuracy")
         row["seconds"] = seconds.get(name)
     seconds["judging"] = time.perf_counter() - start
-    (out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_text(out / "table.json", json.dumps(rows, indent=1))
     stages = {name: dataclasses.asdict(stage) for name, (_, stage) in configs.items()}
     report.write_report(
         out,

@@ -83,11 +83,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises: ValueError naming the file; OSError.
     """
-    size = file.stat().st_size
-    if size > _MAX_JSON_BYTES:
+    with open_to_read(file) as data:
+        text = data.read(_MAX_JSON_BYTES + 1)
+    if len(text) > _MAX_JSON_BYTES:
         raise ValueError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = text.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not usable as JSON: {error}") from error

@@ -20,7 +20,7 @@ from jalign.models.hf_files import is_adapter
 from jalign.models.lora import LoraConfig
 from jalign.models.peft_config import read_adapter_config
 from jalign.models.peft_files import read_lora_config
-from jalign.paths import is_remote, located
+from jalign.paths import is_remote, located, write_text
 from jalign.plan.compiled import with_compiled
 from jalign.plan.estimate import Plan, Row, estimate
 from jalign.plan.find import find as find_plan
@@ -140,7 +140,7 @@ def run_plan(config: Any) -> str:
     text = json_format.dumps(as_data(result), indent=1)
     if config.json == "-":
         return text
-    located(config.json).write_text(text + "\n", encoding="utf-8")
+    write_text(located(config.json), text + "\n")
     return str(result)
 
 

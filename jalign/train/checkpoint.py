@@ -252,8 +252,8 @@ class Checkpointer:
         try:
             file = fresh(path / "meta" / "metadata")
             with reaching(file):
-                text = file.read_text(encoding="utf-8")
-            record = json.loads(text)
+                text = file.read_bytes()
+            record = json.loads(text.decode("utf-8"))
             seal = record.pop("sha256")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             check_readable(path, error)

@@ -27,6 +27,7 @@ from jalign.paths import (
     reaching,
     remove_tree,
     upload,
+    write_text,
 )
 from jalign.settings import check
 
@@ -113,8 +114,7 @@ class StepFolders:
                 for file in files_below(here):
                     if file.name != COMMITTED:
                         upload(file, path / file.relative_to(here).as_posix())
-                with reaching(path):
-                    (path / COMMITTED).write_text("", encoding="utf-8")
+                write_text(path / COMMITTED, "")
 
         return self._thread.submit(bring).result
 

@@ -140,7 +140,7 @@ def test_what_cannot_be_reached_is_not_damaged(saved, monkeypatch, what, error, 
     if what == "arrays":
         monkeypatch.setattr(checkpointer._orbax, "restore", fails(error))
     else:
-        monkeypatch.setattr("pathlib.Path.read_text", fails(error))
+        monkeypatch.setattr("pathlib.Path.read_bytes", fails(error))
         with pytest.raises(kind):
             checkpointer.peek()
     with pytest.raises(kind):
