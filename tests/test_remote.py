@@ -24,6 +24,7 @@ from jalign.models.hf_files import WEIGHTS, WeightFiles
 from jalign.models.peft_config import read_adapter_config
 from jalign.rewards.functions import load_function
 from jalign.rewards.sums import open_scorer
+from jalign.train import step_folders
 from jalign.train.checkpoint import Checkpointer
 from jalign.train.evaluations import Callbacks
 from jalign.train.run import lock_directory
@@ -92,20 +93,27 @@ def test_a_store_that_cannot_be_reached_is_no_missing_file(monkeypatch):
     assert "memory://x/y.jsonl" in said
 
 
-def test_only_what_is_asked_for_is_fetched(url, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """The sizes of all requests for parts of files."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    real, found = MemoryFileSystem.cat_file, []
+
+    def cat_file(self, path, start=None, end=None, **how):
+        found.append(end - start)
+        return real(self, path, start=start, end=end, **how)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    return found
+
+
+def test_only_what_is_asked_for_is_fetched(url, asked, monkeypatch):
     big = np.arange(1_000_000, dtype=np.float32).reshape(2000, 500)
     (file := paths.located(url) / WEIGHTS).fs.pipe_file(file.path, b"")
     one = np.asarray(np.float32(3.5))
     with paths.written(file) as here:
         save_file({"big": big, "one": one}, here)
-    fs, asked = file.fs, []
-    cat = type(fs).cat_file
-
-    def counted(self, path, start=None, end=None, **how):
-        asked.append(end - start)
-        return cat(self, path, start=start, end=end, **how)
-
-    monkeypatch.setattr(type(fs), "cat_file", counted)
     monkeypatch.setattr(paths, "_RANGE_BYTES", 6000)
     with WeightFiles(paths.located(url)) as files:
         assert not files.problems and files.shape("big") == (2000, 500)
@@ -119,6 +127,18 @@ def test_only_what_is_asked_for_is_fetched(url, monkeypatch):
         file.write_bytes(file.read_bytes()[:5000])
         with pytest.raises(OSError, match="memory://.* it changed"):
             files.read("big", (slice(1990, 2000),))
+
+
+def test_a_mesh_fetches_every_byte_once(url, asked):
+    """A device at a time would fetch a row that is cut eight times."""
+    model = ja.models.Model(CONFIGS["llama"])
+    ja.models.save(url, model, params := random_params(model))
+    mesh = ja.sharding.make_mesh(fsdp=8)
+    again = ja.models.load(url, mesh=mesh)[1]
+    assert sum(asked) == sum(map(len, contents(url).values()))
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    want = ja.sharding.param_shardings(mesh, model.param_shapes())
+    assert jax.tree.map(lambda x: x.sharding, again) == want
 
 
 @pytest.mark.parametrize("damage", ["short", "header", "length", "missing"])
@@ -209,6 +229,18 @@ def test_a_model_with_its_tokenizer_goes_there_and_back(here, url, tmp_path):
     assert f"{url}/none: no tokenizer can be loaded" in said and "/tmp" not in said
 
 
+def test_plan_and_its_flags(here, url):
+    put(here / "model", f"{url}/model")
+    (paths.located(url) / "plan.yaml").write_text(f"model: {url}/model\n")
+    words = ["--config", f"{url}/plan.yaml", "--mesh", "fsdp=8"]
+    assert world.quietly(["plan", "sft", *words, "--json", f"{url}/plan.json"]) == 0
+    told = json.loads(contents(url)["plan.json"])
+    local = ja.plan.plan("sft", model=str(here / "model"), mesh="fsdp=8")
+    assert told["total"] == local.total
+    said = error_of(ja.plan.plan, "sft", model=f"{url}/none")
+    assert said == f"FileNotFoundError: model '{url}/none': no config.json there"
+
+
 def test_a_save_that_fails_is_no_model(url, monkeypatch):
     model = ja.models.Model(CONFIGS["llama"])
     params = random_params(model)
@@ -269,13 +301,21 @@ def test_checkpoints_keep_fall_back_and_are_never_torn(url, monkeypatch, caplog)
 
         patch.setattr(type(folder.fs), "cat_file", gone)
         patch.setattr(type(folder.fs), "_open", gone)
-        assert "the network is gone" in error_of(checkpointer.peek)
+        said = error_of(checkpointer.peek)
+        assert said.startswith("OSError") and "the network is gone" in said
     assert checkpointer.steps() == [2, 3], "that is no damage"
     record = folder / "3" / "meta" / "metadata"
     record.write_bytes(record.read_bytes().replace(b'"step": 3', b'"step": 9'))
     assert checkpointer.restore(jax.eval_shape(tree)).step == 2
     assert "falling back to step 2" in caplog.text
     assert (folder / "3.corrupt").is_dir() and checkpointer.steps() == [2]
+    counted = []
+    monkeypatch.setattr(
+        step_folders, "upload", lambda *_: counted.append(checkpointer.steps())
+    )
+    checkpointer.save(2, tree(9), {})
+    checkpointer.close()
+    assert counted and not any(counted), "while it is replaced it does not count"
 
 
 def test_two_runs_in_one_store_are_told_of_each_other(url, caplog):
