@@ -17,6 +17,7 @@ from jalign.paths import (
     is_remote,
     located,
     open_to_read,
+    reaching,
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -83,12 +84,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises: ValueError naming the file; OSError.
     """
-    with open_to_read(file) as data:
-        text = data.read(_MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
+    with reaching(file):
+        size = file.stat().st_size
+    if size > _MAX_JSON_BYTES:
         raise ValueError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB")
+    with reaching(file):
+        data = file.read_bytes()
     try:
-        text = text.decode("utf-8")
+        text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not usable as JSON: {error}") from error
