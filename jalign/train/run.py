@@ -21,6 +21,7 @@ from jalign import sharding
 from jalign.data.templates import fixed_clock
 from jalign.paths import located, make_folder
 from jalign.settings import as_text
+from jalign.sharding import agreement
 from jalign.sharding.context import length_multiple
 from jalign.train.checkpoint import Checkpointer, Restored
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluations
@@ -128,12 +129,12 @@ def open_run(
     Raises: ValueError if OUT has checkpoints of other settings, another run is working
       in it, or the mesh does not divide max_length; OSError if OUT cannot be written.
     """
-    out = located(config.out)
     record = {"kind": kind} | fixed_settings(config)
     everything = _kept(as_text(config), SOURCES | {"out", "eval_data"})
     code = _code() if jax.process_count() > 1 else {}
     sharding.agree("code or settings", code | {"command": kind} | everything)
-    make_folder(out)
+    with agreement.together(f"opening {config.out}"):
+        make_folder(out := located(config.out))
     with StopSignal() as stop, lock_directory(out):
         mesh = make_run_mesh(config.mesh)
         length_multiple(mesh, config.max_length)
