@@ -242,6 +242,8 @@ def setup_logging(quiet: bool) -> None:
     handler.setFormatter(_RedWarnings("%(message)s"))
     logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("jalign").setLevel(logging.WARNING if quiet else logging.INFO)
+    # It logs what it raises, with a traceback, and the message is said here.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def is_user_error(error: Exception) -> bool:

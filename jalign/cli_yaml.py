@@ -1,8 +1,8 @@
 """A `--config FILE.yaml` as flags, which stand before the user's own."""
 
-from pathlib import Path
 from typing import Any
 
+from jalign.paths import located
 from jalign.settings import nearest
 
 
@@ -24,7 +24,7 @@ def yaml_flags(path: str, known: set[str]) -> list[str]:
     """The entries of a flat YAML mapping as flags; unknown and double keys raise."""
     import yaml
 
-    text = Path(path).read_text(encoding="utf-8")
+    text = located(path).read_text(encoding="utf-8")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         entries = yaml.safe_load(text) or {}

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 
 from jalign import data, evaluate, rewards, sharding
 from jalign.data.sources import Source
+from jalign.paths import located, make_folder, write_text
 from jalign.pretrained import (
     Opened,
     Pretrained,
@@ -187,8 +187,9 @@ def _sampling(config: GenerateConfig | EvalConfig) -> dict[str, Any]:
 def _write(path: str, text: str) -> None:
     """Writes a file of lines, on one of the processes."""
     if sharding.is_main_process():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        file = located(path)
+        make_folder(file.parent)
+        write_text(file, text + "\n")
 
 
 def run_eval(config: EvalConfig) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from jalign import sharding
 from jalign.models import averaging, merging, weight_delta
 from jalign.models.hf_checkpoints import Out
+from jalign.paths import located
 from jalign.pretrained import Opened, check_same_vocab, open_pretrained
 from jalign.settings import Checked, check, number
 
@@ -209,7 +210,7 @@ def _whole(path: str) -> Opened:
 
 def _out(config: MergeConfig, like: Opened, *inputs: Path) -> Out:
     """Where it goes, with the config and tokenizer of `like`."""
-    folder = Path(config.out).expanduser()
+    folder = located(config.out).expanduser()
     if folder.resolve() in {path.resolve() for path in inputs}:
         raise ValueError(f"--out {config.out} is one of the inputs; give a new folder")
     return Out(folder, like.config, like.tokenizer)

@@ -83,9 +83,9 @@ def open_pretrained(
     tokenizer and the chat template's end of a turn name.
 
     Args:
-      path: a folder, or a hub id; of a model, or of an adapter in PEFT's format. Its
-        tokenizer is that of the adapter's folder where there is one, else the base's;
-        with a head "score" in it, it is a reward model on a language model.
+      path: a folder, its URL, or a hub id; of a model, or of an adapter in PEFT's
+        format. Its tokenizer is that of the adapter's folder where there is one, else
+        the base's; with a head "score" in it, it is a reward model on a language model.
       base: of an adapter: its base model. None takes the one that it names, by a path
         from here or from its folder, or by a hub id.
       head: "language" or "scalar" (a reward model), where only that will do.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jalign.figures import OVER_KL, Figures, figures_of
+from jalign.paths import located, make_folder, write_text
 
 __all__ = ["environment", "read_metrics", "write_report"]
 
@@ -62,8 +63,8 @@ def write_report(
     Raises: ValueError if metrics.jsonl holds a line that is not JSON, or if evaluations
       or kept_step name a phase that metrics_rows has not.
     """
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = located(out_dir)
+    make_folder(out)
     if metrics_rows is None:
         metrics_rows = read_metrics(out / "metrics.jsonl")
     kept = by_phase("kept_step", kept_step, metrics_rows)
@@ -94,7 +95,7 @@ def write_report(
         environment=environment(),
     )
     path = out / "report.html"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 
@@ -117,7 +118,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Where a resumed run wrote a step again, the later row counts. A last line cut off
     by a kill is left out; any other broken line raises ValueError.
     """
-    path = Path(path)
+    path = located(path)
     if not path.exists():
         return []
     rows = []

@@ -21,37 +21,40 @@ MAY_IMPORT = {
     "types": set(),
     "settings": set(),
     "terms": set(),
+    "paths": set(),
+    "mirror": {"paths"},
     "losses": {"losses"},
     "sharding": {"sharding"},
-    "models": {"types", "sharding", "models"},
+    "models": {"types", "sharding", "models", "paths", "mirror"},
     "forward": {"types", "models", "sharding", "losses"},
-    "data": {"types", "settings", "data"},
+    "data": {"types", "settings", "data", "paths"},
     "generate": {"types", "models", "sharding", "losses", "generate"},
     "rewards": {"types", "models", "sharding", "data", "rewards", "pretrained"}
-    | {"settings", "terms"},
+    | {"settings", "terms", "paths"},
     "pretrained": {"types", "models", "data"},
-    "merge": {"settings", "models", "sharding", "pretrained"},
+    "merge": {"settings", "models", "sharding", "pretrained", "paths"},
     "texts": {"types", "models", "data", "generate", "rewards"},
     "evaluate": {"types", "models", "sharding", "data", "losses", "generate"}
     | {"rewards", "forward", "texts"},
     "figures": {"figures"},
-    "report": {"figures"},
+    "report": {"figures", "paths"},
     "plan": {"types", "settings", "models", "sharding", "losses", "train", "plan"}
-    | {"generate", "report"},
+    | {"generate", "report", "paths"},
     "train": {"types", "models", "sharding", "losses", "data", "generate", "train"}
     | {"forward", "rewards", "evaluate", "report", "pretrained", "settings"}
-    | {"terms"},
+    | {"terms", "paths", "mirror"},
     "demo": ANY,
     "commands": ANY,
     "cli": ANY,
     "cli_options": {"settings", "train"},
-    "cli_yaml": {"settings"},
+    "cli_yaml": {"settings", "paths"},
     "__main__": ANY,
 }
 THIRD_PARTY = {
     "losses": {"jax", "chex"},
     "sharding": {"jax", "numpy"},
     "types": {"jax", "numpy"},
+    "paths": {"fsspec", "upath"},
     "data": {"numpy", "grain", "datasets", "transformers", "jinja2", "pyarrow"},
     "generate": {"jax", "numpy"},
 }
@@ -65,6 +68,7 @@ ONLY_IN = {
 }
 # Slow to load: only inside functions, so that `import jalign` stays quick.
 LAZY = {"transformers", "datasets", "safetensors", "matplotlib", "huggingface_hub"}
+LAZY |= {"fsspec", "upath"}
 
 
 def room_of(path: Path) -> str:

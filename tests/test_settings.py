@@ -59,7 +59,7 @@ def test_every_flag_of_a_command_is_a_setting(command):
         ),
         ({"optim": train.OptimConfig()}, "unknown setting 'optim'"),
         ({"beta": -1.0}, "beta must be > 0"),
-        ({"out": "gs://bucket/run"}, "out gs://bucket/run: a URL is not written to"),
+        ({"out": "nix://bucket/run"}, "nix://bucket/run: nix:// is not one of .*gs, "),
     ],
 )
 def test_what_is_no_setting_is_named(changes, message):

@@ -1,5 +1,6 @@
 """Two processes that read a checkpoint to one mesh, and write one."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from jalign.models import Model, load, load_adapter, lora, save
+from jalign.train.stop import whole_folder
 from tests.models.tiny import CONFIGS, FAMILY_CONFIGS, random_params
 from tests.sharding import processes
 
@@ -85,6 +87,18 @@ def refusals(root, mesh, model, params) -> list[str]:
     taken = root / "adapter" / "adapter_config.json"  # a file, and so no folder
     said.append(fails(models.save_adapter, taken, model, adapters, LORA, base="base"))
     said.append(fails(models.load, root / str(jax.process_index()), mesh=mesh))
+
+    def no_rename(path, target):
+        raise OSError(13, "may not be renamed")
+
+    def export():
+        with whole_folder(root / "export") as folder:
+            folder.mkdir(exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.process_index() == 0:
+            patch.setattr(Path, "rename", no_rename)
+        said.append(fails(export))
     return said
 
 
@@ -115,6 +129,8 @@ def test_two_processes_read_and_write_what_one_does(tmp_path, monkeypatch):
     assert "FileExistsError" in first[3]
     assert "process 0 failed: FileExistsError" in second[3]
     assert "process 1 failed: FileNotFoundError" in first[4]
+    assert "may not be renamed" in first[5]
+    assert "process 0 failed" in second[5] and "may not be renamed" in second[5]
     phi3 = Model(ALL["phi3"])
     adapters = lora.init(phi3, random_params(phi3), LORA, jax.random.key(0))
     again, _ = load_adapter(tmp_path / "adapter", phi3)

@@ -17,10 +17,11 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from jalign.data.rows import BadRow, Row, parse_json
+from jalign.paths import on_disk, open_to_read
 
 _BOM = b"\xef\xbb\xbf"
 _TEXT = (".jsonl", ".json", ".csv", ".tsv")
@@ -43,7 +44,7 @@ HELD_OUT = ("test", "validation")
 
 def is_data_file(name: str | Path) -> bool:
     """Whether the name ends as those of the files that can be read."""
-    path = Path(name)
+    path = PurePath(str(name))
     if path.suffix in COMPRESSED:
         return Path(path.stem).suffix in _TEXT
     return path.suffix in SUFFIXES
@@ -85,8 +86,8 @@ def read_file(path: Path) -> Iterator[Row | BadRow]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed; damage raises ValueError by file."""
     try:
-        with _open(path) as file:
-            yield file
+        with contextlib.ExitStack() as stack:
+            yield _open(path, stack)
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path}: cannot be decompressed: {error}") from None
     except OSError as error:
@@ -95,13 +96,16 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path}: cannot be decompressed: {error}") from None
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, stack: contextlib.ExitStack) -> Any:
+    file: Any = stack.enter_context(open_to_read(path))
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     if path.suffix == ".zst":  # the standard library has it from Python 3.14 on
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return openers.get(path.suffix, open)(path, "rb")
+        file = io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
+    elif path.suffix in openers:
+        file = openers[path.suffix](file, "rb")
+    return stack.enter_context(file)
 
 
 def _read_jsonl(file: BinaryIO, path: Path) -> Iterator[Row | BadRow]:
@@ -196,10 +200,10 @@ def _csv_row(header: list[str], fields: list[str], origin: str) -> Row | BadRow:
 def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
     import datasets
 
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, on_disk(path) as here:
         try:
             data = datasets.Dataset.from_parquet(
-                str(path), cache_dir=cache, keep_in_memory=True
+                str(here), cache_dir=cache, keep_in_memory=True
             )
         except Exception as error:  # pyarrow's and datasets' own kinds
             reason = str(error.__cause__ or error)

@@ -18,6 +18,7 @@ from jalign.data.files import (
     uncompressed_name,
 )
 from jalign.data.rows import BadRow, Row, Rows, settle
+from jalign.paths import files_below, is_url, located
 
 logger = logging.getLogger("jalign.data")
 
@@ -73,9 +74,10 @@ def load_rows(
 
     Args:
       source: a .jsonl, .json, .csv, .tsv (also .gz, .bz2, .xz, .zst) or .parquet file;
-        a directory of such files, or one that `datasets.save_to_disk` wrote; a hub id
-        ("owner/name", "owner/name:config"); or several of these with commas between
-        them. A split may stand behind each: "owner/name:config[test]", "folder[test]".
+        a directory of such files, or one that `datasets.save_to_disk` wrote; the URL of
+        one of these (gs://, s3://: docs/remote.md); a hub id ("owner/name",
+        "owner/name:config"); or several of these with commas between them. A split may
+        stand behind each: "owner/name:config[test]", "folder[test]".
         Also rows in memory: a list of dicts, a `datasets.Dataset`, or a mapping from
         the names of splits to these.
       split: which split of a hub data set, or of a directory whose file or folder names
@@ -141,7 +143,7 @@ def _open_given(given: Any, name: str, asked: _Asked) -> _Part:
 
 def _parts(source: str | Path) -> list[str]:
     text = str(source)
-    if Path(text).exists():  # a file name may hold a comma
+    if located(text).exists():  # a file name may hold a comma
         return [text]
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
@@ -151,7 +153,7 @@ def _parts(source: str | Path) -> list[str]:
 
 def _asked(text: str, split: str | Sequence[str] | None) -> tuple[str, _Asked]:
     """The source without its "[split]", and which split is meant."""
-    match = None if Path(text).exists() else re.fullmatch(r"([^\[]+)\[(.+)\]", text)
+    match = None if located(text).exists() else re.fullmatch(r"([^\[]+)\[(.+)\]", text)
     if not match:
         if isinstance(split, str):
             return text, _Asked((split,), True)
@@ -162,13 +164,14 @@ def _asked(text: str, split: str | Sequence[str] | None) -> tuple[str, _Asked]:
 
 
 def _open(source: str, asked: _Asked) -> _Part:
-    path = Path(source).expanduser()
+    path = located(source).expanduser()
     if path.is_dir():
         return _open_directory(path, asked)
     if path.is_file():
         _check_unsplit(path, named_splits(path.stem), asked)
         return _Part(None, read_file(path))
-    if is_data_file(path) or path.is_absolute() or source.startswith((".", "~")):
+    local = path.is_absolute() or source.startswith((".", "~"))
+    if local or is_url(source) or is_data_file(path):
         raise FileNotFoundError(f"{source}: there is no such file or directory")
     return _open_hub(source, asked)
 
@@ -189,14 +192,13 @@ def _check_unsplit(path: Path | str, own: set[str], asked: _Asked) -> None:
 def _open_directory(path: Path, asked: _Asked) -> _Part:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, asked)
-    found = sorted(
+    found = [
         file
-        for file in path.rglob("*")
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        for file in files_below(path)
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
         and file.name not in _DESCRIPTIONS
         and file.suffix != ".md"
-    )
+    ]
     files = [file for file in found if is_data_file(file)]
     unread = [file for file in found if not is_data_file(file)]
     if not files:

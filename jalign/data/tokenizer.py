@@ -15,8 +15,10 @@ from jalign.data.special_tokens import (
     split_turn,
     turn_end,
 )
+from jalign.paths import is_remote, located, on_disk
 
 logger = logging.getLogger("jalign.data")
+_SUFFIXES = ".json", ".model", ".txt", ".jinja"  # of the files of a tokenizer
 
 Spans = list[tuple[int, int]]
 """Of characters of a text, [start, end)."""
@@ -30,7 +32,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     are read by others, see `settle_pad_token`. No token is ever added.
 
     Args:
-      path: a directory with the tokenizer's files, or a hub id.
+      path: a directory with the tokenizer's files, a URL of one, or a hub id.
 
     Raises:
       ValueError: no EOS token, not a fast tokenizer, an empty one, or nothing loadable
@@ -38,12 +40,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
-    local = Path(path).expanduser()
-    source = str(local if local.exists() else path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # many kinds, by file format
-        raise ValueError(f"{path}: no tokenizer can be loaded: {error}") from error
+    local = located(path).expanduser()
+    with on_disk(local, *_SUFFIXES) as folder:
+        source = str(folder if folder.exists() else path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:  # many kinds, by file format
+            said = str(error).replace(source, str(path))
+            raise ValueError(f"{path}: no tokenizer can be loaded: {said}") from error
+    if is_remote(local):
+        tokenizer.name_or_path = str(path)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{path}: not a fast tokenizer (there is no tokenizer.json)")
     _check_not_empty(tokenizer, path)

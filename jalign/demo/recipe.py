@@ -17,6 +17,7 @@ import jax
 
 from jalign import data, evaluate, report, train
 from jalign.demo import task
+from jalign.paths import located, write_text
 from jalign.pretrained import Pretrained, load_pretrained
 from jalign.texts import sample_completions
 from jalign.train.online_config import CriticConfig, ScoreOptions
@@ -79,7 +80,7 @@ class DemoConfig:
 def run_demo(config: DemoConfig) -> str:
     """Runs the demo; returns the table for the terminal."""
     table = task.format_table(run_stages(config))
-    return f"{table}\n\nreport: {Path(config.out) / 'report.html'}"
+    return f"{table}\n\nreport: {located(config.out) / 'report.html'}"
 
 
 def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
@@ -90,7 +91,7 @@ def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
       and "happy"; "KL to SFT" in nats a reply; "reward accuracy" on held-out pairs;
       "seconds" of training. None where a figure does not apply.
     """
-    out, configs = Path(config.out), stage_configs(config)
+    out, configs = located(config.out), stage_configs(config)
     summaries: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
     for number, (name, (function, stage)) in enumerate(configs.items(), 1):
@@ -107,7 +108,7 @@ def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
         row["reward accuracy"] = summaries.get(name, {}).get("eval_accuracy")
         row["seconds"] = seconds.get(name)
     seconds["judging"] = time.perf_counter() - start
-    (out / "table.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_text(out / "table.json", json.dumps(rows, indent=1))
     stages = {name: dataclasses.asdict(stage) for name, (_, stage) in configs.items()}
     report.write_report(
         out,
@@ -134,7 +135,7 @@ def run_stages(config: DemoConfig) -> list[dict[str, Any]]:
 
 def stage_configs(config: DemoConfig) -> dict[str, tuple[Callable, Any]]:
     """Name -> (recipe, its config), in the order they run."""
-    out = Path(config.out)
+    out = located(config.out)
     sft = str(out / "sft" / "model")
 
     def stage(

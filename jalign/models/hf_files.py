@@ -1,22 +1,29 @@
-"""The files of a checkpoint folder: found and bounded, read by slices, and written."""
+"""The files of a checkpoint folder: found and bounded, and read by slices."""
 
+import contextlib
 import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jalign.paths import (
+    is_remote,
+    located,
+    open_to_read,
+    reaching,
+)
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_OLD_FILES = re.compile(r"(model|delta)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _MAX_JSON_BYTES = 64 * 2**20
 # Of a weight file: the names and shapes of some 200,000 tensors.
 _MAX_HEADER_BYTES = 32 * 2**20
@@ -25,17 +32,19 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 def model_folder(path: str | Path, *, revision: str | None = None) -> Path:
-    """A local folder as it is; a hub id downloaded, and the folder that it is in.
+    """A folder as it is; a hub id downloaded, and the folder that it is in.
 
     Args:
-      path: a folder, or a hub id such as "org/name".
+      path: a folder or its URL, or a hub id such as "org/name".
       revision: of a hub id: its branch, tag or commit; None is the main branch.
 
     Raises: FileNotFoundError where it is neither.
     """
-    folder = Path(path).expanduser()
+    folder = located(path).expanduser()
     if folder.is_dir():
         return folder
+    if is_remote(folder):
+        raise FileNotFoundError(f"model {path}: no such folder")
     if not _HUB_ID.fullmatch(str(path)):
         raise FileNotFoundError(f"model {path}: no such folder, and not a hub id")
     from huggingface_hub import snapshot_download
@@ -75,11 +84,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises: ValueError naming the file; OSError.
     """
-    size = file.stat().st_size
+    with reaching(file):
+        size = file.stat().st_size
     if size > _MAX_JSON_BYTES:
         raise ValueError(f"{file} is larger than {_MAX_JSON_BYTES >> 20} MiB")
+    with reaching(file):
+        data = file.read_bytes()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = data.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not usable as JSON: {error}") from error
@@ -103,11 +115,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 class _Stored(NamedTuple):
     """Where a tensor is: safetensors' handle on its file and its name there, and the
-    file, with the offset of its first byte."""
+    file, with the offset of its first byte. Of a remote file the handle knows the
+    header only."""
 
     handle: Any
     name: str
-    file: BufferedReader
+    file: Any
     start: int
 
 
@@ -169,23 +182,29 @@ class WeightFiles:
         """
         stored, shape = self._where[name], self.shape(name)
         if not shape:
-            return stored.handle.get_tensor(stored.name)
+            x = np.array(stored.handle.get_tensor(stored.name))
+            return self._filled(name, x, stored.start)
         dtype, inner = self._slice(name)[:0].dtype, tuple(index[1:])
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         first, stop, _ = (index[0] if index else slice(None)).indices(shape[0])
         whole = inner == (slice(None),) * len(inner)
         most = stop - first if whole else max(1, _CHUNK_BYTES // max(1, row_bytes))
         parts = []
-        stored.file.seek(stored.start + first * row_bytes)
         for start in range(first, stop, max(1, most)):
             rows = np.empty((min(most, stop - start), *shape[1:]), dtype)
-            data = rows.reshape(-1).view(np.uint8)
-            if stored.file.readinto(data.data) != data.size:
-                raise OSError(f"{stored.file.name} ends before {name} does")
+            self._filled(name, rows, stored.start + start * row_bytes)
             parts.append(rows if whole else rows[:, *inner].copy())
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts or [np.empty((0, *shape[1:]), dtype)[:, *inner]])
+
+    def _filled(self, name: str, x: np.ndarray, start: int) -> np.ndarray:
+        """x, with the bytes of the tensor's file from `start` on."""
+        file, data = self._where[name].file, x.reshape(-1).view(np.uint8)
+        file.seek(start)
+        if file.readinto(data.data) != data.size:
+            raise OSError(f"{file.name} ends before {name} does")
+        return x
 
     def rename(self, renamed: Callable[[str], str]) -> None:
         """Calls each tensor by renamed(its name) from now on."""
@@ -215,24 +234,27 @@ class WeightFiles:
         from safetensors import SafetensorError, safe_open
 
         file = self.folder / name
-        if not _SAFE_NAME.fullmatch(name) or not self._inside(file):
+        # A store has no links.
+        inside = is_remote(file) or self._inside(file)
+        if not _SAFE_NAME.fullmatch(name) or not inside:
             self.problems.append(f"weight file {name!r} is outside of the folder")
             return
         if not file.is_file():
             self.problems.append(f"weight file {name} is missing")
             return
-        data = self._stack.enter_context(file.open("rb"))
+        data = self._stack.enter_context(open_to_read(file, ahead=False))
         header = int.from_bytes(data.read(8), "little")
         if header > _MAX_HEADER_BYTES:
             self.problems.append(
                 f"weight file {name} is damaged: a header of {header} bytes"
             )
             return
+        text = data.read(header)
         try:
-            handle = self._stack.enter_context(safe_open(file, "np"))
+            here = self._stack.enter_context(_with_header(file, header, text))
+            handle = self._stack.enter_context(safe_open(here, "np"))
             tensors = list(handle.keys())
-            # The library has checked it.
-            entries = json.loads(data.read(header))
+            entries = json.loads(text)  # which the library has checked
         except (SafetensorError, OSError) as error:
             self.problems.append(f"weight file {name} is damaged: {error}")
             return
@@ -256,43 +278,15 @@ class WeightFiles:
         return file.resolve().is_relative_to(root)
 
 
-def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Writes it whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Writes its files so that transformers 4 and 5 read the same tokenizer.
-
-    5 calls a tokenizer without a class of its own by a name that 4 does not know, and
-    lists more special tokens under a key that 4 expects to be an object.
-    """
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    if values.get("tokenizer_class") == "TokenizersBackend":
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(values.get("extra_special_tokens"), list):
-        values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    for key in ("backend", "is_local", "local_files_only"):
-        values.pop(key, None)  # of the loading, not of the tokenizer
-    write_json(file, values)
-
-
-def remove_weights(folder: Path, but: set[str]) -> None:
-    """Removes the weight files of an older checkpoint, but those of these names."""
-    for file in folder.iterdir():
-        if _OLD_FILES.fullmatch(file.name) and file.name not in but:
-            file.unlink()
-
-
-def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """A safetensors file, whole or not at all."""
-    from safetensors.numpy import save_file
-
-    temporary = file.with_name(file.name + ".tmp")
-    # transformers refuses files that do not say which framework they are for.
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, file)
+@contextlib.contextmanager
+def _with_header(file: Path, size: int, text: bytes) -> Iterator[Path]:
+    """A file that the library can open, to check and to know its header: a remote one
+    is stood for by its header and a hole of its size."""
+    if not is_remote(file):
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="jalign-") as folder:
+        here = Path(folder, file.name)
+        here.write_bytes(size.to_bytes(8, "little") + text)
+        os.truncate(here, file.stat().st_size)
+        yield here

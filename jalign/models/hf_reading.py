@@ -1,8 +1,8 @@
 """A checkpoint's tensors, read to the shards of parameters.
 
 A process that has the mesh to itself reads the slices that its devices hold. Where
-processes share it, each reads blocks of whole rows, which the devices exchange: see
-sharding.blocks.
+processes share it, or the files are remote, each reads blocks of whole rows, and these
+once, which the devices exchange: see sharding.blocks.
 """
 
 import functools
@@ -22,6 +22,7 @@ from jalign.models import families, hf_quantized, tensors
 from jalign.models.hf_files import WeightFiles
 from jalign.models.hf_writing import DTYPES
 from jalign.models.model import Model
+from jalign.paths import is_remote
 from jalign.sharding import blocks
 
 Flat = dict[str, Any]
@@ -63,7 +64,9 @@ def read_params(
             continue
         own = dtype if tensors.is_narrow(row.path) else np.dtype(np.float32)
         where = _sharding(model.mesh, row.path, shape)
-        if where is None or where.is_fully_addressable:
+        # Of a disk the slices of all devices are read, and pages twice read are there.
+        here = where is None or where.is_fully_addressable
+        if where is None or (here and not is_remote(files.folder)):
             read = _leaf_reader(functools.partial(tensor, own), row, shape, own)
             params[row.path] = _placed(where, shape, read)
         else:

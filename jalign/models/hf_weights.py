@@ -32,6 +32,7 @@ from jalign.models.hf_writing import Written, checkpoint, write_shards
 from jalign.models.model import Model, Params
 from jalign.models.quantize import check_method
 from jalign.models.quantized import is_quantized
+from jalign.paths import located
 from jalign.sharding import agreement, blocks
 
 _log = logging.getLogger("jalign.models")
@@ -57,7 +58,7 @@ def load(
     layer's kernel, and codes.
 
     Args:
-      path: a folder, or a hub id such as "org/name", which is downloaded.
+      path: a folder or its URL, or a hub id such as "org/name", which is downloaded.
       mesh: of sharding.make_mesh; None puts everything on the default device.
       dtype: of activations and matmul inputs, see Model.
       param_dtype: of kernels and embeddings; float32 where they are trained. Norms,
@@ -118,7 +119,7 @@ def save(
     is replaced, see hf_writing.checkpoint.
 
     Args:
-      path: the folder, created where it is missing; all processes see it.
+      path: the folder or its URL, created where it is missing; all processes see it.
       model, params: as of `load`; weights keep the dtype of the parameters.
       tokenizer: of transformers, written beside the weights; or None.
       max_shard_size: bytes; a file holds at most that much, but at least one tensor.
@@ -133,7 +134,7 @@ def save(
             "them would have lost what they had; save the adapters, and merge them "
             "into the full-precision model (jalign merge)"
         )
-    folder, share = Path(path), sharding.process_slice()
+    folder, share = located(path), sharding.process_slice()
     shapes = jax.tree.map(lambda x: x.shape, params)
     if shapes != jax.tree.map(lambda x: x.shape, model.param_shapes()):
         raise ValueError("params do not have the names and shapes of the model")

@@ -4,14 +4,14 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jalign.models import hf_files
+from jalign.models import hf_files, hf_output
+from jalign.paths import is_remote, make_folder, written
 from jalign.sharding import agreement
 
 _log = logging.getLogger("jalign.models")
@@ -48,13 +48,16 @@ class TensorWriter:
 
     def __init__(self, file: Path, header_bytes: int):
         self._file, self._room = file, -(-header_bytes // 8) * 8
-        self._temporary = file.with_name(file.name + ".tmp")
         # transformers refuses files that do not say which framework they are for.
         self._notes, self._tensors = {"format": "pt"}, {}
         self.num_bytes = 0
 
     def __enter__(self) -> "TensorWriter":
-        self._out = self._temporary.open("wb")
+        with contextlib.ExitStack() as stack:
+            here = stack.enter_context(written(self._file))
+            self._out = stack.enter_context(here.open("wb"))
+            stack.push(self._write_header)
+            self._stack = stack.pop_all()
         self._out.seek(8 + self._room)
         return self
 
@@ -72,17 +75,12 @@ class TensorWriter:
             self._notes[name] = written.note
         return [*written.arrays]
 
-    def __exit__(self, kind: Any, *_: object) -> None:
-        try:
-            with self._out:
-                if kind is None:
-                    self._write_header()
-            if kind is None:
-                os.replace(self._temporary, self._file)
-        finally:
-            self._temporary.unlink(missing_ok=True)  # what is not whole
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
-    def _write_header(self) -> None:
+    def _write_header(self, kind: Any, *_: object) -> None:
+        if kind is not None:  # what is not whole goes
+            return
         header = json.dumps({"__metadata__": self._notes} | self._tensors).encode()
         assert len(header) <= self._room
         self._out.seek(0)
@@ -136,7 +134,7 @@ def write_shards(
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     with _together(folder, share):
         if share[0] == 0:
-            hf_files.write_json(folder / f"{name}.index.json", index)
+            hf_output.write_json(folder / f"{name}.index.json", index)
     return {*names, f"{name}.index.json"}
 
 
@@ -199,7 +197,7 @@ def checkpoint(
     """
     with _together(folder, share):
         if share[0] == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             (folder / "config.json").unlink(missing_ok=True)
     with _together(folder, share):
         _check_shared(folder, share)
@@ -207,16 +205,16 @@ def checkpoint(
     yield written
     with _together(folder, share):
         if share[0] == 0:
-            hf_files.remove_weights(folder, but=written)
+            hf_output.remove_weights(folder, but=written)
             if tokenizer is not None:
-                hf_files.save_tokenizer(folder, tokenizer)
-            hf_files.write_json(folder / "generation_config.json", generation)
-            hf_files.write_json(folder / "config.json", config)
+                hf_output.save_tokenizer(folder, tokenizer)
+            hf_output.write_json(folder / "generation_config.json", generation)
+            hf_output.write_json(folder / "config.json", config)
 
 
 def _check_shared(folder: Path, share: Share) -> None:
     """Raises OSError where this process does not see what the first one has made."""
-    if not folder.is_dir():
+    if not is_remote(folder) and not folder.is_dir():
         raise OSError(
             f"{folder} is not on the host of process {share[0]}, though process 0 has "
             "made it: put it on a file system that all hosts share"

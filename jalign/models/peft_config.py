@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jalign.models.hf_checks import Check, check_values
 from jalign.models.hf_files import ADAPTER_CONFIG, read_json
 from jalign.models.lora import LoraConfig
+from jalign.paths import is_url, joined, located
 
 _RANK, _ALPHA = Check(int, 1, 2**16), Check(float, 1e-30, 1e30)
 _CHECKS = {
@@ -73,16 +74,16 @@ class AdapterConfig(NamedTuple):
     lora: LoraConfig
 
     def base(self, given: str | Path | None = None) -> str:
-        """The base model's folder or hub id: the given one, or the one that it names,
-        by a path from here or from its folder. Raises: ValueError where it names none.
-        """
+        """The base's folder or hub id: the given one, or the one that it names, by a
+        path from here or from its folder. Raises: ValueError where it names none."""
         key = "base_model_name_or_path"
         named = self.raw.get(key, "") if given is None else str(given)
         if not named:
             raise ValueError(f"{self.file} has no {key}: give the base with --base")
-        beside = self.file.parent / named
-        here = given is not None or Path(named).expanduser().is_dir()
-        return str(beside) if beside.is_dir() and not here else named
+        if given is not None or is_url(named) or located(named).expanduser().is_dir():
+            return named
+        beside = joined(self.file.parent, named)
+        return str(beside) if beside.is_dir() else named
 
     @property
     def is_scalar(self) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jalign import sharding
-from jalign.models import hf_files, lora
+from jalign.models import hf_files, hf_output, lora
 from jalign.models.families import FAMILIES
 from jalign.models.hf_files import WeightFiles
 from jalign.models.lora import LoraConfig
@@ -33,6 +33,7 @@ from jalign.models.peft_names import (
     tied_names,
 )
 from jalign.models.tensors import Tensor
+from jalign.paths import located, make_folder
 from jalign.sharding import agreement
 
 _log = logging.getLogger("jalign.models")
@@ -56,7 +57,7 @@ def save_adapter(
     no adapter.
 
     Args:
-      path: the folder, created where it is missing.
+      path: the folder or its URL, created where it is missing.
       model: the adapted model; a reward model or critic gives an adapter for sequence
         classification, whose base is the language model.
       adapters: as of `lora.init`; tensors keep their dtype.
@@ -69,7 +70,7 @@ def save_adapter(
       not finite; nothing is touched then. OSError, on every process, where it cannot
       be written.
     """
-    folder, write = Path(path), sharding.is_main_process()
+    folder, write = located(path), sharding.is_main_process()
     flat: Flat = flatten_dict(adapters, sep="/")
     tensors: dict[str, np.ndarray] = {}
     try:
@@ -81,15 +82,15 @@ def save_adapter(
         raise ValueError(f"{path} is not written: {error}") from error
     with agreement.together(f"writing {path}"):
         if write:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             (folder / hf_files.ADAPTER_CONFIG).unlink(missing_ok=True)
-            hf_files.write_tensors(folder / hf_files.ADAPTER_WEIGHTS, tensors)
+            hf_output.write_tensors(folder / hf_files.ADAPTER_WEIGHTS, tensors)
             if tokenizer is not None:
-                hf_files.save_tokenizer(folder, tokenizer)
+                hf_output.save_tokenizer(folder, tokenizer)
             values = {"base_model_name_or_path": base, "lora_dropout": dropout}
             values |= _config_values(model, flat, config)
             file = folder / hf_files.ADAPTER_CONFIG
-            hf_files.write_json(file, dict(sorted(values.items())))
+            hf_output.write_json(file, dict(sorted(values.items())))
             _log.info("wrote %s: an adapter of %d tensors", folder, len(tensors))
 
 
@@ -190,7 +191,7 @@ def load_adapter(path: str | Path, model: Model) -> tuple[Params, LoraConfig]:
     Every process reads the file; peak host memory is one stacked leaf.
 
     Args:
-      path: the folder, or a hub id.
+      path: the folder or its URL, or a hub id.
       model: the base; for an adapter with a reward head, the base `with_scalar_head`.
 
     Returns: the adapters for `lora.join`, float32, on the model's mesh; and what they

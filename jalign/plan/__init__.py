@@ -21,6 +21,7 @@ from jalign.models.hf_files import is_adapter
 from jalign.models.lora import LoraConfig
 from jalign.models.peft_config import read_adapter_config
 from jalign.models.peft_files import read_lora_config
+from jalign.paths import is_remote, located, write_text
 from jalign.plan.compiled import with_compiled
 from jalign.plan.estimate import Plan, Row, estimate
 from jalign.plan.find import find as find_plan
@@ -173,7 +174,7 @@ def run_plan(config: Any) -> str:
     text = json_format.dumps(as_data(result), indent=1)
     if config.json == "-":
         return text
-    Path(config.json).write_text(text + "\n", encoding="utf-8")
+    write_text(located(config.json), text + "\n")
     return str(result)
 
 
@@ -205,7 +206,7 @@ class _Had(LoraOptions):
 def _opened(run: RunConfig, model: Any) -> tuple[RunConfig, ModelConfig]:
     """The run, with the adapters that its model has, and the config of the model; of
     adapters only the headers are read."""
-    folder = Path(model).expanduser() if isinstance(model, str) else None
+    folder = located(model).expanduser() if isinstance(model, str) else None
     if folder is None or not is_adapter(folder):
         whole = f"{run.model} is a whole model, no adapter: leave out --base"
         check(run.base is None, whole)
@@ -229,10 +230,12 @@ def _model_config(
         return model
     if isinstance(model, Mapping):
         return config_from_hf(dict(model))
-    path = Path(model).expanduser()
+    path = located(model).expanduser()
     if model in PUBLISHED and not path.exists():
         return config_from_hf(PUBLISHED[model])
     path = path / "config.json" if path.is_dir() else path
+    if is_remote(path) and not path.is_file():
+        raise FileNotFoundError(f"model {model!r}: no config.json there")
     return read_config(path if path.is_file() else _hub_file(model, revision))
 
 

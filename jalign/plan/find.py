@@ -10,11 +10,11 @@ import itertools
 import math
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from jalign import sharding
 from jalign.models import ModelConfig
+from jalign.paths import located
 from jalign.plan.estimate import Plan, estimate
 from jalign.plan.published import PUBLISHED
 from jalign.plan.recipes import RECIPES, name_of, update_rows
@@ -165,7 +165,7 @@ def command_of(plan: Plan) -> str:
     recipe = name_of(plan.config)
     own = RECIPES[recipe].config
     words, told = ["jalign", recipe], _told(own, plan.config)
-    if told["model"] in (*PUBLISHED, "config") and not Path(told["model"]).exists():
+    if told["model"] in (*PUBLISHED, "config") and not located(told["model"]).exists():
         told["model"] = "MODEL"
     for name, value in told.items():
         flag = "--" + name.replace("_", "-")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jalign.paths import located, write_text
 from jalign.plan.recipes import RECIPES, name_of
 from jalign.plan.speed import FAR_OFF, Speed
 from jalign.plan.work import Part, total
@@ -205,4 +206,4 @@ def write_page(path: str | Path, p: Any) -> None:
         command=p.command,
         assumptions=assumptions(p)[1:],
     )
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(located(path), text)

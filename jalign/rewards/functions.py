@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from jalign.paths import located, on_disk
 from jalign.rewards.samples import (
     RewardFn,
     Samples,
@@ -50,7 +51,11 @@ def load_function(spec: str, *, timeout: float | None = TIMEOUT) -> RewardFn:
     path, _, name = spec.rpartition(":")
     if not path or not name.isidentifier():
         raise ValueError(f"reward {spec!r} is not FILE.py:FUNCTION")
-    module = _run_file(Path(path))
+    file = located(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"reward: there is no file {path}")
+    with on_disk(file) as here:
+        module = _run_file(here, path)
     function = getattr(module, name, None)
     if not callable(function):
         known = [k for k, v in vars(module).items() if callable(v) and k[0] != "_"]
@@ -60,13 +65,11 @@ def load_function(spec: str, *, timeout: float | None = TIMEOUT) -> RewardFn:
     return checked(function, name=spec, timeout=timeout)
 
 
-def _run_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"reward: there is no file {path}")
+def _run_file(path: Path, name: str) -> ModuleType:
     # A name of its own, so that a reward called `json.py` hides no real module.
     spec = importlib.util.spec_from_file_location(f"_jalign_reward_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"reward: {path} is not a Python file")
+        raise ValueError(f"reward: {name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -74,7 +77,7 @@ def _run_file(path: Path) -> ModuleType:
         raise
     except BaseException as error:  # SystemExit, too: it would end the run with 0
         raise ValueError(
-            f"reward: {path} cannot be run: {type(error).__name__}: {error}"
+            f"reward: {name} cannot be run: {type(error).__name__}: {error}"
         ) from error
     return module
 

@@ -9,11 +9,11 @@ unit of the reward.
 import logging
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jalign.paths import located
 from jalign.pretrained import Opened, Pretrained, load_pretrained, open_pretrained
 from jalign.rewards.functions import TIMEOUT, checked, load_function
 from jalign.rewards.samples import RewardFn, each_reward
@@ -105,12 +105,12 @@ def _loaded(
 
 
 def open_scorer(source: str) -> Opened:
-    """A reward checkpoint, opened: a directory or a hub id.
+    """A reward checkpoint, opened: a directory, its URL or a hub id.
 
     Raises: ValueError if there is nothing of this name; as `open_pretrained`.
     """
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-    if not Path(source).expanduser().is_dir() and not is_hub_id:
+    if not located(source).expanduser().is_dir() and not is_hub_id:
         hint = nearest(source, VERIFIERS)
         if "(" in source:
             hint += "; ensembles are mean(A, B, ...) and min(A, B, ...)"

@@ -6,11 +6,10 @@ renames the finished directory into place, so a kill at any time leaves either t
 whole step or nothing.
 """
 
+import functools
 import hashlib
 import json
 import logging
-import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jalign import sharding
+from jalign.paths import files_below, fresh, located, reaching
 from jalign.train.integrity import (
     Damaged,
     agreed,
@@ -29,12 +29,11 @@ from jalign.train.integrity import (
     with_keys,
     without_keys,
 )
+from jalign.train.step_folders import StepFolders
 from jalign.train.stop import set_aside
 from jalign.types import PyTree
 
 _log = logging.getLogger("jalign.train")
-_LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
-_STEP = re.compile(r"0|[1-9][0-9]{0,17}")  # "007" and "٩٩" are not ours
 _SLOW = 2.0  # seconds that a run waits for a checkpoint before it says so
 
 
@@ -58,7 +57,8 @@ class Checkpointer:
     Every process of a run makes one and calls the same methods in the same order.
 
     Args:
-      directory: made when missing; left-overs of a killed run are removed.
+      directory: made when missing; left-overs of a killed run are removed. Or a URL,
+        see step_folders.
       keep: how many newest steps stay on disk.
     """
 
@@ -67,29 +67,25 @@ class Checkpointer:
 
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
-        self.directory = Path(directory).absolute()
+        self.directory = located(directory).absolute()
         self.keep = keep
         self._ocp = ocp
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._failure: Exception | None = None
         self._writing: int | None = None
+        self._wait = self._orbax.wait_until_finished
         self._closed = False
         self.protected: int | None = None  # a step that stays, however old
-        if sharding.is_main_process():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for pattern in _LEFTOVERS:
-                for path in self.directory.glob(pattern):
-                    shutil.rmtree(path, ignore_errors=True)
+        self._folders = StepFolders(self.directory)
         sharding.barrier("checkpointer")
 
     def steps(self) -> list[int]:
-        """Numbers of the steps on disk, oldest first, whether readable or not."""
-        names = (p.name for p in self.directory.iterdir() if p.is_dir())
-        return sorted(int(name) for name in names if _STEP.fullmatch(name))
+        """Numbers of the steps there, oldest first, whether readable or not."""
+        return self._folders.steps()
 
     def empty(self) -> bool:
         """Whether there is no step, nor what is left of a damaged one."""
-        return not self.steps() and not any(self.directory.glob("*.corrupt*"))
+        return not self.steps() and not self._folders.damaged()
 
     def save(self, step: int, tree: PyTree, meta: Mapping[str, Any]) -> None:
         """Starts writing; returns once the arrays may be donated.
@@ -124,12 +120,12 @@ class Checkpointer:
         )
         args = self._ocp.args
         try:
-            self._orbax.save(
-                self.directory / str(step),
-                args=args.Composite(
-                    state=args.StandardSave(arrays), meta=args.JsonSave(record)
-                ),
-                force=True,
+            whole = args.Composite(
+                state=args.StandardSave(arrays), meta=args.JsonSave(record)
+            )
+            write = functools.partial(self._orbax.save, args=whole, force=True)
+            self._wait = self._folders.save(
+                step, write, self._orbax.wait_until_finished
             )
             self._writing = step
         except Exception as error:
@@ -138,7 +134,7 @@ class Checkpointer:
     def wait(self) -> None:
         """Waits for the step being written, then removes steps beyond `keep`."""
         try:
-            self._orbax.wait_until_finished()
+            self._wait()
         except Exception as error:
             self._failed(error)
             return
@@ -147,10 +143,11 @@ class Checkpointer:
         if sharding.is_main_process():
             for step in self.steps()[: -self.keep]:
                 if step != self.protected:
-                    _remove(self.directory / str(step))
+                    self._folders.remove(step)
 
     def _failed(self, error: Exception) -> None:
         self._failure, self._writing = error, None
+        self._wait = self._orbax.wait_until_finished
         _log.error(
             "checkpoint not written to %s: %s; older steps are intact: %s",
             self.directory,
@@ -221,7 +218,7 @@ class Checkpointer:
         if self.empty():
             return None, {}
         reasons = [f"step {path.name}: {error}" for path, error in damaged.items()]
-        reasons += sorted(path.name for path in self.directory.glob("*.corrupt*"))
+        reasons += self._folders.damaged()
         raise ValueError(
             f"{self.directory}: no checkpoint can be read; {'; '.join(reasons)}. Put a "
             "good copy back, or start anew with --no-resume (these are kept)"
@@ -235,11 +232,12 @@ class Checkpointer:
         def read():
             args = self._ocp.args
             item = args.Composite(state=args.StandardRestore(arrays))
-            try:
-                return self._orbax.restore(path, args=item)["state"]
-            except Exception as error:
-                check_readable(path, error, path.rglob("*"))
-                raise Damaged(first_line(error)) from error
+            with self._folders.readable(path) as here:
+                try:
+                    return self._orbax.restore(str(here), args=item)["state"]
+                except Exception as error:
+                    check_readable(path, error, files_below(here))
+                    raise Damaged(first_line(error)) from error
 
         tree = agreed(read)
         digest = tree_digest(tree)
@@ -252,8 +250,10 @@ class Checkpointer:
 
     def _read_record(self, path: Path) -> dict[str, Any]:
         try:
-            text = (path / "meta" / "metadata").read_text(encoding="utf-8")
-            record = json.loads(text)
+            file = fresh(path / "meta" / "metadata")
+            with reaching(file):
+                text = file.read_bytes()
+            record = json.loads(text.decode("utf-8"))
             seal = record.pop("sha256")
         except (OSError, ValueError, KeyError, AttributeError) as error:
             check_readable(path, error)
@@ -283,10 +283,3 @@ def _target(x) -> jax.ShapeDtypeStruct:
     if place is None:
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-
-def _remove(path: Path) -> None:
-    """Deletes a step; renamed first, so that a kill leaves no half-deleted step."""
-    doomed = path.with_name(f"{path.name}.deleting")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -176,7 +176,8 @@ class RunConfig(DataOptions):
     data: Source
     """Training rows: a file, a directory or a hub id; "SOURCE[NAME]" names a split."""
     out: str
-    """Directory for model/, checkpoints/, metrics.jsonl and report.html."""
+    """Directory for model/, checkpoints/, metrics.jsonl and report.html. It, and all
+    that is read, may be a URL (gs://, s3://)."""
     base: str | None = None
     """Of adapters in `model`: what they stand on; unset takes what they name."""
     steps: int | None = number(None, ">= 1")

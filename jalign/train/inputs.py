@@ -10,12 +10,12 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jalign import rewards, sharding
+from jalign.paths import located
 from jalign.pretrained import Opened, Pretrained
 from jalign.rewards.terms import is_function, single_sources
 from jalign.settings import as_text
@@ -105,7 +105,7 @@ def reward_inputs(
         elif not isinstance(leaf.source, str):
             found[f"{whose} function"] = function_digest(leaf.source)
         elif is_function(leaf.source):
-            file = Path(leaf.source.rpartition(":")[0])
+            file = located(leaf.source.rpartition(":")[0])
             found[f"{whose} file"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
     def text(term: rewards.RewardTerm) -> str:

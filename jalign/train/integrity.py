@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jalign import sharding
+from jalign.paths import open_to_read
 from jalign.types import PyTree
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
@@ -107,7 +108,10 @@ def with_keys(tree: PyTree, abstract: PyTree) -> PyTree:
 
 # Of tensorstore's messages.
 _OS_ERROR = re.compile(r"OS error (\d+)")
-_NO_DAMAGE = re.compile(r"PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|CANCELLED")
+_NO_DAMAGE = re.compile(
+    r"PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAVAILABLE|CANCELLED"
+    r"|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED"
+)
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -153,13 +157,14 @@ def check_readable(
         if found := _OS_ERROR.search(text):
             number = int(found[1])
         if number is not None and number not in _MISSING:
-            raise OSError(number, os.strerror(number), str(path)) from error
+            said = getattr(cause, "strerror", None) or os.strerror(number)
+            raise OSError(number, said, str(path)) from error
         if number is None and _NO_DAMAGE.search(text):
             raise OSError(f"{path} cannot be read: {first_line(cause)}") from error
         cause = cause.__cause__ or cause.__context__
     for file in files:
         if file.is_file():
-            with open(file, "rb") as data:
+            with open_to_read(file) as data:
                 while data.read(1 << 24):
                     pass
 

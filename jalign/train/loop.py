@@ -187,6 +187,7 @@ def fit(
     def save() -> None:
         nonlocal saved
         guard.check(writer.flush())
+        writer.push()  # the rows of this checkpoint's steps
         if checkpointer is not None and saved != step:
             tree, numbers = stored(state)
             record = {**(meta or {}), **numbers, "skipped": guard.skipped}

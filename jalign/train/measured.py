@@ -4,7 +4,6 @@ log-probabilities, computed once before DPO and kept in OUT."""
 import functools
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from jalign.data import PreferenceExample
 from jalign.data.batching import in_multiples
 from jalign.data.examples import encode_prompt_rows
 from jalign.models import Model
+from jalign.paths import on_disk, written
 from jalign.sharding.context import length_multiple
 from jalign.train.inputs import examples_digest, params_digest
 from jalign.types import PyTree
@@ -203,7 +203,7 @@ def _mark(params: PyTree, sets: Mapping[str, Sequence[PreferenceExample]]) -> st
 
 def _read(cache: Path, mark: str) -> dict[str, np.ndarray] | None:
     try:
-        with np.load(cache, allow_pickle=False) as file:
+        with on_disk(cache) as here, np.load(here, allow_pickle=False) as file:
             if str(file["mark"]) == mark:
                 return {name: file[name] for name in file.files if name != "mark"}
     except FileNotFoundError:
@@ -214,8 +214,6 @@ def _read(cache: Path, mark: str) -> dict[str, np.ndarray] | None:
 
 
 def _write(cache: Path, mark: str, logps: Mapping[str, np.ndarray]) -> None:
-    partial = cache.with_suffix(".tmp")
-    with open(partial, "wb") as file:
+    with written(cache) as here, here.open("wb") as file:
         arrays: dict[str, Any] = {"mark": np.array(mark), **logps}
         np.savez(file, **arrays)
-    os.replace(partial, cache)

@@ -8,7 +8,6 @@ only process 0 writes.
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,8 +17,10 @@ from typing import Any
 import jax
 
 from jalign import sharding
+from jalign.mirror import Mirror
 from jalign.models.quantize import CODES_PER_BYTE
 from jalign.models.tensors import is_matrix
+from jalign.paths import located, written
 
 _log = logging.getLogger("jalign.train")
 FIRST = ("loss", "learning_rate", "grad_norm", "num_tokens")
@@ -96,13 +97,13 @@ class MetricsWriter:
         self._peak = peak_flops() if flops_per_token else None
         self._pending: tuple[int, Mapping[str, Any], float] | None = None
         self._last_time = time.perf_counter()
-        self._file = self._board = self._bar = None
+        self._file = self._board = self._bar = self._mirror = None
         self._unwritten = b""
         if not sharding.is_main_process():
             return
-        out = Path(out_dir)
-        out.mkdir(parents=True, exist_ok=True)
-        truncate_rows(out / "metrics.jsonl", start_step)
+        self._mirror = Mirror(located(out_dir))
+        out = self._mirror.path
+        truncate_rows(self._mirror.bring("metrics.jsonl"), start_step)
         # Unbuffered, so that what a full disk has taken of a row is known.
         self._file = open(out / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
         self._board = _tensorboard(out / "tensorboard", start_step)
@@ -137,6 +138,14 @@ class MetricsWriter:
             before = (step, metrics, max(seconds, time.perf_counter() - start))
         return self._write(before)
 
+    def push(self) -> None:
+        """Brings what is written to an OUT behind a URL, where it else comes now and
+        then; a failure is logged, and what is there kept. Call it after flush."""
+        if self._mirror is not None:
+            if self._board is not None and _is_alive(self._board):
+                self._board.flush()
+            self._mirror.try_push(now=True)
+
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes held-out figures of a step as a row of their own; none, no row.
 
@@ -161,7 +170,10 @@ class MetricsWriter:
                     part.close()
                 except OSError as error:  # the curves, of a full disk
                     _log.error("%s", error)
-        self._file = self._board = self._bar = None
+        if self._mirror is not None:
+            self._mirror.try_push(now=True)
+            self._mirror.close()
+        self._file = self._board = self._bar = self._mirror = None
 
     def _write(self, pending) -> dict[str, Any] | None:
         if pending is None:
@@ -186,6 +198,8 @@ class MetricsWriter:
             for name, value in row.items():
                 if name != "step":
                     self._board.add_scalar(name, value, row["step"])
+        if self._mirror is not None:
+            self._mirror.try_push()
 
     def _append(self, line: str) -> None:
         """Writes to metrics.jsonl; what a full disk does not take waits in memory."""
@@ -223,9 +237,8 @@ def truncate_rows(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    with written(path) as here:
+        here.write_text("".join(kept), encoding="utf-8")
 
 
 def _tensorboard(log_dir: Path, start_step: int):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jalign import data, models
+from jalign.paths import located
 from jalign.pretrained import open_pretrained
 from jalign.settings import settings_or
 from jalign.sharding.context import length_multiple
@@ -182,7 +183,7 @@ def save_models(
     if policy.value_head:
         policy, params = models.split_heads(policy, params)[0]
         found["critic"] = models.split_heads(*found["policy"])[1]
-    out = Path(config.out)
+    out = located(config.out)
     if isinstance(config, PPOConfig) and config.ppo.critic.save_critic:
         save_whole(out / "critic", *found["critic"], loaded.tokenizer)
     given = policy, loaded.parts["policy"], params, loaded.tokenizer, config

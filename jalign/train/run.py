@@ -2,13 +2,10 @@
 what it depends on, and its end."""
 
 import contextlib
-import fcntl
 import hashlib
 import importlib
 import logging
 import math
-import os
-import socket
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -22,11 +19,14 @@ from jax.sharding import Mesh
 
 from jalign import sharding
 from jalign.data.templates import fixed_clock
+from jalign.paths import located, make_folder
 from jalign.settings import as_text
+from jalign.sharding import agreement
 from jalign.sharding.context import length_multiple
 from jalign.train.checkpoint import Checkpointer, Restored
 from jalign.train.evaluations import NO_CALLBACKS, Callbacks, Evaluations
 from jalign.train.inputs import HELD_OUT, Inputs, changes
+from jalign.train.lock import lock_directory
 from jalign.train.stop import StopSignal, set_aside
 from jalign.types import PyTree
 
@@ -129,12 +129,12 @@ def open_run(
     Raises: ValueError if OUT has checkpoints of other settings, another run is working
       in it, or the mesh does not divide max_length; OSError if OUT cannot be written.
     """
-    out = Path(config.out)
     record = {"kind": kind} | fixed_settings(config)
     everything = _kept(as_text(config), SOURCES | {"out", "eval_data"})
     code = _code() if jax.process_count() > 1 else {}
     sharding.agree("code or settings", code | {"command": kind} | everything)
-    out.mkdir(parents=True, exist_ok=True)
+    with agreement.together(f"opening {config.out}"):
+        make_folder(out := located(config.out))
     with StopSignal() as stop, lock_directory(out):
         mesh = make_run_mesh(config.mesh)
         length_multiple(mesh, config.max_length)
@@ -266,27 +266,3 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     for name, value in record.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
-
-
-@contextlib.contextmanager
-def lock_directory(out: Path) -> Iterator[None]:
-    """Holds OUT/.lock, which the system releases however the process ends.
-
-    Raises: ValueError naming the other process if it is held.
-    """
-    if not sharding.is_main_process():
-        yield
-        return
-    with open(out / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"{out}: another run is working here ({file.read().strip()}); "
-                "wait for it, or use another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield

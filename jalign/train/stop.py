@@ -14,6 +14,8 @@ from typing import Any
 import jax
 
 from jalign import sharding
+from jalign.paths import is_remote, move
+from jalign.sharding import agreement
 
 _log = logging.getLogger("jalign.train")
 
@@ -100,7 +102,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     A kill leaves the old `target` or none, and TARGET.partial, which the next call
     removes. Files of other names that lie in an old `target` stay. Collective.
+
+    An object store has no rename: there it is `target` itself, and a kill leaves what
+    its writer, who writes config.json last, lets no reader take for a model.
     """
+    if is_remote(target):
+        yield target
+        _log.info("%s is complete", target)
+        return
     partial = target.with_name(f"{target.name}.partial")
     old = target.with_name(f"{target.name}.old")
     main = sharding.is_main_process()
@@ -115,14 +124,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     sharding.barrier(f"written {target}")
-    if main:
-        if target.exists():
-            _keep_others(target, partial)
-            target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-        _log.info("%s is complete", target)
-    sharding.barrier(f"end {target}")
+    with agreement.together(f"writing {target}"):
+        if main:
+            if target.exists():
+                _keep_others(target, partial)
+                target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+            _log.info("%s is complete", target)
 
 
 def set_aside(path: Path, why: str, first: int = 0) -> Path:
@@ -132,11 +141,11 @@ def set_aside(path: Path, why: str, first: int = 0) -> Path:
     """
     sharding.barrier("set aside")
     target = path
-    if sharding.is_main_process():
-        names = (f"{path.name}.{why}{n or ''}" for n in itertools.count(first))
-        target = next(p for p in map(path.with_name, names) if not p.exists())
-        path.rename(target)
-    sharding.barrier("was set aside")
+    with agreement.together(f"renaming {path}"):
+        if sharding.is_main_process():
+            names = (f"{path.name}.{why}{n or ''}" for n in itertools.count(first))
+            target = next(p for p in map(path.with_name, names) if not p.exists())
+            move(path, target)
     return target
 
 

@@ -140,7 +140,7 @@ def test_what_cannot_be_reached_is_not_damaged(saved, monkeypatch, what, error, 
     if what == "arrays":
         monkeypatch.setattr(checkpointer._orbax, "restore", fails(error))
     else:
-        monkeypatch.setattr("pathlib.Path.read_text", fails(error))
+        monkeypatch.setattr("pathlib.Path.read_bytes", fails(error))
         with pytest.raises(kind):
             checkpointer.peek()
     with pytest.raises(kind):
@@ -155,7 +155,7 @@ def test_an_error_that_hides_its_cause_is_looked_into(saved, monkeypatch):
     checkpointer = Checkpointer(saved)
     monkeypatch.setattr(checkpointer._orbax, "restore", fails(ValueError("no luck")))
     monkeypatch.setattr(
-        integrity, "open", fails(OSError(errno.EIO, "I/O error")), raising=False
+        integrity, "open_to_read", fails(OSError(errno.EIO, "I/O error"))
     )
     with pytest.raises(OSError, match="I/O error"):
         checkpointer.restore(jax.eval_shape(tree))
