@@ -24,7 +24,9 @@ from tests.sharding.processes import ROOT, free_port
 from tests.train.ppo_world import WORDS, write_world
 
 MESHES = ["fsdp=8", "tensor=4,fsdp=2", "data=2,fsdp=2,tensor=2", "context=4,fsdp=2"]
+# Of 8 devices; "2 x" are two processes of 4.
 MESHES += ["2 x context=8,fsdp=1", "2 x context=4,fsdp=2"]
+MESHES += ["2 x fsdp=8", "4 x fsdp=4,tensor=2"]
 TOLERANCE = 1e-5
 # eps well above the rounding of gradients, by whose sign Adam would else step.
 FLAGS: dict[str, Any] = {"max-length": 128, "learning-rate": 1e-3, "eps": 1e-5}
