@@ -216,6 +216,10 @@ def start_jax(launch: Launch) -> None:
     if launch.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", launch.cpu_devices)
+        # Each collective that waits holds a thread; a device may have several at once,
+        # and by default there are as many threads as devices: they would wait forever.
+        threads = max(os.cpu_count() or 1, 4 * launch.cpu_devices)
+        os.environ.setdefault("PJRT_NPROC", str(threads))
     # One that the user has named (JAX_COMPILATION_CACHE_DIR) stays.
     if launch.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -11,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import jax
 import pytest
 
-from jalign import cli, cli_options
+from jalign import cli, cli_options, sharding
 from jalign.settings import flags_of
 from jalign.train.loss_table import REGISTRY
 
@@ -249,3 +251,21 @@ def test_a_closed_standard_output_ends_a_command_quietly(words):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == cli.EXIT_PIPE == 141
+
+
+def test_virtual_devices_have_threads_for_collectives_that_wait(monkeypatch):
+    for owner, name in (
+        (jax.config, "update"),
+        (sharding, "initialize"),
+        (sharding, "give_back_compiler_memory"),
+        (cli, "setup_logging"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, **__: None)
+    monkeypatch.setenv("PJRT_NPROC", "3")
+    cli.start_jax(cli.Launch(cpu_devices=8))
+    assert os.environ["PJRT_NPROC"] == "3"
+    monkeypatch.delenv("PJRT_NPROC")
+    cli.start_jax(cli.Launch())
+    assert "PJRT_NPROC" not in os.environ
+    cli.start_jax(cli.Launch(cpu_devices=8))
+    assert int(os.environ["PJRT_NPROC"]) >= 32
