@@ -16,6 +16,6 @@ def test_a_missing_file_is_damage_and_a_cause_further_down_is_found(tmp_path):
         except OSError as error:
             raise ValueError("something else") from error
     except ValueError as error:
-        with pytest.raises(OSError, match="Input/output error") as found:
+        with pytest.raises(OSError, match="I/O error") as found:
             check_readable(tmp_path, error)
         assert found.value.filename == str(tmp_path)
