@@ -193,10 +193,8 @@ def test_a_slow_save_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint, "_SLOW", 0.05)
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, tree(), {})
-    real = checkpointer._orbax.wait_until_finished
-    monkeypatch.setattr(
-        checkpointer._orbax, "wait_until_finished", lambda: time.sleep(0.1) or real()
-    )
+    real = checkpointer._wait
+    monkeypatch.setattr(checkpointer, "_wait", lambda: time.sleep(0.1) or real())
     checkpointer.save(2, tree(), {})
     assert "for the checkpoint of step 1" in caplog.text
     checkpointer.close()
